@@ -1,0 +1,219 @@
+"""Every configuration key, its default and what it may be.
+
+The dataclasses are the schema: `configuration.py` fills them from YAML and dotted overrides by reading their
+types. Units are in the names. A key whose feature is not in this version takes only its off value (`Only`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The closed range of a number; `above` is an open lower end. None leaves that end free."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+
+    def allow(self, value: float) -> bool:
+        """Is this number inside? (Infinities and NaN never are.)"""
+        return (
+            abs(value) < float("inf")
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.above is None or value > self.above)
+        )
+
+    def __str__(self) -> str:
+        ends = [(">=", self.minimum), (">", self.above), ("<=", self.maximum)]
+        return " and ".join(f"{sign} {end}" for sign, end in ends if end is not None)
+
+
+@dataclass(frozen=True)
+class Only:
+    """The key is known and its feature is not in this version: it takes just this value."""
+
+    value: Any
+    feature: str
+
+
+Count = Annotated[int, Bounds(minimum=1)]
+NonNegative = Annotated[float, Bounds(minimum=0)]
+Positive = Annotated[float, Bounds(above=0)]
+Share = Annotated[float, Bounds(above=0, maximum=1)]
+
+
+@dataclass(kw_only=True)
+class Clients:
+    """The federation: who trains, how long and in what batches."""
+
+    count: Count = 4
+    """m, the number of clients; independent of the number of ranks that host them"""
+    participation: Share = 1.0
+    """ceil(participation * count) clients, drawn from the seed, train in each round"""
+    local_epochs: Count = 1
+    """passes of a client over its own data in one round"""
+    batch_size: Count = 64
+    """B; the last batch of a pass may be short"""
+
+
+@dataclass(kw_only=True)
+class Data:
+    """The dataset and how its training samples are divided among the clients."""
+
+    name: Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist"] = "digits"
+    root: str = "data"
+    """the folder that holds (or will hold) torchvision's files; digits needs none"""
+    download: bool = True
+    """fetch what is missing from `root`"""
+    partition: Literal["iid", "dirichlet", "shards", "file"] = "dirichlet"
+    alpha: Positive = 1.0
+    """concentration of the Dirichlet partition: small is skewed"""
+    shards: Count = 2
+    """label-sorted shards per client, for `partition: shards`"""
+    partition_file: str | None = None
+    """JSON file for `partition: file`: one list of training-sample indices per client"""
+    train_limit: Count | None = None
+    """use only the first so many training samples"""
+    test_limit: Count | None = None
+    """use only the first so many test samples"""
+    augment: bool = True
+    """random crops (and flips, where mirror images make sense) of the training images"""
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The model, the layer it is cut at, and the auxiliary model."""
+
+    name: Literal["simple_conv", "resnet18"] = "simple_conv"
+    cut: str | None = None
+    """the block whose output is the smashed data; null takes the model's own default"""
+    auxiliary: Annotated[dict[str, Any], Only({}, "choosing the auxiliary model")] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(kw_only=True)
+class Alignment:
+    """How the auxiliary model of a client is fitted to the true cut-layer gradients."""
+
+    epochs: Count = 100
+    """passes over the alignment buffer"""
+    batch_size: Count = 1000
+    buffer_size: Count = 1000
+    """newest samples kept per client"""
+
+
+@dataclass(kw_only=True)
+class AlgorithmKeys:
+    """The algorithm and the keys that some of them use."""
+
+    name: Literal["fsl_sage", "splitfed_v1"] = "fsl_sage"
+    upload_every: Count = 5
+    """q: smashed data goes up at local steps 0, q, 2q, ..."""
+    align_every: Count | None = 10
+    """l: alignment in rounds 0, l, 2l, ...; null = never"""
+    average_auxiliary: Literal["never", "alignment", "round"] = "alignment"
+    alignment: Alignment = field(default_factory=Alignment)
+    measure_drift: bool = True
+    """compare estimate and true gradient on every upload (server work of its own, timed apart)"""
+
+
+@dataclass(kw_only=True)
+class OptimizerKeys:
+    """One optimizer of torch.optim."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+
+
+@dataclass(kw_only=True)
+class Optimizers:
+    """The optimizers of the three models; each client, replica and auxiliary model has its own state."""
+
+    client: OptimizerKeys = field(default_factory=lambda: OptimizerKeys(weight_decay=1e-4))
+    server: OptimizerKeys = field(default_factory=lambda: OptimizerKeys(weight_decay=1e-4))
+    auxiliary: OptimizerKeys = field(default_factory=OptimizerKeys)
+
+
+@dataclass(kw_only=True)
+class ServerKeys:
+    """The server rank."""
+
+    order: Literal["arrival", "round_robin", "client_major"] = "round_robin"
+    """which request the server takes next; with the last two, timing never changes the numbers"""
+
+
+@dataclass(kw_only=True)
+class Comm:
+    """Transport, averaging and what to do when a rank is silent."""
+
+    averaging: Literal["auto", "gloo", "nccl"] = "auto"
+    """auto: NCCL where every client rank has a GPU of its own, else Gloo"""
+    upload_window: Count = 4
+    """uploads of one client that the server may still have to train on"""
+    interface: str | None = None
+    """network interface for RPC, Gloo and NCCL; null: loopback on one host, else the libraries' own choice"""
+    transports: list[str] | None = None
+    """TensorPipe transports; null: [uv] where cores are few (shm busy-polls), else TensorPipe's own choice"""
+    timeout_seconds: Positive = 300.0
+    """a rank that gives no sign of life for so long ends the run"""
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """Checkpoints."""
+
+    every: Annotated[int | None, Only(None, "writing checkpoints")] = None
+    keep: Count = 2
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """Evaluation of the averaged model on the test set, off the training clock."""
+
+    every: Count = 1
+    """rounds between evaluations; the last round is always evaluated"""
+    batch_size: Count = 500
+
+
+@dataclass(kw_only=True)
+class Stop:
+    """Ends of a run before `rounds`; null = none."""
+
+    paper_gib: Positive | None = None
+    """GiB of the paper ledger"""
+    accuracy: Share | None = None
+    """test accuracy"""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run, complete."""
+
+    name: Annotated[str, "a folder name of letters, digits, '.', '_' and '-'"] = "run"
+    """the run's folder is output/name"""
+    seed: Annotated[int, Bounds(minimum=0, maximum=2**32 - 1)] = 0
+    rounds: Count = 20
+    ranks: Annotated[int, Bounds(minimum=2)] = 3
+    """ranks that the self-launching form starts: the server and ranks - 1 client ranks"""
+    transport: Literal["rpc", "local"] = "rpc"
+    """local: everything in one process, without torch.distributed"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "fp64"] = "fp32"
+    output: str = "runs"
+    resume: Literal["auto", "never"] = "auto"
+    """auto: a run that is complete is shown, not repeated; never: it is replaced"""
+    clients: Clients = field(default_factory=Clients)
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    algorithm: AlgorithmKeys = field(default_factory=AlgorithmKeys)
+    optimizer: Optimizers = field(default_factory=Optimizers)
+    server: ServerKeys = field(default_factory=ServerKeys)
+    comm: Comm = field(default_factory=Comm)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    trace: Annotated[bool, Only(False, "writing traces")] = False
+    stop: Stop = field(default_factory=Stop)

@@ -1,0 +1,218 @@
+"""From YAML files, base files and dotted overrides to a checked `Config`; every mistake is one line.
+
+The types of the dataclasses in `config.py` are the rules. Nothing here imports torch, so a mistake is found
+at once.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fslsage_rpc.config import Bounds, Config, Only
+from fslsage_rpc.errors import InputError
+
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file (and the files it is based on) with `key.sub=value` overrides on top.
+
+    Raises:
+        InputError: a file is missing or malformed, or a key or value is not allowed.
+    """
+    tree = _read_with_base(Path(path), seen=())
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """A checked `Config` from nested dictionaries as YAML gives them.
+
+    Raises:
+        InputError: a key is unknown, or a value has the wrong type or is out of range.
+    """
+    config = _build(Config(), tree, prefix="")
+    if not FOLDER_NAME.fullmatch(config.name):
+        raise InputError(
+            f"name: got {config.name!r}, expected a folder name of letters, digits, '.', '_' and '-'"
+        )
+    if config.data.partition == "file" and config.data.partition_file is None:
+        raise InputError("data.partition_file: got null, expected a JSON file, as data.partition is 'file'")
+    return config
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The nested dictionaries of a configuration, as they are written to `config.yaml`."""
+    return dataclasses.asdict(config)
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two configuration trees differ, each with its old and new value."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changes |= changed_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            changes[prefix + key] = (a, b)
+    return changes
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        InputError: the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file, expected a YAML configuration") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read ({reason}), expected a YAML configuration") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: {where}not valid YAML ({problem})") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: got {_show(tree)}, expected a mapping of configuration keys")
+    return tree
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise InputError(f"base: got a cycle ({chain}), expected base files that end")
+    tree = read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise InputError(f"base: got {_show(base)}, expected a file path relative to {path}")
+    return _merge(_read_with_base(path.parent / base, (*seen, path.resolve())), tree)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise InputError(f"{override}: expected key=value, for example clients.count=8")
+    if key == "base":
+        raise InputError("base: got an override, expected it inside a configuration file")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise InputError(f"{key}: got {text!r}, expected a YAML value") from None
+    *sections, last = key.split(".")
+    for depth, section in enumerate(sections):
+        below = tree.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise InputError(f"{'.'.join(sections[: depth + 1])}: got {_show(below)}, expected a mapping")
+        tree = below
+    tree[last] = value
+
+
+def _build(defaults: Any, tree: Any, prefix: str) -> Any:
+    """The section `defaults` with the keys of `tree` checked and put in."""
+    if not isinstance(tree, dict):
+        raise InputError(f"{prefix.rstrip('.')}: got {_show(tree)}, expected a mapping of keys")
+    hints = typing.get_type_hints(type(defaults), include_extras=True)
+    given = {}
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            known = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
+            raise InputError(f"{prefix}{key}: unknown key; {known}")
+        default = getattr(defaults, key)
+        if dataclasses.is_dataclass(default):
+            given[key] = _build(default, value, f"{prefix}{key}.")
+        else:
+            given[key] = _convert(hints[key], value, prefix + key)
+    return dataclasses.replace(defaults, **given)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """The value as the type says, or an InputError that names the key, the value and what it may be."""
+    rule: Any = None
+    optional = False
+    while not isinstance(hint, type) or typing.get_origin(hint) is not None:
+        origin = typing.get_origin(hint)
+        if origin is typing.Annotated:
+            hint, rule = hint.__origin__, hint.__metadata__[0]
+        elif origin in (typing.Union, types.UnionType):
+            optional = True
+            (hint,) = [member for member in typing.get_args(hint) if member is not type(None)]
+        else:
+            break
+    if isinstance(rule, Only):
+        if value != rule.value:
+            expected = f"{_show(rule.value)} ({rule.feature} is not in this version)"
+            raise InputError(f"{key}: got {_show(value)}, expected {expected}")
+        return value
+    if value is None and optional:
+        return None
+    bounds = rule if isinstance(rule, Bounds) else None
+    kind, converted = _as_type(hint, value)
+    if converted is None or (bounds and not bounds.allow(converted)):
+        expected = kind + (f" {bounds}" if bounds else "") + (" or null" if optional else "")
+        raise InputError(f"{key}: got {_show(value)}, expected {expected}")
+    return converted
+
+
+def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
+    """What the type is called, and the value as that type (None where it is not one)."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        return "one of " + ", ".join(choices), value if isinstance(value, str) and value in choices else None
+    if typing.get_origin(hint) is list:
+        texts = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+        return "a list of names", value if texts else None
+    if hint is bool:
+        return "true or false", value if isinstance(value, bool) else None
+    if hint is int:
+        return "an integer", value if isinstance(value, int) and not isinstance(value, bool) else None
+    if hint is float:
+        return "a number", _as_float(value)
+    return "a text", value if isinstance(value, str) and value else None
+
+
+def _as_float(value: Any) -> float | None:
+    """YAML 1.1 reads 1e-3 as text: users mean the number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _show(value: Any) -> str:
+    """A value as YAML writes it, short enough for one line."""
+    if value is None:
+        return "null"
+    text = (
+        repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    )
+    text = text.replace("\n...", "").strip()
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,12 @@
+"""The two kinds of error that the program tells its user about in one line."""
+
+
+class InputError(ValueError):
+    """The user's input is wrong: a key, a value or a file. Ends the program with exit status 2.
+
+    The message is one line that names the key or file, what it was and what it may be.
+    """
+
+
+class ConnectionLost(RuntimeError):
+    """A call or collective failed because another rank went away; that rank may have said why."""
