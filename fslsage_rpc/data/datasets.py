@@ -1,0 +1,194 @@
+"""The datasets: the embedded digits, and torchvision's, as uint8 image tensors."""
+
+import socket
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from fslsage_rpc.config import Data
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.randomness import numpy_stream
+
+DIGITS = Path(__file__).with_name("digits.npz")
+DIGITS_TEST_SAMPLES = 360
+DOWNLOAD_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a dataset before it is loaded.
+
+    `mean` and `std` per channel apply to pixels divided by `pixel_maximum`. `files` are below `data.root`.
+    """
+
+    classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_padding: int
+    flip: bool
+    pixel_maximum: int = 255
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """`images` `[N, C, H, W]` uint8 and `labels` `[N]` int64, on the CPU."""
+
+    images: Tensor
+    labels: Tensor
+
+    def subset(self, indices: Any) -> "LabelledImages":
+        """The samples at these indices, copied."""
+        return LabelledImages(self.images[indices], self.labels[indices])
+
+
+CIFAR_MEAN, CIFAR_STD = (
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
+)  # the FSL-SAGE paper's, which are ImageNet's
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+CIFAR10 = Spec(
+    classes=10,
+    image_shape=(3, 32, 32),
+    mean=CIFAR_MEAN,
+    std=CIFAR_STD,
+    crop_padding=4,
+    flip=True,
+    files=tuple(
+        f"cifar-10-batches-py/{n}" for n in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+    ),
+)
+MNIST = Spec(
+    classes=10,
+    image_shape=(1, 28, 28),
+    mean=(0.1307,),
+    std=(0.3081,),
+    crop_padding=2,
+    flip=False,
+    files=tuple(f"MNIST/raw/{n}" for n in MNIST_FILES),
+)
+SPECS = {
+    "digits": Spec(
+        classes=10,
+        image_shape=(1, 8, 8),
+        mean=(0.305,),
+        std=(0.376,),
+        crop_padding=1,
+        flip=False,
+        pixel_maximum=16,
+    ),
+    "cifar10": CIFAR10,
+    "cifar100": replace(CIFAR10, classes=100, files=("cifar-100-python/train", "cifar-100-python/test")),
+    "mnist": MNIST,
+    "fashion_mnist": replace(
+        MNIST,
+        mean=(0.286,),
+        std=(0.353,),
+        flip=True,
+        files=tuple(f"FashionMNIST/raw/{n}" for n in MNIST_FILES),
+    ),
+}
+TORCHVISION = {
+    "cifar10": torchvision.datasets.CIFAR10,
+    "cifar100": torchvision.datasets.CIFAR100,
+    "mnist": torchvision.datasets.MNIST,
+    "fashion_mnist": torchvision.datasets.FashionMNIST,
+}
+
+
+def prepare(keys: Data) -> None:
+    """See that the dataset's files are there, downloading them if allowed.
+
+    Raises:
+        InputError: files are missing and may not, or cannot, be downloaded.
+    """
+    if keys.name == "digits":
+        return
+    try:
+        load(keys, train=False)
+        return
+    except InputError:
+        if not keys.download:
+            raise
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(
+        DOWNLOAD_TIMEOUT_SECONDS
+    )  # of each read: a slow link may take its time, a dead one not
+    try:
+        TORCHVISION[keys.name](keys.root, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise _missing_files(keys, f"missing, and the download failed ({reason})") from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def load(keys: Data, train: bool) -> LabelledImages:
+    """The training or test samples, cut to `train_limit` or `test_limit`.
+
+    Raises:
+        InputError: files are missing or damaged.
+    """
+    images, labels = _load_digits(train) if keys.name == "digits" else _load_torchvision(keys, train)
+    limit = keys.train_limit if train else keys.test_limit
+    if limit is not None and limit > len(labels):
+        which = "train" if train else "test"
+        raise InputError(f"data.{which}_limit: got {limit}, expected at most {len(labels)} for {keys.name}")
+    return LabelledImages(images[:limit], labels[:limit])
+
+
+def _load_torchvision(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
+    try:
+        dataset = TORCHVISION[keys.name](keys.root, train=train, download=False)
+    except (OSError, RuntimeError, ValueError):
+        raise _missing_files(keys, "missing or damaged") from None
+    images = torch.as_tensor(dataset.data)
+    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
+    return images.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64)
+
+
+def _missing_files(keys: Data, what: str) -> InputError:
+    folder = Path(keys.root).absolute()
+    files = ", ".join(SPECS[keys.name].files)
+    return InputError(
+        f"data.root: got {folder}, where files of {keys.name} are {what}; expected there: {files}"
+    )
+
+
+def _load_digits(train: bool) -> tuple[Tensor, Tensor]:
+    with np.load(DIGITS, allow_pickle=False) as file:
+        images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"].astype(np.int64))
+    chosen = torch.from_numpy(_digits_split()[0 if train else 1])
+    return images[chosen], labels[chosen]
+
+
+@cache
+def _digits_split() -> tuple[np.ndarray, np.ndarray]:
+    """Indices of 1,437 training and 360 test digits: stratified, the same in every run whatever its seed."""
+    with np.load(DIGITS, allow_pickle=False) as file:
+        labels = file["labels"]
+    # Largest remainders: each class gives its share of the 360, rounded so that they add up.
+    exact = np.bincount(labels) * (DIGITS_TEST_SAMPLES / len(labels))
+    counts = np.floor(exact).astype(int)
+    most_cut = np.argsort(counts - exact, kind="stable")
+    counts[most_cut[: DIGITS_TEST_SAMPLES - counts.sum()]] += 1
+    test = np.zeros(len(labels), dtype=bool)
+    for digit, count in enumerate(counts):
+        members = np.flatnonzero(labels == digit)
+        test[numpy_stream(0, "digits split", client=digit).permutation(members)[:count]] = True
+    mixed = numpy_stream(0, "digits order").permutation(
+        len(labels)
+    )  # so that train_limit takes a fair sample
+    return mixed[~test[mixed]], mixed[test[mixed]]
