@@ -1,0 +1,7 @@
+"""The algorithms by the name that the configuration gives them."""
+
+from fslsage_rpc.algorithms.base import Algorithm
+from fslsage_rpc.algorithms.fsl_sage import FslSage
+from fslsage_rpc.algorithms.splitfed import SplitFedV1
+
+ALGORITHMS: dict[str, type[Algorithm]] = {algorithm.name: algorithm for algorithm in (FslSage, SplitFedV1)}

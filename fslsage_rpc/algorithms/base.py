@@ -1,0 +1,75 @@
+"""What an algorithm has to say; everything else (ranks, transports, order, timing) is the same for all of
+them.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from fslsage_rpc.config import AlgorithmKeys
+from fslsage_rpc.federation import Federation
+from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import ClientRound
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the client, server and auxiliary model (all parameters and buffers) and of one sample's
+    smashed data.
+    """
+
+    client: int
+    server: int
+    auxiliary: int
+    smashed: int
+
+
+class Algorithm(ABC):
+    """One federated (split) learning algorithm.
+
+    A subclass is a page: its paper, the round of a client, the steps at which that round makes requests, and
+    its line of the paper ledger.
+    """
+
+    name: ClassVar[str]
+    uses: ClassVar[frozenset[str]] = frozenset()
+    """the keys of the configuration's `algorithm` section that it reads, besides the name"""
+    client_holds_whole_model: ClassVar[bool] = False
+    """FedAvg: there is no cut, and the server only evaluates"""
+    server_replicas: ClassVar[bool] = False
+    """one server model (and lane) per client, averaged at the end of the round; else one for all"""
+    auxiliary: ClassVar[Literal["none", "aligned", "trained"]] = "none"
+    """the auxiliary model: none, aligned by the server, or trained by the client"""
+
+    def __init__(self, keys: AlgorithmKeys, federation: Federation):
+        self.keys = keys
+        self.federation = federation
+
+    @abstractmethod
+    def client_round(self, client: Client, round: int) -> ClientRound:
+        """The round of one participating client, starting from the averaged client model."""
+
+    @abstractmethod
+    def request_steps(self, client: int, round: int) -> list[int]:
+        """The local steps, ascending, at which `client_round` yields: one entry per request."""
+
+    @abstractmethod
+    def paper_bytes(self, sizes: Sizes, round: int) -> int:
+        """The paper ledger's bytes of one round, all participants together."""
+
+    def ranking(self, round: int) -> list[int]:
+        """The participants in the order that the server takes them in within a step."""
+        return self.federation.participants(round)
+
+    def aligns(self, client: int, round: int) -> bool:
+        """Does this participant align in this round?"""
+        return False
+
+    def averages_auxiliary(self, round: int) -> bool:
+        """Are the auxiliary models averaged at the end of this round?"""
+        return False
+
+    @property
+    def interval(self) -> int:
+        """Rounds after which the kinds of rounds repeat: the alignment interval, where there is one."""
+        return 1

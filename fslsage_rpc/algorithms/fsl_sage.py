@@ -1,0 +1,60 @@
+"""FSL-SAGE: federated split learning via smashed-activation gradient estimation (arXiv 2505.23182, algorithm
+1).
+"""
+
+from fslsage_rpc.algorithms.base import Algorithm, Sizes
+from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import Align, ClientRound, Push
+
+
+class FslSage(Algorithm):
+    """Clients step on cut-layer gradients that an auxiliary model estimates; the server trains on every q-th
+    upload.
+
+    Every `align_every` (l) rounds the server fits each client's auxiliary model to the true gradients on that
+    client's newest uploads. A client that was absent then aligns at its first step when it is back.
+    """
+
+    name = "fsl_sage"
+    uses = frozenset({"upload_every", "align_every", "average_auxiliary", "alignment", "measure_drift"})
+    auxiliary = "aligned"
+
+    def client_round(self, client: Client, round: int) -> ClientRound:
+        for step, (x, y) in enumerate(client.batches(round)):
+            z = client.forward(x)  # smashed data [B, C, H, W]
+            if step % self.keys.upload_every == 0:
+                yield Push(step, z, y)  # one way: waits only for room in the upload window
+            if step == 0 and self.aligns(client.id, round):
+                client.auxiliary_weights.load(
+                    (yield Align(step))
+                )  # the only blocking remote forward and backward
+            client.backward(z, client.estimate(z, y))  # ĝ in place of g
+
+    def request_steps(self, client: int, round: int) -> list[int]:
+        uploads = list(range(0, self.federation.steps(client), self.keys.upload_every))
+        return [0, *uploads] if self.aligns(client, round) else uploads
+
+    def aligns(self, client: int, round: int) -> bool:
+        if self.keys.align_every is None:
+            return False
+        due = round - round % self.keys.align_every
+        return not any(client in self.federation.participants(earlier) for earlier in range(due, round))
+
+    def averages_auxiliary(self, round: int) -> bool:
+        if self.keys.average_auxiliary == "alignment":
+            return any(self.aligns(client, round) for client in self.federation.participants(round))
+        return self.keys.average_auxiliary == "round"
+
+    def paper_bytes(self, sizes: Sizes, round: int) -> int:
+        """2|C|, z at each upload, |A| at an alignment, and 2|A| where the auxiliary models are averaged."""
+        total = 0
+        for client in self.federation.participants(round):
+            uploaded = sum(self.federation.batch_sizes[client][:: self.keys.upload_every])
+            total += 2 * sizes.client + uploaded * sizes.smashed
+            total += sizes.auxiliary * self.aligns(client, round)
+            total += 2 * sizes.auxiliary * self.averages_auxiliary(round)
+        return total
+
+    @property
+    def interval(self) -> int:
+        return self.keys.align_every or 1

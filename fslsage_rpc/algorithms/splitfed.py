@@ -1,0 +1,30 @@
+"""SplitFed: split learning with parallel clients and federated averaging (arXiv 2004.12088)."""
+
+from fslsage_rpc.algorithms.base import Algorithm, Sizes
+from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import ClientRound, Exchange
+
+
+class SplitFedV1(Algorithm):
+    """Every client trains against a server-model replica of its own; client models and replicas are averaged.
+
+    Step for step it computes what FedAvg computes on the whole model.
+    """
+
+    name = "splitfed_v1"
+    server_replicas = True
+
+    def client_round(self, client: Client, round: int) -> ClientRound:
+        for step, (x, y) in enumerate(client.batches(round)):
+            z = client.forward(x)  # smashed data [B, C, H, W]
+            g = yield Exchange(step, z, y)  # true cut-layer gradient, [B, C, H, W]
+            client.backward(z, g)
+
+    def request_steps(self, client: int, round: int) -> list[int]:
+        return list(range(self.federation.steps(client)))
+
+    def paper_bytes(self, sizes: Sizes, round: int) -> int:
+        """2|C|, and z up and g down for each batch."""
+        participants = self.federation.participants(round)
+        samples = sum(sum(self.federation.batch_sizes[client]) for client in participants)
+        return 2 * sizes.client * len(participants) + 2 * sizes.smashed * samples

@@ -1,0 +1,139 @@
+"""FSL-SAGE's alignment: a client's auxiliary model is fitted to the server model's cut-layer gradients."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from fslsage_rpc.models.flat import Weights
+
+Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
+
+
+def cut_layer_gradient(model: nn.Module, z: Tensor, y: Tensor, create_graph: bool = False) -> Tensor:
+    """grad_z CE(model(z), y), the loss being the mean over the batch; `[B, ...]` like z.
+
+    With the server model it is the true gradient g, with an auxiliary model the estimate ĝ. Parameter
+    gradients are not computed, except (`create_graph`) the graph through which ĝ depends on the parameters.
+    """
+    z = z.detach().requires_grad_()
+    loss = F.cross_entropy(model(z), y)
+    return torch.autograd.grad(loss, z, create_graph=create_graph)[0]
+
+
+@contextmanager
+def untouched_statistics(model: nn.Module) -> Iterator[None]:
+    """Train-mode forward passes that normalise by the batch but leave running statistics as they are."""
+    tracking = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+class AlignmentBuffer:
+    """The newest `size` samples of (z, y) that a client uploaded: first in, first out."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._batches: deque[Batch] = deque()
+        self._samples = 0
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def add(self, z: Tensor, y: Tensor) -> None:
+        """Keep a batch, dropping the oldest samples beyond the size."""
+        self._batches.append((z, y))
+        self._samples += len(y)
+        while self._samples > self.size:
+            z, y = self._batches.popleft()
+            excess = min(self._samples - self.size, len(y))
+            if excess < len(y):
+                self._batches.appendleft((z[excess:].clone(), y[excess:].clone()))
+            self._samples -= excess
+
+    def batches(self, size: int) -> list[Batch]:
+        """The samples, oldest first, in batches of `size`; the last may be short."""
+        z, y = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        return list(zip(z.split(size), y.split(size), strict=True))
+
+
+@dataclass
+class Agreement:
+    """How well estimates ĝ match true gradients g, over any number of samples.
+
+    nmse = sum ||ĝ - g||^2 / sum ||g||^2; cosine = sum <ĝ, g> / sqrt(sum ||ĝ||^2 sum ||g||^2). The sums stay
+    on the device until `nmse` or `cosine` is asked for.
+    """
+
+    sums: Tensor | None = field(default=None)  # ||ĝ - g||^2, ||g||^2, ||ĝ||^2, <ĝ, g>
+
+    def add(self, estimate: Tensor, gradient: Tensor) -> None:
+        """Count one batch of estimates and true gradients, both `[B, ...]`."""
+        e, g = estimate.detach().flatten().double(), gradient.detach().flatten().double()
+        sums = torch.stack([(e - g).square().sum(), g.square().sum(), e.square().sum(), e @ g])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def read(self) -> dict[str, float] | None:
+        """nmse and cosine, or None where nothing was counted."""
+        if self.sums is None:
+            return None
+        error, true, estimated, product = self.sums.tolist()
+        tiny = torch.finfo(torch.float64).tiny
+        return {"nmse": error / max(true, tiny), "cosine": product / max((true * estimated) ** 0.5, tiny)}
+
+
+@dataclass
+class AuxiliaryFit:
+    """What the server keeps for one client: its auxiliary model, that model's optimizer, and the alignment
+    buffer.
+    """
+
+    model: nn.Module
+    weights: Weights
+    optimizer: Optimizer
+    buffer: AlignmentBuffer
+    epochs: int
+    batch_size: int
+
+    def align(self, server_model: nn.Module) -> tuple[Weights, dict[str, float]]:
+        """Fit the auxiliary model to the server model's gradients on the buffer (arXiv 2505.23182, eq. 6).
+
+        The targets are computed once, by train-mode passes that leave every parameter and buffer of the
+        server model as it was. Then `epochs` passes of the optimizer over the same batches, unshuffled,
+        minimise sum_samples ||ĝ - g||^2.
+
+        Returns:
+            A copy of the fitted weights, and nmse and cosine over the buffer before and after.
+        """
+        batches = self.buffer.batches(self.batch_size)
+        with untouched_statistics(server_model):
+            targets = [cut_layer_gradient(server_model, z, y) for z, y in batches]
+        before = self._agreement(batches, targets)
+        for _ in range(self.epochs):
+            for (z, y), target in zip(batches, targets, strict=True):
+                self.optimizer.zero_grad(set_to_none=True)
+                estimate = cut_layer_gradient(self.model, z, y, create_graph=True)
+                (estimate - target).square().sum().backward(inputs=list(self.model.parameters()))
+                self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        after = self._agreement(batches, targets)
+        record = {f"{key}_before": value for key, value in before.items()}
+        record |= {f"{key}_after": value for key, value in after.items()}
+        return self.weights.clone(), record
+
+    def _agreement(self, batches: list[Batch], targets: list[Tensor]) -> dict[str, float]:
+        agreement = Agreement()
+        for (z, y), target in zip(batches, targets, strict=True):
+            agreement.add(cut_layer_gradient(self.model, z, y), target)
+        return agreement.read() or {}

@@ -1,0 +1,84 @@
+"""Requests in, requests out in the order that the configuration asks for. No threads, no clocks."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from fslsage_rpc.parties.requests import Request
+
+Turn = tuple[int, int]  # (client, number)
+
+
+class Mailbox:
+    """Holds a lane's requests of one round back until it is their turn.
+
+    Each client announces the local steps at which it will make requests (several at one step are allowed).
+    From that:
+
+    - `round_robin`: by step, then client, then number;
+    - `client_major`: by client, then number;
+    - `arrival`: as they come, each client's own requests by number.
+
+    Finished and absent clients have no turns, so nobody waits for a request that will not come.
+    """
+
+    def __init__(self, order: str):
+        self.order = order
+        self._queue_of: dict[int, deque[Turn]] = {}  # one queue for all clients, or (arrival) one each
+        self._expected: set[Turn] = set()
+        self._waiting: dict[Turn, Request] = {}
+
+    def announce(self, plans: dict[int, Sequence[int]], ranking: Sequence[int]) -> None:
+        """Open a round.
+
+        Args:
+            plans: for each client of this lane the steps of its requests, ascending.
+            ranking: the order of the clients within a step or, with `client_major`, among each other.
+
+        Raises:
+            RuntimeError: the previous round is not finished.
+        """
+        if not self.finished:
+            raise RuntimeError(f"a round was announced while the last waits for {self.next_turns()}")
+        turns = [(step, client, number) for client in plans for number, step in enumerate(plans[client])]
+        self._expected = {(client, number) for _, client, number in turns}
+        if self.order == "arrival":
+            self._queue_of = {
+                client: deque((client, n) for n in range(len(plans[client]))) for client in plans
+            }
+            return
+        rank = {client: position for position, client in enumerate(ranking)}
+        if self.order == "round_robin":
+            turns.sort(key=lambda turn: (turn[0], rank[turn[1]], turn[2]))
+        else:
+            turns.sort(key=lambda turn: (rank[turn[1]], turn[2]))
+        shared = deque((client, number) for _, client, number in turns)
+        self._queue_of = {client: shared for client in plans}
+
+    def deliver(self, request: Request) -> list[Request]:
+        """Take in a request and return those, in order, whose turn has come.
+
+        Raises:
+            RuntimeError: the request was not announced or came twice.
+        """
+        turn = (request.client, request.number)
+        if turn not in self._expected:
+            raise RuntimeError(
+                f"client {request.client} sent request {request.number}, which it had not announced"
+            )
+        self._expected.remove(turn)
+        self._waiting[turn] = request
+        queue = self._queue_of[request.client]
+        released = []
+        while queue and queue[0] in self._waiting:
+            released.append(self._waiting.pop(queue.popleft()))
+        return released
+
+    @property
+    def finished(self) -> bool:
+        """Has every announced request had its turn?"""
+        return not self._expected and not self._waiting
+
+    def next_turns(self) -> list[Turn]:
+        """The requests that this lane waits for: what to name when a round does not end."""
+        queues = {id(queue): queue for queue in self._queue_of.values()}
+        return [queue[0] for queue in queues.values() if queue]

@@ -1,0 +1,68 @@
+"""What a client may ask of the server, and the envelope it travels in."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SmashedData:
+    """Smashed data z `[B, ...]` with its labels y `[B]`, made at local step `step`; z is cut off its autograd
+    graph.
+    """
+
+    step: int
+    z: Tensor
+    y: Tensor
+
+    def __post_init__(self) -> None:
+        self.z = self.z.detach()
+
+    def to(self, device: torch.device) -> "SmashedData":
+        """The same request with its tensors on a device."""
+        return type(self)(self.step, self.z.to(device), self.y.to(device))
+
+
+@dataclass
+class Push(SmashedData):
+    """Train on (z, y) and return nothing. The client waits only for room in its upload window."""
+
+    waits_as: ClassVar[str] = "upload_wait"
+
+
+@dataclass
+class Exchange(SmashedData):
+    """Train on (z, y) and return the cut-layer gradient g = dL/dz `[B, ...]`."""
+
+    waits_as: ClassVar[str] = "gradient_wait"
+
+
+@dataclass
+class Align:
+    """Fit the client's auxiliary model to the true cut-layer gradients and return its `Weights`."""
+
+    step: int
+    waits_as: ClassVar[str] = "alignment_wait"
+
+    def to(self, device: torch.device) -> "Align":
+        """There is nothing to move."""
+        return self
+
+
+@dataclass
+class Request:
+    """One request of one client; `number` counts the client's requests in the round from 0.
+
+    The transport does not keep the order of asynchronous calls, so the mailbox puts them back by number.
+    """
+
+    client: int
+    number: int
+    body: Push | Exchange | Align
+
+
+ClientRound = Generator[Push | Exchange | Align, Any, None]
+"""One client's round: yields what it asks of the server and is resumed with the answer (None for a push)."""

@@ -1,0 +1,127 @@
+"""Drives the rounds of all clients of a rank, so that one client's wait is another's time to compute."""
+
+import heapq
+import queue
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fslsage_rpc.measure.timeline import Timeline, clock
+from fslsage_rpc.parties.requests import Align, ClientRound, Exchange, Push, Request
+
+Send = Callable[[Request, Callable[[Any], None]], None]
+"""Hands a request to the transport, which calls back, from any thread, with the answer or the exception."""
+
+
+@dataclass
+class ClientProgress:
+    """How far one client is in its round."""
+
+    client: int
+    position: int
+    generator: ClientRound
+    requests: int = 0
+    uploads_in_flight: int = 0
+    held: Push | None = None
+    """an upload that waits for room in the window"""
+    answer: Any = None
+    waited_as: str = ""
+
+
+class Scheduler:
+    """Interleaves the client rounds of one rank.
+
+    The clients that can go on take turns by request (with `client_major`: the first one goes on as long as it
+    can, as the server wants its requests first). A client that waits, for room in its window or for an
+    answer, is suspended; the rank waits only when all its clients do, and that time is entered under what the
+    wait was for.
+
+    Args:
+        send: hands a request to the transport.
+        window: uploads of one client that the server may still have to train on.
+        depth_first: `client_major`.
+    """
+
+    def __init__(self, send: Send, window: int, depth_first: bool, timeline: Timeline):
+        self._send = send
+        self._window = window
+        self._depth_first = depth_first
+        self._timeline = timeline
+        self._replies: queue.SimpleQueue[tuple[ClientProgress, Push | Exchange | Align, Any]] = (
+            queue.SimpleQueue()
+        )
+        self._ready: list[tuple[int, int, ClientProgress]] = []
+        self._in_flight = 0
+
+    def run(self, rounds: Mapping[int, ClientRound]) -> None:
+        """Run these clients' rounds (in this order where they compete) to their end and drain all requests in
+        flight.
+
+        Raises:
+            Exception: what a client's round, or the transport, raised.
+        """
+        unfinished = len(rounds)
+        for position, (client, generator) in enumerate(rounds.items()):
+            self._resume(ClientProgress(client, position, generator), None)
+        while unfinished:
+            while not self._replies.empty():
+                self._settle(*self._replies.get())
+            if not self._ready:
+                self._wait()
+            progress = heapq.heappop(self._ready)[-1]
+            try:
+                body = progress.generator.send(progress.answer)
+            except StopIteration:
+                unfinished -= 1
+            else:
+                self._request(progress, body)
+        while self._in_flight:
+            with self._timeline.phase("drain_wait"):
+                reply = self._replies.get()
+            self._settle(*reply)
+
+    def _wait(self) -> None:
+        """Wait until some client can go on, and enter the time under what that client waited for."""
+        waited = 0.0
+        while not self._ready:
+            started = clock()
+            reply = self._replies.get()
+            waited += clock() - started
+            self._settle(*reply)
+        self._timeline.add(self._ready[0][-1].waited_as, waited)
+
+    def _resume(self, progress: ClientProgress, answer: Any) -> None:
+        progress.answer = answer
+        turn = 0 if self._depth_first else progress.requests
+        heapq.heappush(self._ready, (turn, progress.position, progress))
+
+    def _request(self, progress: ClientProgress, body: Push | Exchange | Align) -> None:
+        """Send a request, or hold it until there is room in the client's window."""
+        progress.waited_as = body.waits_as
+        if isinstance(body, Push):
+            if progress.uploads_in_flight == self._window:
+                progress.held = body
+                return
+            progress.uploads_in_flight += 1
+        request = Request(progress.client, progress.requests, body)
+        progress.requests += 1
+        self._in_flight += 1
+        with self._timeline.phase(
+            body.waits_as
+        ):  # handing over: serialising, and in the local transport the server
+            self._send(request, lambda answer: self._replies.put((progress, body, answer)))
+        if isinstance(body, Push):
+            self._resume(progress, None)
+
+    def _settle(self, progress: ClientProgress, body: Push | Exchange | Align, answer: Any) -> None:
+        """Take in the answer to one request."""
+        if isinstance(answer, BaseException):
+            raise answer
+        self._in_flight -= 1
+        if not isinstance(body, Push):
+            self._resume(progress, answer)
+            return
+        progress.uploads_in_flight -= 1
+        if progress.held is not None:
+            held, progress.held = progress.held, None
+            self._request(progress, held)
