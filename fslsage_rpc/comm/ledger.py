@@ -1,0 +1,47 @@
+"""The wire ledger: the bytes of the payload tensors that the program really hands over, by kind and client.
+
+Framing, small control messages (announcements, reports) and retransmissions are not in it.
+"""
+
+import threading
+from collections import defaultdict
+
+KINDS = (
+    "smashed_up",
+    "labels_up",
+    "gradient_down",
+    "auxiliary_down",
+    "weights_allreduce",
+    "initial_broadcast",
+    "evaluation",
+)
+RANK = -1
+"""stands for a client in entries that belong to a whole rank: averaging and evaluation"""
+
+
+class WireLedger:
+    """Bytes by kind and client; any thread may count."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[int, dict[str, int]] = defaultdict(lambda: dict.fromkeys(KINDS, 0))
+        self._lock = threading.Lock()
+
+    def count(self, kind: str, bytes: int, client: int = RANK) -> None:
+        """Add bytes of a kind."""
+        with self._lock:
+            self._bytes[client][kind] += bytes
+
+    def take(self) -> dict[int, dict[str, int]]:
+        """The bytes so far, by client and kind; the ledger starts again from zero."""
+        with self._lock:
+            taken = dict(self._bytes)
+            self._bytes.clear()
+        return taken
+
+
+def ring_share(bytes: int, ranks: int, rank: int) -> int:
+    """What rank `rank` (from 0) of a ring all-reduce of `bytes` sends: 2 (n-1)/n of it, rounded to add up
+    exactly.
+    """
+    total = 2 * (ranks - 1) * bytes
+    return total * (rank + 1) // ranks - total * rank // ranks

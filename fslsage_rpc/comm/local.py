@@ -1,0 +1,76 @@
+"""Everything in one process, without torch.distributed: the oracle for tests, and the way to run in a
+notebook.
+
+The server works inside the call that hands it a request, so nothing here happens at the same time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from fslsage_rpc.comm.ledger import WireLedger
+from fslsage_rpc.comm.link import ServerLink
+from fslsage_rpc.comm.world import World, choose_device
+from fslsage_rpc.config import Config
+from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.requests import Request
+from fslsage_rpc.parties.server import Server
+
+
+class LocalWorld(World):
+    """One process that is server and client rank at once."""
+
+    def __init__(self, config: Config):
+        self.rank, self.size = 0, 1
+        self.client_ranks, self.client_rank = 1, 0
+        self.device = choose_device(config.device, 0)
+
+    def connect(self, server: Server | None, ledger: WireLedger) -> ServerLink:
+        assert server is not None
+        return LocalLink(server, ledger)
+
+    def start_work(self, work: Callable[[], None]) -> None:
+        work()
+
+    def barrier(self) -> None:
+        pass
+
+    def client_barrier(self) -> None:
+        pass
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def all_reduce(self, weights: Weights, ledger: WireLedger) -> None:
+        pass
+
+    def describe(self) -> dict[str, Any]:
+        return {"transport": "local", "averaging": None, "rpc_transports": None, "interface": None}
+
+    def fail(self, error: BaseException) -> NoReturn:
+        raise error
+
+    def close(self) -> None:
+        pass
+
+
+class LocalLink(ServerLink):
+    """Calls the server object."""
+
+    def __init__(self, server: Server, ledger: WireLedger):
+        super().__init__(ledger)
+        self._server = server
+
+    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+        self._server.announce(plans, ranking)
+
+    def _initial_weights(self) -> tuple[Weights, Weights | None]:
+        return self._server.initial
+
+    def _submit(self, request: Request, on_answer: Callable[[Any], None]) -> None:
+        self._server.submit(request, on_answer)
+
+    def _deposit_average(self, weights: Weights) -> None:
+        self._server.averaged_weights.load(weights)

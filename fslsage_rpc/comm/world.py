@@ -1,0 +1,98 @@
+"""The ranks of a job and what they do together; `rpc.py` and `local.py` are its two kinds."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from fslsage_rpc.comm.ledger import WireLedger
+from fslsage_rpc.comm.link import ServerLink
+from fslsage_rpc.config import Config
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.server import Server
+
+
+class World(ABC):
+    """The ranks: rank 0 hosts the server, the others (or, in one process, the same one) host the clients.
+
+    Methods marked *collective* are called by all ranks in the same order, from the main thread only.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    client_ranks: int
+    """how many ranks host clients"""
+    client_rank: int | None
+    """this rank's place among them, from 0; None where it hosts none"""
+
+    @property
+    def hosts_server(self) -> bool:
+        """Does this rank own the server?"""
+        return self.rank == 0
+
+    @abstractmethod
+    def connect(self, server: Server | None, ledger: WireLedger) -> ServerLink | None:
+        """Collective: offer the server (rank 0) and get a link to it (ranks that host clients)."""
+
+    @abstractmethod
+    def start_work(self, work: Callable[[], None]) -> None:
+        """Run a piece of the server's work: on a thread of its own pool, or at once."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Collective: wait for all ranks."""
+
+    @abstractmethod
+    def client_barrier(self) -> None:
+        """Collective among the ranks that host clients: wait for them."""
+
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any] | None:
+        """Collective: every rank's value, by rank, on rank 0; None elsewhere."""
+
+    @abstractmethod
+    def broadcast(self, value: Any) -> Any:
+        """Collective: rank 0's value, everywhere."""
+
+    @abstractmethod
+    def all_reduce(self, weights: Weights, ledger: WireLedger) -> None:
+        """Collective among the ranks that host clients: floats summed, integers' maximum, in place."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Transports and back ends as they are, for `environment.json`."""
+
+    @abstractmethod
+    def fail(self, error: BaseException) -> NoReturn:
+        """Report this rank's error, once per job, and end the process (or, in one process, raise it)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Collective: leave in order."""
+
+
+def choose_device(keys_device: str, index: int) -> torch.device:
+    """The device of a rank that would take GPU number `index` of its host.
+
+    Raises:
+        InputError: a GPU is asked for and torch sees none.
+    """
+    if keys_device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: got 'cuda', expected auto or cpu: torch sees no CUDA device here")
+    if keys_device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", index % torch.cuda.device_count())
+
+
+def open_world(config: Config) -> World:
+    """Start (or join) the configured transport."""
+    if config.transport == "local":
+        from fslsage_rpc.comm.local import LocalWorld
+
+        return LocalWorld(config)
+    from fslsage_rpc.comm.rpc import RpcWorld
+
+    return RpcWorld(config)
