@@ -1,0 +1,92 @@
+"""The command line: `fslsage`, or `python -m fslsage_rpc`, alone or under torchrun."""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fslsage_rpc.configuration import load
+from fslsage_rpc.errors import InputError
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
+
+FIRST_WORD_SECONDS = 5.0
+"""how long another rank leaves it to rank 0 to report an input error"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0 done, 2 wrong input, 130 interrupted, 1 anything else.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        options = _parser().parse_args(arguments)
+        return options.command(options, arguments)
+    except InputError as error:
+        _report(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="fslsage", description="Federated split learning over torch.distributed, measured."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
+    train = commands.add_parser("train", help="train as a configuration file says")
+    train.add_argument("config", help="YAML configuration file")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="values to use instead of the file's"
+    )
+    train.set_defaults(command=_train)
+    evaluate = commands.add_parser("evaluate", help="evaluate the finished model of a run folder again")
+    evaluate.add_argument("run", help="run folder")
+    evaluate.set_defaults(command=_evaluate)
+    return parser
+
+
+def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load(options.config, options.overrides)
+    from fslsage_rpc.report.screen import Screen
+
+    if config.transport == "rpc" and "RANK" not in os.environ:
+        from fslsage_rpc.launching import launch
+        from fslsage_rpc.training.experiment import check
+
+        check(config, config.ranks)
+        return launch(config.ranks, arguments)
+    from fslsage_rpc.training.run import run
+
+    run(config, Screen(config))
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
+    from fslsage_rpc.training.evaluation import evaluate_run
+
+    score = evaluate_run(options.run)
+    print(f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}")
+    return 0
+
+
+def _report(error: InputError) -> None:
+    """The one line, from rank 0; another rank speaks only if its own host alone has the problem."""
+    rank = int(os.environ.get("RANK", 0))
+    where = ""
+    if rank != 0:
+        time.sleep(FIRST_WORD_SECONDS)  # rank 0 has the same problem as a rule, and its end ends this rank
+        where = f" (on rank {rank}, host {platform.node()})"
+    print(f"fslsage_rpc: {error}{where}", file=sys.stderr, flush=True)

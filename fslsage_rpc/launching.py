@@ -1,0 +1,38 @@
+"""The self-launching form: starts this program's own ranks on this host, as torchrun would."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def launch(ranks: int, arguments: Sequence[str]) -> int:
+    """Run `python -m fslsage_rpc ARGUMENTS` as so many ranks and wait for them.
+
+    Returns:
+        The exit status: 0, 2 where the ranks found the input wrong, 130 after Ctrl-C, else 1.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what went wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "fslsage_rpc", *arguments)
+    except ChildFailedError as error:
+        statuses = {failure.exitcode for failure in error.failures.values()}
+        return 2 if 2 in statuses else 1
+    except (SignalException, KeyboardInterrupt):
+        return 130
+    return 0

@@ -1,0 +1,43 @@
+"""The Python entry point: a whole run in this process, for notebooks and scripts."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fslsage_rpc.config import Config
+from fslsage_rpc.configuration import from_tree, load
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, the lines of its `metrics.jsonl`, and its `summary.json`."""
+
+    folder: Path
+    rounds: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> Run:
+    """Train in this process (`transport: local`), showing progress.
+
+    Args:
+        config: a `Config`, nested keys as in YAML, or the path of a YAML file.
+        overrides: `key.sub=value`, for a path.
+
+    Raises:
+        InputError: a key, value or file is wrong.
+    """
+    from fslsage_rpc.report.screen import Screen
+    from fslsage_rpc.training.run import run
+
+    if isinstance(config, str | Path):
+        config = load(config, overrides)
+    elif not isinstance(config, Config):
+        config = from_tree(dict(config))
+    config = replace(config, transport="local")
+    folder = run(config, Screen(config))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return Run(folder, [json.loads(line) for line in lines], summary)

@@ -1,0 +1,133 @@
+"""What a run shows: a live progress bar on a terminal, one plain line per round elsewhere, and a table at the
+end.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fslsage_rpc.config import Config
+
+MIB = 2**20
+TABLE_WIDTH = 78
+
+
+class SteadyCursorConsole(Console):
+    """A console that never hides the cursor: a killed rank could not bring it back."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
+class Screen:
+    """Shows one run; a context that closes the progress bar."""
+
+    def __init__(self, config: Config, console: Console | None = None):
+        self._console = console or SteadyCursorConsole(highlight=False)
+        self._name = config.name
+        self._rounds = config.rounds
+        self._wire_bytes = 0
+        self._accuracy: float | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("accuracy {task.fields[accuracy]}  {task.fields[bytes]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            self._name, total=self._rounds, accuracy="   - ", bytes=_mib(0), start=True
+        )
+
+    def __enter__(self) -> "Screen":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def warn(self, message: str) -> None:
+        """One line, on stderr where there is no terminal."""
+        self._progress.console.print(f"warning: {message}", style="yellow")
+
+    def show_round(self, line: dict[str, Any]) -> None:
+        """Take in a metrics line."""
+        self._wire_bytes += sum(line["wire_bytes"].values())
+        if line["test_accuracy"] is not None:
+            self._accuracy = line["test_accuracy"]
+        accuracy = "   - " if self._accuracy is None else f"{self._accuracy:.3f}"
+        self._progress.update(self._task, advance=1, accuracy=accuracy, bytes=_mib(self._wire_bytes))
+        if not self._console.is_terminal:
+            loss = "-" if line["train_loss"] is None else f"{line['train_loss']:.4f}"
+            print(
+                f"round {line['round'] + 1}/{self._rounds}  accuracy {accuracy}  train loss {loss}  "
+                f"{line['round_seconds']:.3f} s  {_mib(self._wire_bytes)} so far",
+                flush=True,
+            )
+
+    def show_finished(self, summary: dict[str, Any], folder: Path) -> None:
+        """The table of a run that was complete before it was asked for."""
+        self.show_summary(summary, folder)
+        self._console.print(
+            "This run was complete already. To start anew: resume=never, or another name=...", soft_wrap=True
+        )
+
+    def show_summary(self, summary: dict[str, Any], folder: Path) -> None:
+        """The table that a run ends in."""
+        self._progress.stop()
+        self._console.print(summary_table(self._name, summary))
+        self._console.print(f"Run folder: {folder}", soft_wrap=True)
+
+
+def summary_table(name: str, summary: dict[str, Any]) -> Table:
+    """Accuracy, seconds by phase, bytes by kind, and the paper ledger beside them."""
+    rounds, seconds = summary["rounds"], summary["training_seconds"]
+    accuracy = summary["test_accuracy"]
+    table = Table(title=f"{name}: {summary['algorithm']}, {rounds} rounds", width=TABLE_WIDTH)
+    table.add_column("measured")
+    table.add_column("total", justify="right")
+    table.add_column("per round", justify="right")
+    table.add_column("share", justify="right")
+
+    best = f"best {accuracy['best']:.4f} in round {accuracy['best_round'] + 1}"
+    table.add_row("test accuracy", f"{accuracy['last']:.4f}")
+    table.add_row(f"  {best}")
+    table.add_section()
+
+    def add_seconds(label: str, value: float) -> None:
+        table.add_row(label, f"{value:.2f} s", f"{value / rounds:.4f} s", f"{value / seconds:.1%}")
+
+    add_seconds("training clock", seconds)
+    for party, title in (("client", "client ranks, mean"), ("server", "server lanes, mean")):
+        table.add_section()
+        table.add_row(title)
+        for phase, value in summary["phases"][party].items():
+            if value:
+                add_seconds(f"  {phase}", value)
+
+    wire = sum(summary["wire_bytes"].values())
+
+    def add_bytes(label: str, value: int) -> None:
+        table.add_row(label, _mib(value), _mib(value / rounds), f"{value / wire:.1%}")
+
+    table.add_section()
+    add_bytes("bytes on the wire", wire)
+    for kind, value in summary["wire_bytes"].items():
+        if value:
+            add_bytes(f"  {kind}", value)
+    paper = summary["paper_bytes_total"]
+    table.add_section()
+    table.add_row("paper ledger (modelled)", _mib(paper), _mib(paper / rounds))
+    return table
+
+
+def _mib(bytes: float) -> str:
+    return f"{bytes / MIB:.2f} MiB"

@@ -1,0 +1,99 @@
+"""What a configuration comes to, before any rank talks to another: data, clients, models, algorithm."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
+from fslsage_rpc.algorithms.base import Sizes
+from fslsage_rpc.comm.world import choose_device
+from fslsage_rpc.config import Config
+from fslsage_rpc.data import datasets, partitions
+from fslsage_rpc.data.datasets import LabelledImages, Spec
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.federation import Federation
+from fslsage_rpc.models.flat import module_bytes
+from fslsage_rpc.models.splitting import PRECISIONS, SplitModel, build, check_cut, has_batch_norm
+
+
+def check(config: Config, ranks: int) -> None:
+    """Find what can be found wrong before anything slow.
+
+    Args:
+        ranks: of the job; 1 for `transport: local`.
+
+    Raises:
+        InputError: the configuration cannot run here.
+    """
+    if config.transport == "rpc":
+        if not torch.distributed.is_available() or not torch.distributed.rpc.is_available():
+            raise InputError(
+                "transport: got 'rpc', expected local: this build of torch has no torch.distributed.rpc"
+            )
+        if ranks < 2:
+            raise InputError(f"transport: got 'rpc' on {ranks} rank, expected local, or at least 2 ranks")
+        if ranks - 1 > config.clients.count:
+            count = config.clients.count
+            raise InputError(
+                f"clients.count: got {count}, expected at least {ranks - 1}, one per client rank"
+            )
+    check_cut(config.model.name, config.model.cut)
+    choose_device(config.device, 0)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        datasets.prepare(config.data)
+
+
+@dataclass
+class Experiment:
+    """A configuration with everything that follows from it alone; the same on every rank."""
+
+    config: Config
+    spec: Spec
+    train: LabelledImages
+    parts: partitions.Partition
+    federation: Federation
+    algorithm: Algorithm
+    split: SplitModel
+    dtype: torch.dtype
+
+    @classmethod
+    def prepare(cls, config: Config) -> "Experiment":
+        """Load the data, divide it, and build the models.
+
+        Raises:
+            InputError: the data are missing, or cannot be divided or trained on as configured.
+        """
+        spec = datasets.SPECS[config.data.name]
+        train = datasets.load(config.data, train=True)
+        clients = config.clients
+        parts = partitions.partition(config.data, train.labels.numpy(), clients.count, config.seed)
+        federation = Federation(
+            [len(part) for part in parts],
+            clients.participation,
+            clients.batch_size,
+            clients.local_epochs,
+            config.seed,
+        )
+        dtype = PRECISIONS[config.precision]
+        model = config.model
+        split = build(model.name, model.cut, spec.classes, spec.image_shape, config.seed, dtype)
+        if has_batch_norm(split.client) or has_batch_norm(split.server):
+            alone = [client for client, sizes in enumerate(federation.batch_sizes) if 1 in sizes]
+            if alone:
+                raise InputError(
+                    f"clients.batch_size: got {clients.batch_size}, expected one that leaves no batch of 1 sample, "
+                    f"as BatchNorm in {model.name} needs: client {alone[0]} has {len(parts[alone[0]])} samples"
+                )
+        algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
+        return cls(config, spec, train, parts, federation, algorithm, split, dtype)
+
+    def sizes(self) -> Sizes:
+        """The sizes that the paper ledger counts with."""
+        element = torch.empty((), dtype=self.dtype).element_size()
+        return Sizes(
+            client=module_bytes(self.split.client),
+            server=module_bytes(self.split.server),
+            auxiliary=module_bytes(self.split.auxiliary),
+            smashed=torch.Size(self.split.smashed_shape).numel() * element,
+        )

@@ -1,0 +1,153 @@
+"""The line of `metrics.jsonl` that a round leaves, and the summary that all of them come to."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fslsage_rpc.comm.ledger import KINDS, RANK
+from fslsage_rpc.parties.server import ServerReport
+from fslsage_rpc.training.evaluation import Score
+
+CLIENT_PHASES = (
+    "data",
+    "forward_backward",
+    "estimate",
+    "upload_wait",
+    "gradient_wait",
+    "alignment_wait",
+    "drain_wait",
+    "averaging",
+)
+
+WireBytes = dict[int, dict[str, int]]
+
+
+@dataclass
+class RankReport:
+    """What one rank measured in one round.
+
+    `seconds` runs from leaving the barrier before the round to leaving the one after it; `phases` is None on
+    a rank without clients.
+    """
+
+    seconds: float
+    phases: dict[str, float] | None
+    wire: WireBytes
+
+
+def round_seconds(reports: Sequence[RankReport]) -> float:
+    """The training clock of a round: that of the slowest rank."""
+    return max(report.seconds for report in reports)
+
+
+def client_phases(reports: Sequence[RankReport]) -> dict[str, float]:
+    """Mean seconds per phase over the client ranks; `other` is what is left of the round."""
+    measured = [report.phases for report in reports if report.phases is not None]
+    phases = {
+        name: sum(seconds.get(name, 0.0) for seconds in measured) / len(measured) for name in CLIENT_PHASES
+    }
+    phases["other"] = round_seconds(reports) - sum(phases.values())
+    return phases
+
+
+class RoundRecorder:
+    """Turns what the ranks report into metrics lines, and keeps the totals."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.client_bytes: WireBytes = {}
+        self._elapsed_seconds = 0.0
+        self._paper_bytes = 0
+
+    def add(
+        self,
+        round: int,
+        reports: Sequence[RankReport],
+        server: ServerReport,
+        score: Score | None,
+        evaluation_seconds: float,
+        paper_bytes: int,
+        participants: list[int],
+    ) -> dict[str, Any]:
+        """The line of one round."""
+        seconds = round_seconds(reports)
+        self._elapsed_seconds += seconds
+        self._paper_bytes += paper_bytes
+        wire_bytes = dict.fromkeys(KINDS, 0)
+        for report in reports:
+            for client, kinds in report.wire.items():
+                total = self.client_bytes.setdefault(client, dict.fromkeys(KINDS, 0))
+                for kind, bytes in kinds.items():
+                    wire_bytes[kind] += bytes
+                    total[kind] += bytes
+        line = {
+            "round": round,
+            "train_loss": server.loss_sum / server.samples if server.samples else None,
+            "test_loss": score.loss if score else None,
+            "test_accuracy": score.accuracy if score else None,
+            "round_seconds": seconds,
+            "elapsed_seconds": self._elapsed_seconds,
+            "evaluation_seconds": evaluation_seconds,
+            "phases": {"client": client_phases(reports), "server": server.phases},
+            "wire_bytes": wire_bytes,
+            "paper_bytes": paper_bytes,
+            "paper_bytes_total": self._paper_bytes,
+            "participants": participants,
+            "alignment": _mean_record(server.alignments),
+            "drift": _mean_record(server.drifts),
+        }
+        self.lines.append(line)
+        return line
+
+    def summary(self, algorithm: str, interval: int) -> dict[str, Any]:
+        """What `summary.json` holds: totals, accuracies, and medians over alignment intervals of `interval`
+        rounds.
+        """
+        lines = self.lines
+        scored = [line for line in lines if line["test_accuracy"] is not None]
+        best = max(scored, key=lambda line: line["test_accuracy"])
+        phases = {
+            party: {
+                name: sum(line["phases"][party][name] for line in lines) for name in lines[0]["phases"][party]
+            }
+            for party in ("client", "server")
+        }
+        return {
+            "algorithm": algorithm,
+            "rounds": len(lines),
+            "test_accuracy": {
+                "last": scored[-1]["test_accuracy"],
+                "best": best["test_accuracy"],
+                "best_round": best["round"],
+            },
+            "test_loss": scored[-1]["test_loss"],
+            "training_seconds": self._elapsed_seconds,
+            "evaluation_seconds": sum(line["evaluation_seconds"] for line in lines),
+            "interval_rounds": interval,
+            "median_round_seconds": interval_median([line["round_seconds"] for line in lines], interval),
+            "phases": phases,
+            "wire_bytes": {kind: sum(line["wire_bytes"][kind] for line in lines) for kind in KINDS},
+            "wire_bytes_per_client": {
+                str(client): kinds for client, kinds in sorted(self.client_bytes.items()) if client != RANK
+            },
+            "paper_bytes_total": self._paper_bytes,
+        }
+
+
+def interval_median(seconds: Sequence[float], interval: int) -> float | None:
+    """The median over whole alignment intervals, the first left out, of the mean seconds per round within
+    each.
+
+    A median over single rounds would hide alignment. None where there are fewer than two whole intervals.
+    """
+    starts = range(interval, len(seconds) - interval + 1, interval)
+    means = [statistics.fmean(seconds[start : start + interval]) for start in starts]
+    return statistics.median(means) if means else None
+
+
+def _mean_record(records: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    """The mean over clients, key by key; None where there are none."""
+    if not records:
+        return None
+    return {key: statistics.fmean(record[key] for record in records) for key in records[0]}

@@ -1,0 +1,81 @@
+"""One run from its configuration to its folder: check, prepare, train, write."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fslsage_rpc.comm.world import World, open_world
+from fslsage_rpc.config import AlgorithmKeys, Config
+from fslsage_rpc.data import partitions
+from fslsage_rpc.report.screen import Screen
+from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.run_folder import RunFolder, rank_environment, versions
+from fslsage_rpc.training.trainer import Trainer
+
+
+def run(config: Config, screen: Screen) -> Path:
+    """Train as configured, as one rank of a job or (`transport: local`) alone.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: the configuration cannot run here; found before ranks meet.
+    """
+    local = config.transport == "local"
+    first = local or int(os.environ.get("RANK", 0)) == 0
+    check(config, 1 if local else int(os.environ.get("WORLD_SIZE", 1)))
+    folder = RunFolder(config) if first else None
+    experiment = Experiment.prepare(config)
+    world = open_world(config)
+    try:
+        if folder is None:
+            _train(experiment, world, None, screen)
+        else:
+            with screen:
+                _train(experiment, world, folder, screen)
+    except BaseException as error:
+        world.fail(error)
+    world.close()
+    return Path(config.output) / config.name
+
+
+def _train(experiment: Experiment, world: World, folder: RunFolder | None, screen: Screen) -> None:
+    """Train; on the server's rank, which has the folder and the screen, show and write what comes of it."""
+    finished = world.broadcast(folder and folder.finished_summary)
+    if finished:
+        if folder:
+            screen.show_finished(finished, folder.path)
+        return
+    ranks = world.gather(rank_environment(world.device))
+    trainer = Trainer(experiment, world)
+    if folder is None:
+        trainer.train(on_round=lambda line: None)
+        return
+    folder.start(
+        environment={"versions": versions(), **world.describe(), "ranks": ranks},
+        partition=partitions.summary(
+            experiment.parts, experiment.train.labels.numpy(), experiment.spec.classes
+        ),
+    )
+    for key in unused_keys(experiment.config.algorithm, experiment.algorithm.uses):
+        screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")
+
+    def on_round(line: dict[str, Any]) -> None:
+        folder.add_round(line)
+        screen.show_round(line)
+
+    trainer.train(on_round)
+    summary = trainer.recorder.summary(experiment.algorithm.name, experiment.algorithm.interval)
+    folder.finish(summary, trainer.final_model())
+    screen.show_summary(summary, folder.path)
+
+
+def unused_keys(keys: AlgorithmKeys, used: frozenset[str]) -> list[str]:
+    """The keys that were changed from their defaults and that this algorithm does not read."""
+    defaults = AlgorithmKeys()
+    return [
+        key
+        for key, value in vars(keys).items()
+        if key != "name" and key not in used and value != getattr(defaults, key)
+    ]

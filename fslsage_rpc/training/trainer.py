@@ -1,0 +1,154 @@
+"""The round loop. Every rank runs the same lines; each does the part of the parties that it hosts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fslsage_rpc.comm.averaging import federated_average
+from fslsage_rpc.comm.ledger import WireLedger
+from fslsage_rpc.comm.world import World
+from fslsage_rpc.data import datasets
+from fslsage_rpc.data.batches import ImageBatches
+from fslsage_rpc.measure.timeline import Timeline, clock
+from fslsage_rpc.parties.scheduler import Scheduler
+from fslsage_rpc.parties.server import Server
+from fslsage_rpc.training.assembly import build_clients, build_server
+from fslsage_rpc.training.evaluation import Score, evaluate
+from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.records import RankReport, RoundRecorder, round_seconds
+
+GIB = 2**30
+
+
+class Trainer:
+    """Trains an experiment on a world of ranks.
+
+    Attributes:
+        server: the server, on the rank that hosts it; else None.
+        clients: the clients that this rank hosts, by id.
+        recorder: on the server's rank, the lines of the rounds so far.
+    """
+
+    def __init__(self, experiment: Experiment, world: World):
+        self.experiment = experiment
+        self.world = world
+        self.recorder = RoundRecorder()
+        self._config = experiment.config
+        self._algorithm = experiment.algorithm
+        self._sizes = experiment.sizes()
+        self._timeline = Timeline()
+        self._ledger = WireLedger()
+        self.server = build_server(experiment, world) if world.hosts_server else None
+        self._link = world.connect(self.server, self._ledger)
+        self.clients = build_clients(experiment, world, self._link, self._timeline) if self._link else {}
+        self._test_data = self._load_test_data() if self.server else None
+
+    def train(self, on_round: Callable[[dict[str, Any]], None]) -> None:
+        """Train until the configured end; `on_round` gets each round's metrics line, on the server's rank."""
+        paper_bytes_total = 0
+        for round in range(self._config.rounds):
+            seconds = self._train_round(round)
+            ended = clock()
+            paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
+            paper_bytes_total += paper_bytes
+            last = round == self._config.rounds - 1 or self._paper_limit_reached(paper_bytes_total)
+            evaluated = last or (round + 1) % self._config.evaluation.every == 0
+            if evaluated and self._link and self.world.client_rank == 0:
+                self._link.deposit_average(next(iter(self.clients.values())).weights)
+            phases = self._timeline.take() if self._link else None
+            reports = self.world.gather(RankReport(seconds, phases, self._ledger.take()))
+            if self.server and reports:
+                score = self._evaluate(self.server) if evaluated else None
+                line = self.recorder.add(
+                    round=round,
+                    reports=reports,
+                    server=self.server.report(round_seconds(reports)),
+                    score=score,
+                    evaluation_seconds=clock() - ended,
+                    paper_bytes=paper_bytes,
+                    participants=self.experiment.federation.participants(round),
+                )
+                on_round(line)
+                last = last or self._accuracy_reached(score)
+            if self.world.broadcast(last):
+                return
+
+    def final_model(self) -> dict[str, torch.Tensor]:
+        """The whole model's state_dict on the CPU, under the uncut model's names; on the server's rank."""
+        assert self.server is not None
+        return {
+            name: t.cpu().clone() for half in self.server.halves() for name, t in half.state_dict().items()
+        }
+
+    def _train_round(self, round: int) -> float:
+        """One round on the training clock: client rounds and server steps, then averaging.
+
+        Returns:
+            Seconds from the barrier before the round to the one after averaging.
+        """
+        federation, algorithm = self.experiment.federation, self._algorithm
+        shares = federation.shares(round)
+        averages_auxiliary = algorithm.averages_auxiliary(round)
+        mine = [client for client in algorithm.ranking(round) if client in self.clients]
+        if self._link:
+            plans = {client: algorithm.request_steps(client, round) for client in mine}
+            self._link.announce(plans, algorithm.ranking(round))
+        self.world.barrier()
+        started = clock()
+        if self._link:
+            scheduler = Scheduler(
+                self._link.send,
+                window=self._config.comm.upload_window,
+                depth_first=self._config.server.order == "client_major",
+                timeline=self._timeline,
+            )
+            scheduler.run({client: algorithm.client_round(self.clients[client], round) for client in mine})
+            if self.world.device.type == "cuda":
+                with self._timeline.phase("forward_backward"):  # the device finishes what the host has queued
+                    torch.cuda.synchronize(self.world.device)
+            with self._timeline.phase("drain_wait"):
+                self.world.client_barrier()
+            with self._timeline.phase("averaging"):
+                self._average_clients(shares, averages_auxiliary)
+        if self.server:
+            self.server.wait()
+            self.server.average(shares, averages_auxiliary)
+        with self._timeline.phase("drain_wait"):
+            self.world.barrier()
+        return clock() - started
+
+    def _average_clients(self, shares: dict[int, float], auxiliary: bool) -> None:
+        """Give every client of this rank, absent ones too, the weighted mean over all participants of all
+        ranks.
+        """
+        models = {
+            id: (client.weights, client.auxiliary_weights) if auxiliary else (client.weights,)
+            for id, client in self.clients.items()
+        }
+        means = federated_average(models, shares, lambda sums: self.world.all_reduce(sums, self._ledger))
+        for weights in models.values():
+            for model, mean in zip(weights, means, strict=True):
+                model.load(mean)
+
+    def _evaluate(self, server: Server) -> Score:
+        assert self._test_data is not None
+        return evaluate(nn.Sequential(*server.halves()), self._test_data)
+
+    def _load_test_data(self) -> ImageBatches:
+        return ImageBatches(
+            datasets.load(self._config.data, train=False),
+            self.experiment.spec,
+            self._config.evaluation.batch_size,
+            self.world.device,
+            self.experiment.dtype,
+        )
+
+    def _paper_limit_reached(self, paper_bytes_total: int) -> bool:
+        limit = self._config.stop.paper_gib
+        return limit is not None and paper_bytes_total >= limit * GIB
+
+    def _accuracy_reached(self, score: Score | None) -> bool:
+        target = self._config.stop.accuracy
+        return target is not None and score is not None and score.accuracy >= target
