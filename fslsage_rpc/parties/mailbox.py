@@ -52,7 +52,7 @@ class Mailbox:
         else:
             turns.sort(key=lambda turn: (rank[turn[1]], turn[2]))
         shared = deque((client, number) for _, client, number in turns)
-        self._queue_of = {client: shared for client in plans}
+        self._queue_of = dict.fromkeys(plans, shared)
 
     def deliver(self, request: Request) -> list[Request]:
         """Take in a request and return those, in order, whose turn has come.

@@ -82,8 +82,8 @@ class Experiment:
             alone = [client for client, sizes in enumerate(federation.batch_sizes) if 1 in sizes]
             if alone:
                 raise InputError(
-                    f"clients.batch_size: got {clients.batch_size}, expected one that leaves no batch of 1 sample, "
-                    f"as BatchNorm in {model.name} needs: client {alone[0]} has {len(parts[alone[0]])} samples"
+                    f"clients.batch_size: got {clients.batch_size}, expected one that leaves no batch of 1 "
+                    f"for the BatchNorm of {model.name}: client {alone[0]} has {len(parts[alone[0]])} samples"
                 )
         algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
         return cls(config, spec, train, parts, federation, algorithm, split, dtype)

@@ -1,0 +1,114 @@
+"""Trains several configurations one after the other and saves what each party ends with.
+
+In a test's own process with `transport: local`; or as the program of a torchrun job:
+
+    torchrun --standalone --nproc_per_node=3 tests/rank_program.py CONFIGS.json FOLDER
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fslsage_rpc.comm.world import open_world
+from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.trainer import Trainer
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Outcome:
+    """What is left of one training: every party's tensors by name, and the lines of the metrics."""
+
+    tensors: Tensors = field(default_factory=dict)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(experiment: Experiment, world: Any) -> Outcome:
+    """Train and take hold of what this rank hosts."""
+    trainer = Trainer(experiment, world)
+    outcome = Outcome()
+    trainer.train(outcome.lines.append)
+
+    def keep(name: str, weights: Weights) -> None:
+        outcome.tensors[f"{name}/floats"] = weights.floats.clone()
+        outcome.tensors[f"{name}/integers"] = weights.integers.clone()
+
+    for client in trainer.clients.values():
+        keep(f"client {client.id}", client.weights)
+        if experiment.algorithm.auxiliary != "none":
+            keep(f"client {client.id} auxiliary", client.auxiliary_weights)
+    if trainer.server:
+        for client, lane in trainer.server.lanes.items():
+            keep(f"server of {client}", lane.weights)
+        for client, fit in trainer.server.fits.items():
+            keep(f"server's auxiliary of {client}", fit.weights)
+        for name, tensor in trainer.final_model().items():
+            outcome.tensors[f"final {name}"] = tensor
+    return outcome
+
+
+def train_locally(tree: dict[str, Any]) -> Outcome:
+    """Train in this process."""
+    config = from_tree({**tree, "transport": "local"})
+    return train(Experiment.prepare(config), open_world(config))
+
+
+def train_on_ranks(
+    ranks: int, trees: list[dict[str, Any]], folder: Path, timeout: float = 200
+) -> list[Outcome]:
+    """Train on a torchrun job of so many ranks; the parties' tensors of all ranks together."""
+    folder.mkdir()
+    (folder / "configs.json").write_text(json.dumps(trees))
+    run_job(["--nproc_per_node", str(ranks), __file__, str(folder / "configs.json"), str(folder)], timeout)
+    outcomes = []
+    for number in range(len(trees)):
+        outcome = Outcome()
+        for rank in range(ranks):
+            saved = torch.load(folder / f"{number}-{rank}.pt", weights_only=True)
+            outcome.tensors |= saved["tensors"]
+            outcome.lines += saved["lines"]
+        outcomes.append(outcome)
+    return outcomes
+
+
+def run_job(arguments: list[str], timeout: float) -> str:
+    """Run a standalone torchrun job to its end, or kill all of it; its output, as text."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, output
+    return output
+
+
+def main(configs: str, folder: str) -> None:
+    """One rank of a job."""
+    experiments = [Experiment.prepare(from_tree(tree)) for tree in json.loads(Path(configs).read_text())]
+    world = open_world(experiments[0].config)
+    for number, experiment in enumerate(experiments):
+        try:
+            outcome = train(experiment, world)
+        except BaseException as error:
+            world.fail(error)
+        torch.save(vars(outcome), Path(folder) / f"{number}-{world.rank}.pt")
+    world.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

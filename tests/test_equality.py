@@ -1,0 +1,149 @@
+"""The real transport equals the oracle, on any number of ranks and every time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_program import Outcome, train_locally, train_on_ranks
+
+SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases")
+OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
+
+
+def tree(partition_file: Path, algorithm: str, order: str, model: str = "simple_conv") -> dict[str, Any]:
+    return {
+        # BatchNorm on single pixels, as resnet18 has on digits, amplifies rounding a millionfold a round.
+        "rounds": 1 if model == "resnet18" else 3,
+        "precision": "fp64",
+        "device": "cpu",
+        "clients": {"count": 3, "batch_size": 16},
+        "data": {"partition": "file", "partition_file": str(partition_file), "test_limit": 60},
+        "model": {"name": model},
+        "algorithm": {
+            "name": algorithm,
+            "upload_every": 2,
+            "align_every": 2,
+            "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
+        },
+        "optimizer": {party: {"lr": 3e-3} for party in ("client", "server", "auxiliary")},
+        "server": {"order": order},
+        "comm": {"transports": ["uv"], "upload_window": 1, "timeout_seconds": 60},
+        "evaluation": {"every": 2},
+    }
+
+
+CASES = [
+    ("fsl_sage", "round_robin", "simple_conv"),
+    ("fsl_sage", "client_major", "simple_conv"),
+    ("fsl_sage", "round_robin", "resnet18"),
+    ("splitfed_v1", "round_robin", "simple_conv"),
+    ("splitfed_v1", "client_major", "simple_conv"),
+    ("splitfed_v1", "round_robin", "resnet18"),
+]
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path = tmp_path_factory.mktemp("partition") / "partition.json"
+    # Clients of unequal size: 5, 3 and 3 steps, and every last batch is short.
+    path.write_text(json.dumps([list(range(70)), list(range(70, 115)), list(range(115, 149))]))
+    return [tree(path, *case) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def local(trees: list[dict[str, Any]]) -> list[Outcome]:
+    return [train_locally(tree) for tree in trees]
+
+
+@pytest.fixture(scope="module")
+def jobs(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    folder = tmp_path_factory.mktemp("jobs")
+    return {
+        name: train_on_ranks(ranks, trees, folder / name)
+        for name, ranks in (("2 ranks", 2), ("3 ranks", 3), ("3 ranks again", 3))
+    }
+
+
+def assert_same(a: Outcome, b: Outcome) -> None:
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, expected in a.tensors.items():
+        difference = (b.tensors[name].double() - expected.double()).norm()
+        assert difference <= 1e-10 * expected.double().norm(), name
+    assert len(a.lines) == len(b.lines) > 0
+    for expected, line in zip(a.lines, b.lines, strict=True):
+        for key in ("train_loss", "test_loss", "test_accuracy"):
+            assert line[key] == (expected[key] and pytest.approx(expected[key], rel=1e-9)), key
+        for key in ("alignment", "drift"):
+            assert line[key] == (expected[key] and pytest.approx(expected[key], rel=1e-6)), key
+        for key in ("round", "paper_bytes", "paper_bytes_total", "participants"):
+            assert line[key] == expected[key], key
+        by_rpc = [
+            {k: v for k, v in x["wire_bytes"].items() if k != OWN_COLLECTIVES} for x in (expected, line)
+        ]
+        assert by_rpc[0] == by_rpc[1]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
+class TestTransports:
+    def test_rpc_equals_local(self, case: int, local: list[Outcome], jobs: dict[str, list[Outcome]]) -> None:
+        assert_same(local[case], jobs["3 ranks"][case])
+
+    def test_two_ranks_equal_three(self, case: int, jobs: dict[str, list[Outcome]]) -> None:
+        assert_same(jobs["2 ranks"][case], jobs["3 ranks"][case])
+
+    def test_two_runs_give_the_same_metrics(self, case: int, jobs: dict[str, list[Outcome]]) -> None:
+        first, second = (
+            [{k: v for k, v in line.items() if k not in SECONDS} for line in jobs[name][case].lines]
+            for name in ("3 ranks", "3 ranks again")
+        )
+        assert first == second
+
+    def test_what_was_sent_is_what_the_algorithm_sends(self, case: int, local: list[Outcome]) -> None:
+        algorithm, _, model = CASES[case]
+        uploaded = {"fsl_sage": 16 + 16 + 6 + 16 + 13 + 16 + 2, "splitfed_v1": 149}[
+            algorithm
+        ]  # samples a round
+        for round, line in enumerate(local[case].lines):
+            wire = line["wire_bytes"]
+            assert wire["smashed_up"] == uploaded * {"simple_conv": 64 * 2 * 2, "resnet18": 128}[model] * 8
+            assert wire["labels_up"] == uploaded * 8
+            assert wire["gradient_down"] == (wire["smashed_up"] if algorithm == "splitfed_v1" else 0)
+            aligned = algorithm == "fsl_sage" and round % 2 == 0
+            assert (line["alignment"] is not None) == aligned
+            assert (wire["auxiliary_down"] > 0) == aligned
+            assert (line["drift"] is not None) == (algorithm == "fsl_sage")
+
+
+@pytest.mark.parametrize("case", [0, 3])
+def test_rounds_learn_and_are_evaluated_when_asked(case: int, local: list[Outcome]) -> None:
+    lines = local[case].lines
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    evaluated = [line["test_accuracy"] is not None for line in lines]
+    assert evaluated == [False, True, True]  # evaluation.every is 2, and the last round always is
+
+
+def test_the_ledger_counts_what_a_ring_moves(jobs: dict[str, list[Outcome]]) -> None:
+    for two, three in zip(jobs["2 ranks"], jobs["3 ranks"], strict=True):
+        reduced = [tensor for name, tensor in three.tensors.items() if name.startswith("client 0/")]
+        if three.lines[0]["alignment"]:  # then the auxiliary models travel in the same all-reduce
+            reduced += [
+                tensor for name, tensor in three.tensors.items() if name.startswith("client 0 auxiliary/")
+            ]
+        size = sum(tensor.numel() * 8 for tensor in reduced)
+        assert (
+            three.lines[0]["wire_bytes"][OWN_COLLECTIVES] == 2 * (2 - 1) * size
+        )  # 2 (n-1)/n S on each of n = 2
+        assert two.lines[0]["wire_bytes"][OWN_COLLECTIVES] == 0  # one client rank has nobody to reduce with
+
+
+def test_clients_are_averaged_and_auxiliaries_after_an_alignment(local: list[Outcome]) -> None:
+    for (algorithm, _, _), outcome in zip(CASES, local, strict=True):
+        tensors = outcome.tensors
+        assert torch.equal(tensors["client 0/floats"], tensors["client 2/floats"])
+        if algorithm == "fsl_sage":  # the last round had an alignment, and average_auxiliary is `alignment`
+            assert torch.equal(tensors["client 0 auxiliary/floats"], tensors["client 2 auxiliary/floats"])
+            assert torch.equal(
+                tensors["server's auxiliary of 0/floats"], tensors["client 0 auxiliary/floats"]
+            )

@@ -1,0 +1,95 @@
+"""The mailbox releases requests in the configured order, however they arrive."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fslsage_rpc.parties.mailbox import Mailbox
+from fslsage_rpc.parties.requests import Align, Push, Request
+
+PLANS = {0: [0, 0, 2, 4], 1: [0, 2], 2: []}
+
+
+def request(client: int, number: int, step: int = 0) -> Request:
+    return Request(client, number, Align(step))
+
+
+def released(
+    order: str, arrivals: list[tuple[int, int]], ranking: list[int] | None = None
+) -> list[tuple[int, int]]:
+    mailbox = Mailbox(order)
+    mailbox.announce(PLANS, ranking or [0, 1, 2])
+    out = [r for client, number in arrivals for r in mailbox.deliver(request(client, number))]
+    assert mailbox.finished
+    return [(r.client, r.number) for r in out]
+
+
+ALL = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+
+
+@given(st.permutations(ALL))
+def test_round_robin_is_by_step_then_client_whatever_the_arrival(arrivals: list[tuple[int, int]]) -> None:
+    assert released("round_robin", arrivals) == [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (0, 3)]
+
+
+@given(st.permutations(ALL))
+def test_client_major_is_by_client(arrivals: list[tuple[int, int]]) -> None:
+    assert released("client_major", arrivals) == ALL
+
+
+@given(st.permutations(ALL))
+def test_arrival_keeps_only_each_clients_own_order(arrivals: list[tuple[int, int]]) -> None:
+    out = released("arrival", arrivals)
+    assert sorted(out) == sorted(ALL)
+    for client in (0, 1):
+        assert [n for c, n in out if c == client] == sorted(n for c, n in ALL if c == client)
+
+
+def test_arrival_releases_at_once_what_is_next_for_its_client() -> None:
+    mailbox = Mailbox("arrival")
+    mailbox.announce(PLANS, [0, 1, 2])
+    assert [r.client for r in mailbox.deliver(request(1, 0))] == [1]
+    assert mailbox.deliver(request(0, 1)) == []
+    assert [r.number for r in mailbox.deliver(request(0, 0))] == [0, 1]
+
+
+def test_the_ranking_orders_the_clients_within_a_step() -> None:
+    assert released("round_robin", ALL, [1, 2, 0])[:3] == [(1, 0), (0, 0), (0, 1)]
+    assert released("client_major", ALL, [1, 2, 0])[:2] == [(1, 0), (1, 1)]
+
+
+@given(st.integers(1, 6), st.integers(0, 2**32), st.sampled_from(["round_robin", "client_major", "arrival"]))
+def test_every_announced_request_is_released_once_in_every_round(clients: int, seed: int, order: str) -> None:
+    chance = random.Random(seed)
+    mailbox = Mailbox(order)
+    for _ in range(3):
+        plans = {c: sorted(chance.choices(range(5), k=chance.randrange(6))) for c in range(clients)}
+        turns = [(c, n) for c in plans for n in range(len(plans[c]))]
+        mailbox.announce(plans, list(plans))
+        arrivals = chance.sample(turns, len(turns))
+        out = [(r.client, r.number) for turn in arrivals for r in mailbox.deliver(request(*turn))]
+        assert sorted(out) == turns
+        assert mailbox.finished
+
+
+def test_requests_that_were_not_announced_are_refused() -> None:
+    mailbox = Mailbox("round_robin")
+    mailbox.announce(PLANS, [0, 1, 2])
+    with pytest.raises(RuntimeError, match="client 2 sent request 0"):
+        mailbox.deliver(request(2, 0))
+    mailbox.deliver(request(0, 3))
+    with pytest.raises(RuntimeError, match="client 0 sent request 3"):
+        mailbox.deliver(request(0, 3))
+    with pytest.raises(RuntimeError, match="announced while"):
+        mailbox.announce(PLANS, [0, 1, 2])
+    assert mailbox.next_turns() == [(0, 0)]
+
+
+def test_what_travels_is_cut_off_its_graph() -> None:
+    z = torch.ones(2, requires_grad=True) * 2
+    push = Push(0, z, torch.zeros(2, dtype=torch.int64))
+    assert not push.z.requires_grad
+    assert push.z.data_ptr() == z.data_ptr()  # and not copied

@@ -1,0 +1,142 @@
+"""The scheduler suspends the client that waits, never its rank, and measures the waits."""
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+import torch
+
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
+from fslsage_rpc.parties.scheduler import Scheduler
+
+Answer = Callable[[Any], None]
+
+
+def push(step: int = 0) -> Push:
+    return Push(step, torch.zeros(1), torch.zeros(1))
+
+
+class FakeServer:
+    """Keeps requests until they are answered by hand."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[Request, Answer]] = []
+        self.log: list[tuple[int, int]] = []
+        self.most_uploads = 0
+
+    def send(self, request: Request, on_answer: Answer) -> None:
+        self.log.append((request.client, request.number))
+        self.pending.append((request, on_answer))
+        mine = [r for r, _ in self.pending if r.client == request.client and isinstance(r.body, Push)]
+        self.most_uploads = max(self.most_uploads, len(mine))
+
+    def answer_all_soon(self, stop: threading.Event, seconds: float) -> None:
+        while not stop.wait(seconds):
+            if self.pending:
+                request, on_answer = self.pending.pop(0)
+                on_answer(None if isinstance(request.body, Push) else f"answer {request.number}")
+
+
+def run(
+    rounds: dict[int, Generator[Any, Any, None]],
+    window: int = 2,
+    depth_first: bool = False,
+    seconds: float = 0.005,
+) -> tuple[FakeServer, Timeline]:
+    server, timeline, stop = FakeServer(), Timeline(), threading.Event()
+    thread = threading.Thread(target=server.answer_all_soon, args=(stop, seconds))
+    thread.start()
+    try:
+        Scheduler(server.send, window, depth_first, timeline).run(rounds)
+    finally:
+        stop.set()
+        thread.join()
+    assert not server.pending  # drained
+    return server, timeline
+
+
+def test_the_window_bounds_the_uploads_in_flight_of_each_client() -> None:
+    def client() -> Generator[Push, None, None]:
+        for step in range(8):
+            yield push(step)
+
+    server, timeline = run({0: client(), 1: client()}, window=3)
+    assert server.most_uploads == 3
+    assert [number for c, number in server.log if c == 0] == list(range(8))
+    assert timeline.seconds["upload_wait"] > 0
+    assert timeline.seconds["drain_wait"] > 0
+
+
+def test_a_full_window_suspends_that_client_and_not_its_rank() -> None:
+    seen: list[str] = []
+
+    def uploader() -> Generator[Push, None, None]:
+        for step in range(3):
+            yield push(step)
+            seen.append(f"uploaded {step}")
+
+    def worker() -> Generator[Push, None, None]:
+        seen.append("worked")
+        yield push()
+
+    run({0: uploader(), 1: worker()}, window=1, seconds=0.1)
+    assert seen.index("worked") < seen.index("uploaded 1")
+
+
+def test_answers_reach_the_client_that_asked() -> None:
+    answers: dict[int, list[Any]] = {0: [], 1: []}
+
+    def client(id: int) -> Generator[Exchange | Align, Any, None]:
+        answers[id].append((yield Exchange(0, torch.zeros(1), torch.zeros(1))))
+        answers[id].append((yield Align(0)))
+
+    _, timeline = run({0: client(0), 1: client(1)})
+    assert answers == {0: ["answer 0", "answer 1"], 1: ["answer 0", "answer 1"]}
+    assert timeline.seconds["gradient_wait"] > 0
+    assert timeline.seconds["alignment_wait"] > 0
+
+
+def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
+    """Four clients share a rank that always has one to go on with: waiting is measured only at the end."""
+
+    def client(id: int) -> Generator[Exchange, Any, None]:
+        for step in range(5):
+            time.sleep(0.02)  # stands for computation
+            yield Exchange(step, torch.zeros(1), torch.zeros(1))
+
+    _, timeline = run({id: client(id) for id in range(4)}, seconds=0.001)
+    waited = timeline.seconds.get("gradient_wait", 0.0)
+    assert waited < 0.5 * 20 * 0.02  # one after the other it would be a wait for each of the 20 requests
+
+
+@pytest.mark.parametrize(
+    ("depth_first", "expected"), [(False, [0, 1, 0, 1, 0, 1]), (True, [0, 0, 0, 1, 1, 1])]
+)
+def test_clients_take_turns_by_request_or_one_goes_ahead(depth_first: bool, expected: list[int]) -> None:
+    def client() -> Generator[Push, None, None]:
+        for step in range(3):
+            yield push(step)
+
+    server, _ = run({0: client(), 1: client()}, window=5, depth_first=depth_first)
+    assert [client for client, _ in server.log] == expected
+
+
+def test_an_error_from_the_transport_ends_the_run() -> None:
+    def client() -> Generator[Exchange, Any, None]:
+        yield Exchange(0, torch.zeros(1), torch.zeros(1))
+
+    with pytest.raises(ValueError, match="lost"):
+        Scheduler(lambda _, on_answer: on_answer(ValueError("lost")), 1, False, Timeline()).run({0: client()})
+
+
+def test_phases_do_not_nest() -> None:
+    timeline = Timeline()
+    with pytest.raises(RuntimeError, match="inside"), timeline.phase("outer"), timeline.phase("inner"):
+        pass
+    with timeline.phase("next"):
+        pass
+    assert set(timeline.take()) == {"outer", "next"}
+    assert timeline.take() == {}
