@@ -63,7 +63,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     from fslsage_rpc.report.screen import Screen
 
     if config.transport == "rpc" and "RANK" not in os.environ:
-        from fslsage_rpc.launching import launch
+        from fslsage_rpc.comm.launching import launch
         from fslsage_rpc.training.experiment import check
 
         check(config, config.ranks)

@@ -156,7 +156,7 @@ class Comm:
     """uploads of one client that the server may still have to train on"""
     interface: str | None = None
     """network interface for RPC, Gloo and NCCL; null: loopback on one host, else the libraries' own choice"""
-    transports: list[str] | None = None
+    transports: list[Literal["uv", "shm", "ibv"]] | None = None
     """TensorPipe transports; null: [uv] where cores are few (shm busy-polls), else TensorPipe's own choice"""
     timeout_seconds: Positive = 300.0
     """a rank that gives no sign of life for so long ends the run"""

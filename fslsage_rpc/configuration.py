@@ -18,6 +18,8 @@ import yaml
 from fslsage_rpc.config import Bounds, Config, Only
 from fslsage_rpc.errors import InputError
 
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+"""what PyYAML raises: its own errors, and those of its constructors on tags such as `!!int ''`"""
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -27,10 +29,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: a file is missing or malformed, or a key or value is not allowed.
     """
-    tree = _read_with_base(Path(path), seen=())
-    for override in overrides:
-        _apply_override(tree, override)
-    return from_tree(tree)
+    try:
+        tree = _read_with_base(Path(path), seen=())
+        for override in overrides:
+            _apply_override(tree, override)
+        return from_tree(tree)
+    except RecursionError:  # YAML anchors can make a mapping that holds itself
+        raise InputError(f"{path}: got mappings without end, expected ones that end") from None
 
 
 def from_tree(tree: dict[str, Any]) -> Config:
@@ -79,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(f"{path}: cannot be read ({reason}), expected a YAML configuration") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0] or type(error).__name__
@@ -92,7 +97,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
+    try:
+        real = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # NUL in the name, a loop of links
+        raise InputError(f"{path}: cannot be read, expected a YAML configuration") from None
+    if real in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise InputError(f"base: got a cycle ({chain}), expected base files that end")
     tree = read_yaml(path)
@@ -101,7 +110,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise InputError(f"base: got {_show(base)}, expected a file path relative to {path}")
-    return _merge(_read_with_base(path.parent / base, (*seen, path.resolve())), tree)
+    return _merge(_read_with_base(path.parent / base, (*seen, real)), tree)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -122,14 +131,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise InputError("base: got an override, expected it inside a configuration file")
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except NOT_YAML:
         raise InputError(f"{key}: got {text!r}, expected a YAML value") from None
     *sections, last = key.split(".")
     for depth, section in enumerate(sections):
-        below = tree.setdefault(section, {})
+        below = tree.get(section, {})
         if not isinstance(below, dict):
             raise InputError(f"{'.'.join(sections[: depth + 1])}: got {_show(below)}, expected a mapping")
-        tree = below
+        tree[section] = dict(below)  # its own: YAML anchors put one mapping in two places
+        tree = tree[section]
     tree[last] = value
 
 
@@ -166,7 +176,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         else:
             break
     if isinstance(rule, Only):
-        if value != rule.value:
+        if value != rule.value or type(value) is not type(rule.value):
             expected = f"{_show(rule.value)} ({rule.feature} is not in this version)"
             raise InputError(f"{key}: got {_show(value)}, expected {expected}")
         return value
@@ -186,8 +196,9 @@ def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
         choices = typing.get_args(hint)
         return "one of " + ", ".join(choices), value if isinstance(value, str) and value in choices else None
     if typing.get_origin(hint) is list:
-        texts = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
-        return "a list of names", value if texts else None
+        (member,) = typing.get_args(hint)
+        good = isinstance(value, list) and value and all(_as_type(member, item)[1] for item in value)
+        return f"a list, each {_as_type(member, None)[0]}", value if good else None
     if hint is bool:
         return "true or false", value if isinstance(value, bool) else None
     if hint is int:
@@ -211,8 +222,9 @@ def _show(value: Any) -> str:
     """A value as YAML writes it, short enough for one line."""
     if value is None:
         return "null"
-    text = (
-        repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6)
-    )
-    text = text.replace("\n...", "").strip()
+    try:
+        text = repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists hundreds deep
+        text = f"a value of type {type(value).__name__} too large to show"
+    text = " ".join(text.replace("\n...", "").split())
     return text if len(text) <= 60 else text[:57] + "..."

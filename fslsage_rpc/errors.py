@@ -4,8 +4,12 @@
 class InputError(ValueError):
     """The user's input is wrong: a key, a value or a file. Ends the program with exit status 2.
 
-    The message is one line that names the key or file, what it was and what it may be.
+    The message is one line that names the key or file, what it was and what it may be; whatever in it would
+    break the line (a key or path can hold anything) is escaped.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class ConnectionLost(RuntimeError):

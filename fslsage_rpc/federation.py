@@ -21,7 +21,7 @@ class Federation:
         self.samples = list(samples)
         self.batch_sizes = [batch_sizes(n, batch_size, local_epochs) for n in samples]
         self.seed = seed
-        self._per_round = math.ceil(round(participation * len(samples), 9))  # 0.1 * 30 is 3, not 4
+        self._per_round = max(1, math.ceil(round(participation * len(samples), 9)))  # 0.1 * 30 is 3, not 4
 
     def participants(self, round: int) -> list[int]:
         """The clients that train in a round, ascending."""

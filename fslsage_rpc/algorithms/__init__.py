@@ -4,4 +4,6 @@ from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV1
 
+__all__ = ["ALGORITHMS", "Algorithm"]
+
 ALGORITHMS: dict[str, type[Algorithm]] = {algorithm.name: algorithm for algorithm in (FslSage, SplitFedV1)}

@@ -5,7 +5,6 @@ flight together with an NCCL collective (which would deadlock).
 """
 
 import os
-import socket
 import sys
 import traceback
 import warnings
@@ -24,7 +23,7 @@ from torch.futures import Future
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.watchdog import Watchdog
-from fslsage_rpc.comm.world import World, choose_device
+from fslsage_rpc.comm.world import World, choose_device, interfaces
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
 from fslsage_rpc.models.flat import Weights
@@ -86,10 +85,10 @@ class RpcWorld(World):
             )
         # new_group is called by all ranks, also by rank 0, which is in neither group.
         clients = list(range(1, self.size))
-        self._clients = dist.new_group(clients, timeout=FOREVER, backend="gloo")
+        self._clients: Any = dist.new_group(clients, timeout=FOREVER, backend="gloo")
         self._averaging = self._choose_averaging(keys.averaging)
         nccl = self._averaging == "nccl"
-        self._averaging_group = (
+        self._averaging_group: Any = (
             dist.new_group(clients, timeout=FOREVER, backend="nccl") if nccl else self._clients
         )
 
@@ -149,19 +148,18 @@ class RpcWorld(World):
         }
 
     def fail(self, error: BaseException) -> NoReturn:
-        reason = f"{type(error).__name__}: {error}"
-        message = (
-            f"fslsage_rpc: rank {self.rank} ({'server' if self.rank == 0 else 'clients'}) failed: {reason}"
-        )
+        role = "server" if self.rank == 0 else "clients"
+        message, status = f"fslsage_rpc: rank {self.rank} ({role}) failed: {type(error).__name__}: {error}", 1
         if isinstance(error, InputError):
-            message = f"fslsage_rpc: {error}"
+            message, status = f"fslsage_rpc: {error}", 2
+        elif isinstance(error, KeyboardInterrupt):
+            message, status = "fslsage_rpc: interrupted", 130
         elif not isinstance(error, ConnectionLost):
             message = "".join(traceback.format_exception(error)) + message
         if self._watchdog.claim(message, wait=isinstance(error, ConnectionLost)):
             print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        # Not sys.exit: that would wait for RPC threads that wait for peers that are gone.
-        os._exit(2 if isinstance(error, InputError) else 1)
+        os._exit(status)  # sys.exit would wait for RPC threads that wait for peers that are gone
 
     def close(self) -> None:
         global _offered
@@ -312,18 +310,10 @@ def _default_transports() -> list[str] | None:
 
 
 def _bind_interface(keys: Comm) -> str | None:
-    """Make RPC, Gloo and NCCL use one network interface: the configured one, or loopback where all is on one
-    host.
-
-    Raises:
-        InputError: this host has no such interface.
-    """
-    names = [name for _, name in socket.if_nameindex()]
+    """Make RPC, Gloo and NCCL use one interface: the configured one, or loopback where all is on one host."""
     interface = keys.interface
-    if interface is not None and interface not in names:
-        raise InputError(f"comm.interface: got {interface!r}, expected one of {', '.join(names)}")
     if interface is None and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        interface = next((name for name in ("lo", "lo0") if name in names), None)
+        interface = next((name for name in ("lo", "lo0") if name in interfaces()), None)
     if interface is not None:
         for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ[variable] = interface

@@ -1,5 +1,6 @@
 """The ranks of a job and what they do together; `rpc.py` and `local.py` are its two kinds."""
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -72,6 +73,20 @@ class World(ABC):
     @abstractmethod
     def close(self) -> None:
         """Collective: leave in order."""
+
+
+def rpc_available() -> bool:
+    """Does this build of torch have the RPC framework? (On macOS and Windows some have not.)"""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed import rpc
+
+    return rpc.is_available()
+
+
+def interfaces() -> list[str]:
+    """The names of this host's network interfaces."""
+    return [name for _, name in socket.if_nameindex()]
 
 
 def choose_device(keys_device: str, index: int) -> torch.device:

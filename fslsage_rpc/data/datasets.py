@@ -17,7 +17,9 @@ from fslsage_rpc.randomness import numpy_stream
 
 DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_TEST_SAMPLES = 360
-DOWNLOAD_TIMEOUT_SECONDS = 10.0
+DOWNLOAD_TIMEOUT_SECONDS = 10.0  # of each read: a slow link may take its time, a dead one not
+DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
+"""what torchvision raises on files that are missing or not what they should be"""
 
 
 @dataclass(frozen=True)
@@ -117,18 +119,16 @@ def prepare(keys: Data) -> None:
     if keys.name == "digits":
         return
     try:
-        load(keys, train=False)
+        _load_torchvision(keys, train=False)
         return
     except InputError:
         if not keys.download:
             raise
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(
-        DOWNLOAD_TIMEOUT_SECONDS
-    )  # of each read: a slow link may take its time, a dead one not
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
         TORCHVISION[keys.name](keys.root, download=True)
-    except (OSError, RuntimeError) as error:
+    except DAMAGED as error:
         reason = str(error).partition("\n")[0]
         raise _missing_files(keys, f"missing, and the download failed ({reason})") from None
     finally:
@@ -152,7 +152,7 @@ def load(keys: Data, train: bool) -> LabelledImages:
 def _load_torchvision(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
     try:
         dataset = TORCHVISION[keys.name](keys.root, train=train, download=False)
-    except (OSError, RuntimeError, ValueError):
+    except DAMAGED:
         raise _missing_files(keys, "missing or damaged") from None
     images = torch.as_tensor(dataset.data)
     images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)

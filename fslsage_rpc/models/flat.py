@@ -49,12 +49,12 @@ def flatten(module: nn.Module) -> Weights:
     floats: list[Tensor] = []
     integers: list[Tensor] = []
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.dtype == (floats[0] if floats else tensor).dtype:
             floats.append(tensor)
         elif tensor.dtype == torch.int64:
             integers.append(tensor)
         else:
-            raise TypeError(f"{name} is {tensor.dtype}: weights are floating-point or int64")
+            raise TypeError(f"{name} is {tensor.dtype}: weights are floating-point of one type or int64")
     return Weights(_adopt(floats), _adopt(integers, torch.int64))
 
 

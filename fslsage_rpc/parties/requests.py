@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class SmashedData:
     def __post_init__(self) -> None:
         self.z = self.z.detach()
 
-    def to(self, device: torch.device) -> "SmashedData":
+    def to(self, device: torch.device) -> Self:
         """The same request with its tensors on a device."""
         return type(self)(self.step, self.z.to(device), self.y.to(device))
 
@@ -47,7 +47,7 @@ class Align:
     step: int
     waits_as: ClassVar[str] = "alignment_wait"
 
-    def to(self, device: torch.device) -> "Align":
+    def to(self, device: torch.device) -> Self:
         """There is nothing to move."""
         return self
 

@@ -55,7 +55,7 @@ class Screen:
         self._progress.stop()
 
     def warn(self, message: str) -> None:
-        """One line, on stderr where there is no terminal."""
+        """One line above the progress."""
         self._progress.console.print(f"warning: {message}", style="yellow")
 
     def show_round(self, line: dict[str, Any]) -> None:

@@ -62,6 +62,7 @@ def build_clients(
 ) -> dict[int, Client]:
     """The clients that this rank hosts, by id, starting from the server's weights."""
     assert world.client_rank is not None
+    assert experiment.train is not None
     config, split = experiment.config, experiment.split
     keys = TrainingKeys(config.seed, config.clients.local_epochs, config.data.augment)
     clients = {}

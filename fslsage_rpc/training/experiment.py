@@ -2,12 +2,13 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
 from fslsage_rpc.algorithms.base import Sizes
-from fslsage_rpc.comm.world import choose_device
+from fslsage_rpc.comm.world import choose_device, interfaces, rpc_available
 from fslsage_rpc.config import Config
 from fslsage_rpc.data import datasets, partitions
 from fslsage_rpc.data.datasets import LabelledImages, Spec
@@ -27,31 +28,35 @@ def check(config: Config, ranks: int) -> None:
         InputError: the configuration cannot run here.
     """
     if config.transport == "rpc":
-        if not torch.distributed.is_available() or not torch.distributed.rpc.is_available():
-            raise InputError(
-                "transport: got 'rpc', expected local: this build of torch has no torch.distributed.rpc"
-            )
-        if ranks < 2:
-            raise InputError(f"transport: got 'rpc' on {ranks} rank, expected local, or at least 2 ranks")
-        if ranks - 1 > config.clients.count:
-            count = config.clients.count
-            raise InputError(
-                f"clients.count: got {count}, expected at least {ranks - 1}, one per client rank"
-            )
+        _check_ranks(config, ranks)
     check_cut(config.model.name, config.model.cut)
     choose_device(config.device, 0)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         datasets.prepare(config.data)
 
 
+def _check_ranks(config: Config, ranks: int) -> None:
+    clients, interface = config.clients.count, config.comm.interface
+    if not rpc_available():
+        raise InputError("transport: got 'rpc', expected local: this build of torch has no RPC")
+    if ranks < 2:
+        raise InputError(f"transport: got 'rpc' on {ranks} rank, expected local, or at least 2 ranks")
+    if ranks - 1 > clients:
+        raise InputError(f"clients.count: got {clients}, expected at least {ranks - 1}, one per client rank")
+    if interface is not None and interface not in interfaces():
+        raise InputError(f"comm.interface: got {interface!r}, expected one of {', '.join(interfaces())}")
+
+
 @dataclass
 class Experiment:
-    """A configuration with everything that follows from it alone; the same on every rank."""
+    """A configuration with all that follows from it alone, the same on every rank; for one training."""
 
     config: Config
     spec: Spec
-    train: LabelledImages
+    train: LabelledImages | None
+    """all training samples, until the clients have taken theirs"""
     parts: partitions.Partition
+    partition_summary: list[dict[str, Any]]
     federation: Federation
     algorithm: Algorithm
     split: SplitModel
@@ -86,7 +91,17 @@ class Experiment:
                     f"for the BatchNorm of {model.name}: client {alone[0]} has {len(parts[alone[0]])} samples"
                 )
         algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
-        return cls(config, spec, train, parts, federation, algorithm, split, dtype)
+        return cls(
+            config=config,
+            spec=spec,
+            train=train,
+            parts=parts,
+            partition_summary=partitions.summary(parts, train.labels.numpy(), spec.classes),
+            federation=federation,
+            algorithm=algorithm,
+            split=split,
+            dtype=dtype,
+        )
 
     def sizes(self) -> Sizes:
         """The sizes that the paper ledger counts with."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from fslsage_rpc.comm.world import World, open_world
 from fslsage_rpc.config import AlgorithmKeys, Config
-from fslsage_rpc.data import partitions
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run_folder import RunFolder, rank_environment, versions
@@ -54,9 +53,7 @@ def _train(experiment: Experiment, world: World, folder: RunFolder | None, scree
         return
     folder.start(
         environment={"versions": versions(), **world.describe(), "ranks": ranks},
-        partition=partitions.summary(
-            experiment.parts, experiment.train.labels.numpy(), experiment.spec.classes
-        ),
+        partition=experiment.partition_summary,
     )
     for key in unused_keys(experiment.config.algorithm, experiment.algorithm.uses):
         screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")

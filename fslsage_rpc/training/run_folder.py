@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import changed_keys, read_yaml, to_tree
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.report.tensorboard import TensorBoard
 from fslsage_rpc.version import __version__
 
 FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
@@ -27,6 +29,7 @@ WRITTEN = (
     "summary.json",
     "model.pt",
 )
+EVENTS = "tensorboard"
 
 
 class RunFolder:
@@ -54,14 +57,18 @@ class RunFolder:
         self._write("config.yaml", yaml.safe_dump(self._config, sort_keys=False))
         self._write("environment.json", _json(environment))
         self._write("partition.json", _json(partition))
+        shutil.rmtree(self.path / EVENTS, ignore_errors=True)
+        self._tensorboard = TensorBoard(self.path / EVENTS)
 
-    def add_round(self, line: Mapping[str, Any]) -> None:
+    def add_round(self, line: dict[str, Any]) -> None:
         """Append one line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self._tensorboard.add_round(line)
 
     def finish(self, summary: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
         """Write the final model and, last, the summary that marks the run as complete."""
+        self._tensorboard.close()
         torch.save(dict(model), self.path / "model.pt.tmp")
         os.replace(self.path / "model.pt.tmp", self.path / "model.pt")
         self._write("summary.json", _json(summary))

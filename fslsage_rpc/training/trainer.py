@@ -43,6 +43,7 @@ class Trainer:
         self.server = build_server(experiment, world) if world.hosts_server else None
         self._link = world.connect(self.server, self._ledger)
         self.clients = build_clients(experiment, world, self._link, self._timeline) if self._link else {}
+        experiment.train = None  # a rank keeps only what its clients need
         self._test_data = self._load_test_data() if self.server else None
 
     def train(self, on_round: Callable[[dict[str, Any]], None]) -> None:

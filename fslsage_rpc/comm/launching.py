@@ -31,8 +31,10 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "fslsage_rpc", *arguments)
     except ChildFailedError as error:
-        statuses = {failure.exitcode for failure in error.failures.values()}
-        return 2 if 2 in statuses else 1
+        rank, first = error.get_first_failure()
+        if first.exitcode < 0:  # it could not say so itself
+            print(f"fslsage_rpc: rank {rank} was ended by {first.signal_name()}", file=sys.stderr, flush=True)
+        return 2 if first.exitcode == 2 else 1
     except (SignalException, KeyboardInterrupt):
         return 130
     return 0

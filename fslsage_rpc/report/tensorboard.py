@@ -1,0 +1,42 @@
+"""Metrics as TensorBoard events, where the `tensorboard` package is installed."""
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoard:
+    """Writes each round's figures to a folder; does nothing without the package."""
+
+    def __init__(self, folder: Path):
+        self._writer = None
+        if find_spec("tensorboard") is None:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensorboard's own imports
+            from torch.utils.tensorboard import SummaryWriter
+        self._writer = SummaryWriter(str(folder))
+
+    def add_round(self, line: dict[str, Any]) -> None:
+        """Write one metrics line: scalars under their keys, nested ones under `section/key`."""
+        if self._writer is None:
+            return
+        for name, value in _scalars(line):
+            self._writer.add_scalar(name, value, line["round"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _scalars(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key != "round":
+            found.append((prefix + key, value))
+    return found

@@ -1,0 +1,166 @@
+"""The command line as a user meets it: exit statuses, one-line errors, and the same run twice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fslsage_rpc
+from fslsage_rpc import InputError
+
+SMALL = {
+    "name": "small",
+    "rounds": 3,
+    "ranks": 2,
+    "transport": "local",
+    "device": "cpu",
+    "clients": {"count": 2, "batch_size": 64},
+    "data": {"train_limit": 200, "test_limit": 50},
+    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
+}
+FOLDER = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "partition.json", "model.pt"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "output": str(tmp_path / "runs")}))
+    return path
+
+
+def fslsage(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line without torchrun's variables, as at a user's prompt."""
+    outer = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "-m", "fslsage_rpc", *map(str, arguments)],
+        env={**outer, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_run_shows_its_rounds_and_ends_in_a_table(config: Path, tmp_path: Path) -> None:
+    done = fslsage("train", config)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["round 1/3", "round 2/3", "round 3/3"]
+    for word in ("test accuracy", "forward_backward", "smashed_up", "paper ledger"):
+        assert word in done.stdout
+    folder = tmp_path / "runs" / "small"
+    assert {path.name for path in folder.iterdir()} == FOLDER
+
+    again = fslsage("train", config)
+    assert again.returncode == 0
+    assert "complete already" in again.stdout
+    assert "resume=never" in again.stdout
+    assert "round 1/3" not in again.stdout
+
+    evaluated = fslsage("evaluate", folder)
+    last = json.loads((folder / "summary.json").read_text())["test_accuracy"]["last"]
+    assert evaluated.stdout.startswith(f"test accuracy {last:.4f}")
+
+    changed = fslsage("train", config, "seed=1")
+    assert changed.returncode == 2
+    assert changed.stderr.startswith("fslsage_rpc: seed: got 1, expected 0")
+    assert fslsage("train", config, "seed=1", "resume=never").returncode == 0
+
+
+def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -> None:
+    done = fslsage("train", config, "transport=rpc", "ranks=2", "comm.transports=[uv]")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("round 3/3") == 1
+    environment = json.loads((tmp_path / "runs" / "small" / "environment.json").read_text())
+    assert environment["transport"] == "rpc"
+    assert environment["rpc_transports"] == ["uv"]
+    assert environment["averaging"] == "gloo"
+    assert len(environment["ranks"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["clients.cuont=3"], ["clients.cuont", "clients.count"]),
+        (["clients.count=many"], ["clients.count", "'many'", "an integer >= 1"]),
+        (["clients.participation=1.5"], ["clients.participation", "1.5", "<= 1"]),
+        (["clients.count=1", "ranks=3", "transport=rpc"], ["clients.count", "at least 2"]),
+        (["clients.count=300"], ["clients.count", "300", "at most 200"]),
+        (["model.cut=layer9"], ["model.cut", "layer9", "pool2"]),
+        (
+            ["data.name=mnist", "data.download=false", "data.root=nowhere"],
+            ["data.root", "train-images-idx3-ubyte"],
+        ),
+        (["data.partition=file", "data.partition_file=none.json"], ["data.partition_file", "none.json"]),
+        (["model.name=resnet18", "clients.batch_size=33"], ["clients.batch_size", "BatchNorm"]),
+        (["transport=rpc", "comm.interface=nosuch"], ["comm.interface", "nosuch", "lo"]),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(config: Path, arguments: list[str], words: list[str]) -> None:
+    done = fslsage("train", config, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_a_device_is_bad_input(config: Path) -> None:
+    done = fslsage("train", config, "device=cuda")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "device: got 'cuda'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["tarin", "x.yaml"], ["train"], ["train", "nofile.yaml"], ["evaluate", "x"]]
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(arguments: list[str]) -> None:
+    done = fslsage(*arguments)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_an_output_folder_that_cannot_be_made(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = fslsage("train", config, f"output={tmp_path / 'file'}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "output" in done.stderr
+
+
+def test_the_python_entry_point_runs_locally_whatever_the_transport(tmp_path: Path) -> None:
+    run = fslsage_rpc.train({**SMALL, "transport": "rpc", "output": str(tmp_path)})
+    assert run.folder == tmp_path / "small"
+    assert [line["round"] for line in run.rounds] == [0, 1, 2]
+    assert run.summary["rounds"] == 3
+    model = torch.load(run.folder / "model.pt", weights_only=True)
+    assert "conv1.weight" in model
+    assert "fc3.bias" in model
+
+
+def test_the_python_entry_point_raises_input_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"clients\.cuont"):
+        fslsage_rpc.train({"clients": {"cuont": 1}})
+    with pytest.raises(InputError, match=r"model\.cut"):
+        fslsage_rpc.train({**SMALL, "model": {"cut": "x"}, "output": str(tmp_path)})
+
+
+def test_stopping_at_an_accuracy_or_a_load(tmp_path: Path) -> None:
+    tree = {**SMALL, "output": str(tmp_path), "rounds": 9}
+    reached = fslsage_rpc.train({**tree, "name": "a", "stop": {"accuracy": 0.01}})
+    assert len(reached.rounds) == 1
+    per_round = reached.rounds[0]["paper_bytes"]
+    loaded = fslsage_rpc.train({**tree, "name": "b", "stop": {"paper_gib": 1.5 * per_round / 2**30}})
+    assert len(loaded.rounds) == 2
+    assert loaded.rounds[-1]["test_accuracy"] is not None
+
+
+def test_keys_that_the_algorithm_does_not_use_are_named_once(config: Path) -> None:
+    done = fslsage("train", config, "algorithm.name=splitfed_v1")
+    assert done.returncode == 0
+    assert done.stdout.count("algorithm.align_every is not used by splitfed_v1") == 1
