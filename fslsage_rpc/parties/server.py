@@ -159,7 +159,7 @@ class Server:
         with self._timeline.phase("averaging"):
             if len(self._distinct) > 1:
                 _average({client: lane.weights for client, lane in self.lanes.items()}, shares)
-            if auxiliaries:
+            if auxiliaries and self.fits:
                 _average({client: fit.weights for client, fit in self.fits.items()}, shares)
 
     def halves(self) -> list[nn.Module]:

@@ -1,0 +1,39 @@
+"""The files that a new user touches first: the configurations and the README's commands."""
+
+from pathlib import Path
+
+import pytest
+
+from fslsage_rpc.config import Config
+from fslsage_rpc.configuration import load
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
+    assert load(path).name in (path.stem, "run")
+
+
+def test_the_reference_lists_every_key_with_its_default() -> None:
+    path = ROOT / "configs" / "reference.yaml"
+    assert load(path) == Config()
+    import dataclasses
+
+    import yaml
+
+    def keys(tree: dict, prefix: str = "") -> set[str]:
+        below = {k for key, v in tree.items() if isinstance(v, dict) and v for k in keys(v, f"{prefix}{key}.")}
+        return below | {f"{prefix}{key}" for key in tree}
+
+    listed = keys(yaml.safe_load(path.read_text()))
+    assert listed == keys(dataclasses.asdict(Config())) | {"base"}
+
+
+def test_ci_runs_the_readmes_commands_in_the_readmes_words() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    set_up = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
+    train = "torchrun --standalone --nproc_per_node=3 -m fslsage_rpc train configs/quickstart.yaml"
+    assert lines.count(f"{set_up}. && {train}") == 1
+    assert lines.count(f"{set_up}'.[test]' && pytest") == 1

@@ -1,0 +1,61 @@
+"""Shared by the tests of user input: one-line mistakes, and the dotted keys of a configuration."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fslsage_rpc.config import Config
+from fslsage_rpc.configuration import to_tree
+from fslsage_rpc.errors import InputError
+
+
+def one_line(error: InputError) -> str:
+    """The message of an error, which must be one line."""
+    message = str(error)
+    assert message.strip()
+    assert len(message.splitlines()) == 1, repr(message)
+    return message
+
+
+def mistake(function: Callable[..., object], *arguments: object) -> str:
+    """The one line with which a function must refuse its arguments."""
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    return one_line(caught.value)
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The dotted keys of a tree and their values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inside = isinstance(value, dict) and value
+        flat |= leaves(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+    return flat
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """The tree in which just these dotted keys have values."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, last = key.split(".")
+        below = tree
+        for section in sections:
+            below = below.setdefault(section, {})
+        below[last] = value
+    return tree
+
+
+DEFAULTS = leaves(to_tree(Config()))
+NULLABLE = {
+    "data.partition_file",
+    "data.train_limit",
+    "data.test_limit",
+    "model.cut",
+    "algorithm.align_every",
+    "comm.interface",
+    "comm.transports",
+    "checkpoint.every",
+    "stop.paper_gib",
+    "stop.accuracy",
+}
