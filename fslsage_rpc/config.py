@@ -109,7 +109,7 @@ class Alignment:
 class AlgorithmKeys:
     """The algorithm and the keys that some of them use."""
 
-    name: Literal["fsl_sage", "splitfed_v1"] = "fsl_sage"
+    name: Literal["fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"] = "fsl_sage"
     upload_every: Count = 5
     """q: smashed data goes up at local steps 0, q, 2q, ..."""
     align_every: Count | None = 10
@@ -125,7 +125,7 @@ class OptimizerKeys:
     """One optimizer of torch.optim."""
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: Positive = 1e-3
+    lr: NonNegative = 1e-3
     weight_decay: NonNegative = 0.0
 
 

@@ -24,7 +24,9 @@ def test_the_reference_lists_every_key_with_its_default() -> None:
     import yaml
 
     def keys(tree: dict, prefix: str = "") -> set[str]:
-        below = {k for key, v in tree.items() if isinstance(v, dict) and v for k in keys(v, f"{prefix}{key}.")}
+        below = {
+            k for key, v in tree.items() if isinstance(v, dict) and v for k in keys(v, f"{prefix}{key}.")
+        }
         return below | {f"{prefix}{key}" for key in tree}
 
     listed = keys(yaml.safe_load(path.read_text()))

@@ -41,6 +41,10 @@ CASES = [
     ("splitfed_v1", "round_robin", "simple_conv"),
     ("splitfed_v1", "client_major", "simple_conv"),
     ("splitfed_v1", "round_robin", "resnet18"),
+    ("splitfed_v2", "round_robin", "simple_conv"),
+    ("splitfed_v2", "client_major", "simple_conv"),
+    ("cse_fsl", "round_robin", "simple_conv"),
+    ("fedavg", "round_robin", "simple_conv"),
 ]
 
 
@@ -102,14 +106,15 @@ class TestTransports:
 
     def test_what_was_sent_is_what_the_algorithm_sends(self, case: int, local: list[Outcome]) -> None:
         algorithm, _, model = CASES[case]
-        uploaded = {"fsl_sage": 16 + 16 + 6 + 16 + 13 + 16 + 2, "splitfed_v1": 149}[
-            algorithm
-        ]  # samples a round
+        every_second_batch = 16 + 16 + 6 + 16 + 13 + 16 + 2  # samples a round
+        uploaded = {"fsl_sage": every_second_batch, "cse_fsl": every_second_batch, "fedavg": 0}.get(
+            algorithm, 149
+        )
         for round, line in enumerate(local[case].lines):
             wire = line["wire_bytes"]
             assert wire["smashed_up"] == uploaded * {"simple_conv": 64 * 2 * 2, "resnet18": 128}[model] * 8
             assert wire["labels_up"] == uploaded * 8
-            assert wire["gradient_down"] == (wire["smashed_up"] if algorithm == "splitfed_v1" else 0)
+            assert wire["gradient_down"] == (wire["smashed_up"] if algorithm.startswith("splitfed") else 0)
             aligned = algorithm == "fsl_sage" and round % 2 == 0
             assert (line["alignment"] is not None) == aligned
             assert (wire["auxiliary_down"] > 0) == aligned
@@ -125,9 +130,9 @@ def test_rounds_learn_and_are_evaluated_when_asked(case: int, local: list[Outcom
 
 
 def test_the_ledger_counts_what_a_ring_moves(jobs: dict[str, list[Outcome]]) -> None:
-    for two, three in zip(jobs["2 ranks"], jobs["3 ranks"], strict=True):
+    for (algorithm, _, _), two, three in zip(CASES, jobs["2 ranks"], jobs["3 ranks"], strict=True):
         reduced = [tensor for name, tensor in three.tensors.items() if name.startswith("client 0/")]
-        if three.lines[0]["alignment"]:  # then the auxiliary models travel in the same all-reduce
+        if three.lines[0]["alignment"] or algorithm == "cse_fsl":  # auxiliary models: in the same all-reduce
             reduced += [
                 tensor for name, tensor in three.tensors.items() if name.startswith("client 0 auxiliary/")
             ]

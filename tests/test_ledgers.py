@@ -29,7 +29,16 @@ def mean_paper_bytes(name: str, sizes: Sizes, **keys: object) -> float:
     return sum(algorithm.paper_bytes(sizes, round) for round in range(ROUNDS)) / ROUNDS
 
 
-@pytest.mark.parametrize(("name", "expected"), [("splitfed_v1", 874_000_960), ("fsl_sage", 147_106_448)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fedavg", 895_302_560),
+        ("splitfed_v1", 874_000_960),
+        ("splitfed_v2", 874_000_960),
+        ("cse_fsl", 307_075_200),
+        ("fsl_sage", 147_106_448),
+    ],
+)
 def test_paper_ledger_check_values(name: str, expected: int, sizes: Sizes) -> None:
     assert mean_paper_bytes(name, sizes, average_auxiliary="never") == expected
 

@@ -3,16 +3,11 @@
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientRound, Exchange
+from fslsage_rpc.randomness import numpy_stream
 
 
-class SplitFedV1(Algorithm):
-    """Every client trains against a server-model replica of its own; client models and replicas are averaged.
-
-    Step for step it computes what FedAvg computes on the whole model.
-    """
-
-    name = "splitfed_v1"
-    server_replicas = True
+class SplitFed(Algorithm):
+    """Every client step waits for the true cut-layer gradient of its batch."""
 
     def client_round(self, client: Client, round: int) -> ClientRound:
         for step, (x, y) in enumerate(client.batches(round)):
@@ -28,3 +23,27 @@ class SplitFedV1(Algorithm):
         participants = self.federation.participants(round)
         samples = sum(sum(self.federation.batch_sizes[client]) for client in participants)
         return 2 * sizes.client * len(participants) + 2 * sizes.smashed * samples
+
+
+class SplitFedV1(SplitFed):
+    """Every client trains against a server-model replica of its own; client models and replicas are averaged.
+
+    Step for step it computes what FedAvg computes on the whole model.
+    """
+
+    name = "splitfed_v1"
+    server_replicas = True
+
+
+class SplitFedV2(SplitFed):
+    """All clients train against one server model, which takes one step per batch.
+
+    Within a step the server takes the clients in an order drawn anew each round (`round_robin`);
+    `client_major` is the order of the FSL-SAGE authors' serial program.
+    """
+
+    name = "splitfed_v2"
+
+    def ranking(self, round: int) -> list[int]:
+        drawn = numpy_stream(self.federation.seed, "server order", round)
+        return drawn.permutation(self.federation.participants(round)).tolist()

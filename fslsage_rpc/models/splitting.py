@@ -27,6 +27,10 @@ class SplitModel:
     auxiliary: nn.Sequential
     smashed_shape: tuple[int, ...]
 
+    def whole(self) -> nn.Sequential:
+        """The uncut model, of the same blocks."""
+        return nn.Sequential(OrderedDict((*self.client.named_children(), *self.server.named_children())))
+
 
 def check_cut(name: str, cut: str | None) -> str:
     """The block to cut after.

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from fslsage_rpc.data.batches import ImageBatches
@@ -33,6 +35,7 @@ class Client:
         model: nn.Module,
         auxiliary: nn.Module | None,
         optimizer: Optimizer,
+        auxiliary_optimizer: Optimizer | None,
         data: ImageBatches,
         keys: TrainingKeys,
         timeline: Timeline,
@@ -45,9 +48,11 @@ class Client:
         self._keys = keys
         self._timeline = timeline
         self._auxiliary = auxiliary
+        self._auxiliary_optimizer = auxiliary_optimizer
+        self._loss_sum, self._samples = torch.zeros((), dtype=torch.float64, device=data.labels.device), 0
         if auxiliary is not None:
             self._auxiliary_weights = flatten(auxiliary)
-            auxiliary.requires_grad_(False)  # a client's own steps never move it
+            auxiliary.requires_grad_(auxiliary_optimizer is not None)  # else the client's steps never move it
 
     @property
     def auxiliary_weights(self) -> Weights:
@@ -75,6 +80,39 @@ class Client:
         assert self._auxiliary is not None, "the algorithm has no auxiliary model"
         with self._timeline.phase("estimate"):
             return cut_layer_gradient(self._auxiliary, z, y)
+
+    def train_auxiliary(self, z: Tensor, y: Tensor) -> Tensor:
+        """One optimizer step of the client's own auxiliary model on (z, y).
+
+        Returns:
+            The gradient of its loss with respect to z `[B, ...]`, at the weights before the step.
+        """
+        assert self._auxiliary is not None
+        assert self._auxiliary_optimizer is not None
+        with self._timeline.phase("estimate"):
+            z = z.detach().requires_grad_()
+            F.cross_entropy(self._auxiliary(z), y).backward()
+            self._auxiliary_optimizer.step()
+            self._auxiliary_optimizer.zero_grad(set_to_none=True)
+            assert z.grad is not None
+            return z.grad
+
+    def train_whole_model(self, x: Tensor, y: Tensor) -> None:
+        """One optimizer step of a client whose model is the whole model."""
+        with self._timeline.phase("forward_backward"):
+            loss = F.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._loss_sum += loss.detach().double() * len(y)
+            self._samples += len(y)
+
+    def take_loss(self) -> tuple[float, int]:
+        """The sum of the whole model's losses over samples, and their number, since the last call."""
+        taken = (self._loss_sum.item(), self._samples)
+        self._loss_sum.zero_()
+        self._samples = 0
+        return taken
 
     def backward(self, z: Tensor, gradient: Tensor) -> None:
         """Back-propagate a cut-layer gradient `[B, ...]` through the client model and take one optimizer

@@ -32,7 +32,7 @@ class Mailbox:
 
         Args:
             plans: for each client of this lane the steps of its requests, ascending.
-            ranking: the order of the clients within a step or, with `client_major`, among each other.
+            ranking: the order of the clients within a step.
 
         Raises:
             RuntimeError: the previous round is not finished.
@@ -46,11 +46,11 @@ class Mailbox:
                 client: deque((client, n) for n in range(len(plans[client]))) for client in plans
             }
             return
-        rank = {client: position for position, client in enumerate(ranking)}
         if self.order == "round_robin":
+            rank = {client: position for position, client in enumerate(ranking)}
             turns.sort(key=lambda turn: (turn[0], rank[turn[1]], turn[2]))
         else:
-            turns.sort(key=lambda turn: (rank[turn[1]], turn[2]))
+            turns.sort(key=lambda turn: turn[1:])
         shared = deque((client, number) for _, client, number in turns)
         self._queue_of = dict.fromkeys(plans, shared)
 

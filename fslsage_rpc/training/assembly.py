@@ -40,15 +40,16 @@ def build_server(experiment: Experiment, world: World) -> Server:
             batch_size=keys.batch_size,
         )
 
-    lanes = (
-        {client: lane() for client in clients}
-        if algorithm.server_replicas
-        else dict.fromkeys(clients, lane())
-    )
+    if algorithm.client_holds_whole_model:
+        lanes: dict[int, Lane] = {}
+    elif algorithm.server_replicas:
+        lanes = {client: lane() for client in clients}
+    else:
+        lanes = dict.fromkeys(clients, lane())
     auxiliary = None if algorithm.auxiliary == "none" else flatten(fresh(split.auxiliary))
     return Server(
-        initial=(flatten(fresh(split.client)), auxiliary),
-        averaged=fresh(split.client),
+        initial=(flatten(fresh(experiment.client_model())), auxiliary),
+        averaged=fresh(experiment.client_model()),
         lanes=lanes,
         fits={client: fit() for client in clients} if algorithm.auxiliary == "aligned" else {},
         measure_drift=config.algorithm.measure_drift,
@@ -63,13 +64,13 @@ def build_clients(
     """The clients that this rank hosts, by id, starting from the server's weights."""
     assert world.client_rank is not None
     assert experiment.train is not None
-    config, split = experiment.config, experiment.split
+    config = experiment.config
     keys = TrainingKeys(config.seed, config.clients.local_epochs, config.data.augment)
     clients = {}
     for id in range(world.client_rank, len(experiment.parts), world.client_ranks):
-        model = copy.deepcopy(split.client).to(world.device)
-        has_auxiliary = experiment.algorithm.auxiliary != "none"
-        auxiliary = copy.deepcopy(split.auxiliary).to(world.device) if has_auxiliary else None
+        model = copy.deepcopy(experiment.client_model()).to(world.device)
+        kind = experiment.algorithm.auxiliary
+        auxiliary = None if kind == "none" else copy.deepcopy(experiment.split.auxiliary).to(world.device)
         data = ImageBatches(
             experiment.train.subset(experiment.parts[id]),
             experiment.spec,
@@ -77,8 +78,20 @@ def build_clients(
             world.device,
             experiment.dtype,
         )
-        optimizer = make_optimizer(config.optimizer.client, model.parameters())
-        client = Client(id, model, auxiliary, optimizer, data, keys, timeline)
+        client = Client(
+            id=id,
+            model=model,
+            optimizer=make_optimizer(config.optimizer.client, model.parameters()),
+            auxiliary=auxiliary,
+            auxiliary_optimizer=(
+                make_optimizer(config.optimizer.auxiliary, auxiliary.parameters())
+                if auxiliary is not None and kind == "trained"
+                else None
+            ),
+            data=data,
+            keys=keys,
+            timeline=timeline,
+        )
         weights, auxiliary_weights = link.initial_weights(id)
         client.weights.load(weights)
         if auxiliary_weights is not None:

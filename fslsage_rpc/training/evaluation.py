@@ -1,7 +1,6 @@
 """Loss and accuracy of a whole model on a test set."""
 
 import pickle
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +50,7 @@ def evaluate_run(folder: str | Path) -> Score:
     dtype, spec = PRECISIONS[config.precision], SPECS[config.data.name]
     split = build(config.model.name, config.model.cut, spec.classes, spec.image_shape, config.seed, dtype)
     device = choose_device(config.device, 0)
-    model = nn.Sequential(OrderedDict((*split.client.named_children(), *split.server.named_children()))).to(
-        device
-    )
+    model = split.whole().to(device)
     try:
         model.load_state_dict(torch.load(folder / "model.pt", map_location=device, weights_only=True))
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
 from fslsage_rpc.algorithms.base import Sizes
@@ -102,6 +103,10 @@ class Experiment:
             split=split,
             dtype=dtype,
         )
+
+    def client_model(self) -> nn.Module:
+        """What a client holds: its half of the model, or all of it."""
+        return self.split.whole() if self.algorithm.client_holds_whole_model else self.split.client
 
     def sizes(self) -> Sizes:
         """The sizes that the paper ledger counts with."""

@@ -28,11 +28,13 @@ class RankReport:
     """What one rank measured in one round.
 
     `seconds` runs from leaving the barrier before the round to leaving the one after it; `phases` is None on
-    a rank without clients.
+    a rank without clients. `loss_sum` over `samples` is of its clients that train the whole model.
     """
 
     seconds: float
     phases: dict[str, float] | None
+    loss_sum: float
+    samples: int
     wire: WireBytes
 
 
@@ -81,9 +83,11 @@ class RoundRecorder:
                 for kind, bytes in kinds.items():
                     wire_bytes[kind] += bytes
                     total[kind] += bytes
+        loss_sum = server.loss_sum + sum(report.loss_sum for report in reports)
+        samples = server.samples + sum(report.samples for report in reports)
         line = {
             "round": round,
-            "train_loss": server.loss_sum / server.samples if server.samples else None,
+            "train_loss": loss_sum / samples,
             "test_loss": score.loss if score else None,
             "test_accuracy": score.accuracy if score else None,
             "round_seconds": seconds,

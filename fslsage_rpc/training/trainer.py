@@ -59,7 +59,15 @@ class Trainer:
             if evaluated and self._link and self.world.client_rank == 0:
                 self._link.deposit_average(next(iter(self.clients.values())).weights)
             phases = self._timeline.take() if self._link else None
-            reports = self.world.gather(RankReport(seconds, phases, self._ledger.take()))
+            losses = [client.take_loss() for client in self.clients.values()]
+            report = RankReport(
+                seconds=seconds,
+                phases=phases,
+                loss_sum=sum(loss for loss, _ in losses),
+                samples=sum(samples for _, samples in losses),
+                wire=self._ledger.take(),
+            )
+            reports = self.world.gather(report)
             if self.server and reports:
                 score = self._evaluate(self.server) if evaluated else None
                 line = self.recorder.add(
@@ -92,7 +100,9 @@ class Trainer:
         federation, algorithm = self.experiment.federation, self._algorithm
         shares = federation.shares(round)
         averages_auxiliary = algorithm.averages_auxiliary(round)
-        mine = [client for client in algorithm.ranking(round) if client in self.clients]
+        depth_first = self._config.server.order == "client_major"
+        order = federation.participants(round) if depth_first else algorithm.ranking(round)
+        mine = [client for client in order if client in self.clients]
         if self._link:
             plans = {client: algorithm.request_steps(client, round) for client in mine}
             self._link.announce(plans, algorithm.ranking(round))
@@ -102,7 +112,7 @@ class Trainer:
             scheduler = Scheduler(
                 self._link.send,
                 window=self._config.comm.upload_window,
-                depth_first=self._config.server.order == "client_major",
+                depth_first=depth_first,
                 timeline=self._timeline,
             )
             scheduler.run({client: algorithm.client_round(self.clients[client], round) for client in mine})

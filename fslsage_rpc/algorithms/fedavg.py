@@ -1,0 +1,24 @@
+"""FedAvg: communication-efficient learning of deep networks from decentralized data (arXiv 1602.05629)."""
+
+from fslsage_rpc.algorithms.base import Algorithm, Sizes
+from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import ClientRound
+
+
+class FedAvg(Algorithm):
+    """Every client trains its own copy of the whole model; copies are averaged. The server only evaluates."""
+
+    name = "fedavg"
+    client_holds_whole_model = True
+
+    def client_round(self, client: Client, round: int) -> ClientRound:
+        for x, y in client.batches(round):
+            client.train_whole_model(x, y)
+        yield from ()  # it asks nothing of the server
+
+    def request_steps(self, client: int, round: int) -> list[int]:
+        return []
+
+    def paper_bytes(self, sizes: Sizes, round: int) -> int:
+        """2 (|C| + |S|)."""
+        return 2 * (sizes.client + sizes.server) * len(self.federation.participants(round))
