@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 import fslsage_rpc
 from fslsage_rpc import InputError
+from fslsage_rpc.training.experiment import check
 
 SMALL = {
     "name": "small",
@@ -164,3 +166,29 @@ def test_keys_that_the_algorithm_does_not_use_are_named_once(config: Path) -> No
     done = fslsage("train", config, "algorithm.name=splitfed_v1")
     assert done.returncode == 0
     assert done.stdout.count("algorithm.align_every is not used by splitfed_v1") == 1
+
+
+def test_under_torchrun_only_rank_0_reports_bad_input_and_all_end_soon(config: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command += ["-m", "fslsage_rpc", "train", str(config), "transport=rpc", "clients.cuont=3"]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1  # torchrun's, whatever the ranks' was
+    ours = [line for line in done.stderr.splitlines() if line.startswith("fslsage_rpc:")]
+    assert ours == ["fslsage_rpc: clients.cuont: unknown key; did you mean clients.count?"]
+    assert "exitcode  : 2" in done.stderr
+    assert time.monotonic() - started < 30  # 15 s from the check, which is the first thing that a rank does
+
+
+def test_rpc_is_refused_by_name_where_torch_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fslsage_rpc.training.experiment.rpc_available", lambda: False)
+    keys = fslsage_rpc.Config()
+    with pytest.raises(InputError, match=r"transport: got 'rpc', expected local"):
+        check(keys, ranks=3)
+    keys.transport = "local"
+    check(keys, ranks=1)
+
+
+def test_one_rank_alone_is_refused_with_rpc() -> None:
+    with pytest.raises(InputError, match=r"transport: got 'rpc' on 1 rank"):
+        check(fslsage_rpc.Config(), ranks=1)

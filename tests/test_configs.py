@@ -1,8 +1,11 @@
 """The files that a new user touches first: the configurations and the README's commands."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
@@ -19,11 +22,8 @@ def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
 def test_the_reference_lists_every_key_with_its_default() -> None:
     path = ROOT / "configs" / "reference.yaml"
     assert load(path) == Config()
-    import dataclasses
 
-    import yaml
-
-    def keys(tree: dict, prefix: str = "") -> set[str]:
+    def keys(tree: dict[str, Any], prefix: str = "") -> set[str]:
         below = {
             k for key, v in tree.items() if isinstance(v, dict) and v for k in keys(v, f"{prefix}{key}.")
         }

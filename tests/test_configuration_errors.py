@@ -1,20 +1,16 @@
 """Every mistake in a configuration is one line that names the key or file, what it was and what it may be."""
 
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from user_input import DEFAULTS, NULLABLE, leaves, mistake, nested
+from user_input import DEFAULTS, NULLABLE, leaves, mistake, write
 
 from fslsage_rpc.configuration import from_tree, load, to_tree
 
 
-def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    return write(tmp_path, "")
 
 
 # Values
@@ -35,8 +31,8 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("clients.participation", SHARE, ["'half'", "[0.5]", "0", "1.0001", "-.inf"]),
     ("stop.accuracy", f"{SHARE} or null", ["2"]),
     ("stop.paper_gib", f"{POSITIVE} or null", [".inf"]),
-    ("optimizer.server.lr", POSITIVE, ["true", "0.0", ".inf", ".nan", "'inf'"]),
-    ("comm.timeout_seconds", POSITIVE, ["'1e999'"]),
+    ("comm.timeout_seconds", POSITIVE, ["true", "0.0", ".inf", ".nan", "'inf'", "'1e999'"]),
+    ("optimizer.client.lr", "a number >= 0", ["-1", "true", ".inf", "'inf'"]),
     ("optimizer.server.weight_decay", "a number >= 0", ["-1.0e-09", "'nan'"]),
     ("data.augment", "true or false", ["'yes'", "1"]),
     ("output", "a text", ["3", "''"]),
@@ -59,9 +55,8 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("key", "expected", "value"),
     [(key, expected, v) for key, expected, values in WRONG_VALUES for v in values],
 )
-def test_a_wrong_value_is_named_with_what_it_may_be(key: str, expected: str, value: str) -> None:
-    tree = nested({key: yaml.safe_load(value)})
-    assert mistake(from_tree, tree) == f"{key}: got {value}, expected {expected}"
+def test_a_wrong_value_is_named_with_what_it_may_be(empty: Path, key: str, expected: str, value: str) -> None:
+    assert mistake(load, empty, [f"{key}={value}"]) == f"{key}: got {value}, expected {expected}"
 
 
 def test_a_folder_name_does_not_end_in_a_line_break() -> None:
@@ -69,46 +64,25 @@ def test_a_folder_name_does_not_end_in_a_line_break() -> None:
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
-def test_null_is_allowed_just_where_it_means_something(key: str) -> None:
-    tree = nested({key: None})
+def test_null_is_allowed_just_where_it_means_something(empty: Path, key: str) -> None:
+    null = [f"{key}=null"]
     if key in NULLABLE:
-        assert leaves(to_tree(from_tree(tree)))[key] is None
+        assert leaves(to_tree(load(empty, null)))[key] is None
     else:
-        assert mistake(from_tree, tree).startswith(f"{key}: got null, expected ")
+        assert mistake(load, empty, null).startswith(f"{key}: got null, expected ")
 
 
 @pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if type(value) in (int, float)])
-def test_no_number_takes_what_is_no_finite_number(key: str) -> None:
-    for value in (True, False, "x", math.nan, -math.inf, [1], {"a": 1}):
-        assert mistake(from_tree, nested({key: value})).startswith(f"{key}: got ")
+def test_no_number_takes_what_is_no_finite_number(empty: Path, key: str) -> None:
+    for value in ("true", "false", "'x'", ".nan", "-.inf", "[1]", "{a: 1}"):
+        assert mistake(load, empty, [f"{key}={value}"]).startswith(f"{key}: got {value}, expected ")
 
 
-@pytest.mark.parametrize(
-    "value", ["x" * 5000, ["x"] * 5000, {"x": "y" * 5000}], ids=["text", "list", "mapping"]
-)
-def test_a_long_value_is_cut_in_the_message(value: Any) -> None:
-    message = mistake(from_tree, {"rounds": value})
-    assert len(message) < 200
-    assert message.endswith(f"..., expected {COUNT}")
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [
-        {"a\nb": 1},
-        {"a\u2028b": 1},
-        {"clients": {"a\nb": 1}},
-        {"clients": ["a\nb"]},
-        {"rounds": "a\nb"},
-        {"rounds": b"a\nb"},
-        {"rounds": ["a\nb"]},
-        {"rounds": {"a\nb": "c\nd"}},
-        {"model": {"auxiliary": {"a": "b\nc"}}},
-    ],
-    ids=ascii,
-)
-def test_a_line_break_in_the_input_breaks_no_message(tree: dict[str, Any]) -> None:
-    assert mistake(from_tree, tree)
+def test_a_long_value_is_cut_in_the_message() -> None:
+    for value in ("x" * 5000, ["x"] * 5000, {"x": "y" * 5000}):
+        message = mistake(from_tree, {"rounds": value})
+        assert len(message) < 200
+        assert message.endswith(f"..., expected {COUNT}")
 
 
 # Keys
@@ -121,14 +95,14 @@ def test_a_line_break_in_the_input_breaks_no_message(tree: dict[str, Any]) -> No
         ("clients.batchsize", "did you mean clients.batch_size?"),
         ("algorithm.alignment.epoch", "did you mean algorithm.alignment.epochs?"),
         ("server.zzz", "known keys: order"),
-        ("base", ""),  # a key of files, not of trees
     ],
 )
-def test_an_unknown_key_is_named_with_the_nearest_or_all_known(key: str, expected: str) -> None:
-    assert mistake(from_tree, nested({key: 3})).startswith(f"{key}: unknown key; {expected}")
+def test_an_unknown_key_is_named_with_the_nearest_or_all_known(empty: Path, key: str, expected: str) -> None:
+    assert mistake(load, empty, [f"{key}=3"]) == f"{key}: unknown key; {expected}"
 
 
-def test_a_key_that_is_no_text_is_unknown() -> None:
+def test_a_key_of_files_or_that_is_no_text_is_unknown_in_a_tree() -> None:
+    assert mistake(from_tree, {"base": "a.yaml"}).startswith("base: unknown key; ")
     assert mistake(from_tree, {"stop": {3: 3}}) == "stop.3: unknown key; known keys: paper_gib, accuracy"
 
 
@@ -152,44 +126,32 @@ EXAMPLE = "expected key=value, for example clients.count=8"
         ("rounds=[", "rounds: got '[', expected a YAML value"),
         ("rounds=", f"rounds: got null, expected {COUNT}"),
         ("seed.x=1", "seed: got 5, expected a mapping"),
-        ("clients.cuont=3", "clients.cuont: unknown key; did you mean clients.count?"),
-        ("clients=3", "clients: got 3, expected a mapping of keys"),
-        ("optimizer.client.lr=-1", f"optimizer.client.lr: got -1, expected {POSITIVE}"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str) -> None:
     assert mistake(load, write(tmp_path, "seed: 5"), [override]) == expected
 
 
-STRANGE_OVERRIDES = ["a\nb", "a\nb=1", 'rounds=["a\\nb"]', "a..b=1", ".=1", "rounds=\0"]
-STRANGE_OVERRIDES += ["rounds=!!int ''", "rounds=!!timestamp x"]
-
-
-@pytest.mark.parametrize("override", STRANGE_OVERRIDES, ids=ascii)
-def test_a_strange_override_is_one_line_too(tmp_path: Path, override: str) -> None:
-    assert mistake(load, write(tmp_path, ""), [override])
+def test_a_strange_override_is_refused_in_one_line_too(empty: Path) -> None:
+    strange = ["a\nb", "a\nb=1", r'rounds=["a\nb"]', "a..b=1", ".=1", "rounds=\0"]
+    for override in (*strange, "rounds=!!int ''", "rounds=!!timestamp x"):
+        assert mistake(load, empty, [override]), override
 
 
 # Files
 
 
-def test_a_file_that_is_not_there_is_named_whether_it_is_the_base_or_not(tmp_path: Path) -> None:
-    absent = tmp_path / "absent.yaml"
-    for path in (absent, write(tmp_path, "base: absent.yaml")):
-        assert mistake(load, path) == f"{absent}: no such file, expected a YAML configuration"
-
-
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    expected = f"{tmp_path}: cannot be read (Is a directory), expected a YAML configuration"
-    assert mistake(load, tmp_path) == expected
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe\x80", b"name: caf\xe9", b"\x80"])
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_bytes(content)
-    expected = f"{path}: cannot be read (not UTF-8 text), expected a YAML configuration"
-    assert mistake(load, path) == expected
+def test_a_file_that_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "utf16").write_bytes(b"\xff\xfe\x80")
+    (tmp_path / "latin1").write_bytes(b"name: caf\xe9")
+    for path, reason in (
+        (tmp_path / "absent", "no such file"),
+        (tmp_path, "cannot be read (Is a directory)"),
+        (tmp_path / "utf16", "cannot be read (not UTF-8 text)"),
+        (tmp_path / "latin1", "cannot be read (not UTF-8 text)"),
+    ):
+        expected = f"{path}: {reason}, expected a YAML configuration"
+        assert mistake(load, path) == mistake(load, write(tmp_path, f"base: {path}")) == expected
 
 
 @pytest.mark.parametrize(
@@ -229,37 +191,23 @@ def test_a_cycle_of_base_files_is_refused(tmp_path: Path) -> None:
 
 
 STRANGE_FILES = {
-    "NUL byte": "rounds: \0",
-    "very long integer": "rounds: " + "9" * 5000,
-    "very long hexadecimal integer": "rounds: -0x" + "f" * 5000,
-    "integer beyond float": "clients: {participation: 0x" + "f" * 5000 + "}",
-    "impossible date": "rounds: 2024-13-45",
-    "timestamp tag": "rounds: !!timestamp x",
-    "int tag": "rounds: !!int ''",
-    "float tag": "rounds: !!float ''",
-    "bool tag": "rounds: !!bool x",
-    "binary tag": "rounds: !!binary aGVsbG8=",
-    "bad base64": "rounds: !!binary '?'",
-    "set tag": "rounds: !!set {a, b}",
-    "value tag": "rounds: =",
-    "merge key": "<<: 3",
-    "empty key": "'': 1",
-    "null key": "clients: {null: 1}",
-    "list that holds itself": "rounds: &a [*a]",
-    "mapping that holds itself": "&a {clients: *a}",
-    "mappings that hold themselves, merged": "base: itself.yaml\ndata: &a {data: *a}",
-    "deep list": "rounds: " + "[" * 400 + "]" * 400,
-    "very deep list": "rounds: " + "[" * 5000,
-    "NUL in base": 'base: "a\\0b"',
-    "line break in base": 'base: "a\\nb"',
-    "too long base": "base: " + "a" * 5000,
-    "empty base": "base: ''",
-    "base is a loop of links": "base: loop.yaml",
+    "text": ["rounds: \0", "rounds: =", "<<: 3", "'': 1", "clients: {null: 1}"],
+    "line break in a key": [r'"a\nb": 1', r'"a\Lb": 1', r'clients: {"a\nb": 1}', r'rounds: {"a\nb": 1}'],
+    "line break in a value": [r'rounds: "a\nb"', r'rounds: ["a\nb"]', r'clients: ["a\nb"]'],
+    "line break where just one value may be": [r'model: {auxiliary: {a: "b\nc"}}', r'trace: "b\nc"'],
+    "integer": [f"rounds: {'9' * 5000}", f"rounds: -0x{'f' * 5000}", f"data: {{alpha: 0x{'f' * 5000}}}"],
+    "date": ["rounds: 2024-13-45", "rounds: !!timestamp x"],
+    "tag": ["rounds: !!int ''", "rounds: !!float ''", "rounds: !!bool x", "rounds: !!set {a, b}"],
+    "bytes": ["rounds: !!binary YQpi", "rounds: !!binary '?'"],
+    "deep": ["rounds: " + "[" * 400 + "]" * 400, "rounds: " + "[" * 5000],
+    "endless": ["rounds: &a [*a]", "&a {clients: *a}", "base: endless.yaml\ndata: &a {data: *a}"],
+    "base": ['base: "a\\0b"', 'base: "a\\nb"', "base: " + "a" * 5000, "base: ''", "base: loop.yaml"],
 }
 
 
-@pytest.mark.parametrize("text", STRANGE_FILES.values(), ids=STRANGE_FILES)
-def test_any_strange_file_is_an_input_error(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("kind", STRANGE_FILES)
+def test_any_strange_file_is_refused_in_one_line(tmp_path: Path, kind: str) -> None:
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
-    write(tmp_path, "data: &a {data: *a}", "itself.yaml")
-    assert mistake(load, write(tmp_path, text))
+    write(tmp_path, "data: &a {data: *a}", "endless.yaml")
+    for text in STRANGE_FILES[kind]:
+        assert mistake(load, write(tmp_path, text)), text

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from user_input import DEFAULTS, NULLABLE, leaves, nested, one_line
+from user_input import DEFAULTS, NULLABLE, leaves, one_line, write
 
 from fslsage_rpc.configuration import from_tree, load, to_tree
 from fslsage_rpc.errors import InputError
@@ -59,12 +59,15 @@ def test_any_file_is_accepted_or_refused_in_one_line(
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.dictionaries(KNOWN_KEYS, SHALLOW_VALUES, min_size=1, max_size=6))
 def test_a_refused_value_of_a_known_key_is_named_and_an_accepted_one_has_its_keys_type(
-    values: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
 ) -> None:
+    path = write(tmp_path_factory.getbasetemp(), "", "empty.yaml")
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()]
     try:
-        config = from_tree(nested(values))
+        config = load(path, overrides)
     except InputError as error:
-        assert one_line(error).partition(":")[0] in {"data.partition_file", *values}
+        named = one_line(error).partition(":")[0]
+        assert named in {"data.partition_file", *values}
     else:
         got = leaves(to_tree(config))
         assert all(type(got[key]) is type(DEFAULTS[key]) or key in NULLABLE for key in values)
@@ -75,8 +78,7 @@ def test_a_refused_value_of_a_known_key_is_named_and_an_accepted_one_has_its_key
 def test_any_override_is_accepted_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, override: str
 ) -> None:
-    path = tmp_path_factory.getbasetemp() / "fuzz_override.yaml"
-    path.write_text("seed: 1")
+    path = write(tmp_path_factory.getbasetemp(), "seed: 1", "override.yaml")
     try:
         config = load(path, [override])
     except InputError as error:

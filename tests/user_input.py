@@ -1,6 +1,7 @@
 """Shared by the tests of user input: one-line mistakes, and the dotted keys of a configuration."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,14 @@ def mistake(function: Callable[..., object], *arguments: object) -> str:
     return one_line(caught.value)
 
 
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    """A configuration file, and the folders it lies in."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The dotted keys of a tree and their values."""
     flat: dict[str, Any] = {}
@@ -34,18 +43,6 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """The tree in which just these dotted keys have values."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, last = key.split(".")
-        below = tree
-        for section in sections:
-            below = below.setdefault(section, {})
-        below[last] = value
-    return tree
-
-
 DEFAULTS = leaves(to_tree(Config()))
 NULLABLE = {
     "data.partition_file",
@@ -53,9 +50,5 @@ NULLABLE = {
     "data.test_limit",
     "model.cut",
     "algorithm.align_every",
-    "comm.interface",
-    "comm.transports",
-    "checkpoint.every",
-    "stop.paper_gib",
-    "stop.accuracy",
 }
+NULLABLE |= {"comm.interface", "comm.transports", "checkpoint.every", "stop.paper_gib", "stop.accuracy"}
