@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fslsage_rpc.configuration import load
-from fslsage_rpc.errors import InputError
+from fslsage_rpc.errors import HostError, InputError
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
 
@@ -63,10 +63,11 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     from fslsage_rpc.report.screen import Screen
 
     if config.transport == "rpc" and "RANK" not in os.environ:
-        from fslsage_rpc.comm.launching import launch
         from fslsage_rpc.training.experiment import check
 
         check(config, config.ranks)
+        from fslsage_rpc.comm.launching import launch  # not everywhere to be had: check says so by name
+
         return launch(config.ranks, arguments)
     from fslsage_rpc.training.run import run
 
@@ -83,10 +84,10 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _report(error: InputError) -> None:
-    """The one line, from rank 0; another rank speaks only if its own host alone has the problem."""
+    """The one line, from rank 0; another rank speaks only of its own host, which rank 0 cannot know."""
     rank = int(os.environ.get("RANK", 0))
-    where = ""
-    if rank != 0:
-        time.sleep(FIRST_WORD_SECONDS)  # rank 0 has the same problem as a rule, and its end ends this rank
-        where = f" (on rank {rank}, host {platform.node()})"
-    print(f"fslsage_rpc: {error}{where}", file=sys.stderr, flush=True)
+    where = f" (on rank {rank}, host {platform.node()})" if rank else ""
+    if rank:
+        time.sleep(FIRST_WORD_SECONDS)  # if rank 0 has the same problem, its end ends this rank
+    if not rank or isinstance(error, HostError):
+        print(f"fslsage_rpc: {error}{where}", file=sys.stderr, flush=True)

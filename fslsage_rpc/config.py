@@ -158,7 +158,7 @@ class Comm:
     """network interface for RPC, Gloo and NCCL; null: loopback on one host, else the libraries' own choice"""
     transports: list[Literal["uv", "shm", "ibv"]] | None = None
     """TensorPipe transports; null: [uv] where cores are few (shm busy-polls), else TensorPipe's own choice"""
-    timeout_seconds: Positive = 300.0
+    timeout_seconds: Annotated[float, Bounds(minimum=5)] = 300.0
     """a rank that gives no sign of life for so long ends the run"""
 
 

@@ -30,20 +30,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         InputError: a file is missing or malformed, or a key or value is not allowed.
     """
     try:
-        tree = _read_with_base(Path(path), seen=())
-        for override in overrides:
-            _apply_override(tree, override)
-        return from_tree(tree)
+        return from_tree(_read_with_base(Path(path), seen=()), overrides)
     except RecursionError:  # YAML anchors can make a mapping that holds itself
         raise InputError(f"{path}: got mappings without end, expected ones that end") from None
 
 
-def from_tree(tree: dict[str, Any]) -> Config:
-    """A checked `Config` from nested dictionaries as YAML gives them.
+def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A checked `Config` from nested dictionaries as YAML gives them, with `key.sub=value` overrides on top.
 
     Raises:
         InputError: a key is unknown, or a value has the wrong type or is out of range.
     """
+    tree = dict(tree)
+    for override in overrides:
+        _apply_override(tree, override)
     config = _build(Config(), tree, prefix="")
     if not FOLDER_NAME.fullmatch(config.name):
         raise InputError(

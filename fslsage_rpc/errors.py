@@ -1,4 +1,4 @@
-"""The two kinds of error that the program tells its user about in one line."""
+"""The kinds of error that the program tells its user about in one line."""
 
 
 class InputError(ValueError):
@@ -10,6 +10,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class HostError(InputError):
+    """Input that is wrong on this host, while it may be right on another: a device, an interface, a file."""
 
 
 class ConnectionLost(RuntimeError):

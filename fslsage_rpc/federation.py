@@ -21,6 +21,7 @@ class Federation:
         self.samples = list(samples)
         self.batch_sizes = [batch_sizes(n, batch_size, local_epochs) for n in samples]
         self.seed = seed
+        self._drawn: dict[int, list[int]] = {}
         self._per_round = max(1, math.ceil(round(participation * len(samples), 9)))  # 0.1 * 30 is 3, not 4
 
     def participants(self, round: int) -> list[int]:
@@ -28,8 +29,12 @@ class Federation:
         count = len(self.samples)
         if self._per_round == count:
             return list(range(count))
-        drawn = numpy_stream(self.seed, "participants", round).choice(count, self._per_round, replace=False)
-        return sorted(int(client) for client in drawn)
+        if round not in self._drawn:  # asked for again and again, by client and round
+            drawn = numpy_stream(self.seed, "participants", round).choice(
+                count, self._per_round, replace=False
+            )
+            self._drawn[round] = sorted(int(client) for client in drawn)
+        return self._drawn[round]
 
     def shares(self, round: int) -> dict[int, float]:
         """w_i = n_i / sum(n) over the round's participants; they add up to 1 but for rounding."""

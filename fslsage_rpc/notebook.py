@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, load
+from fslsage_rpc.configuration import from_tree, load, to_tree
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> R
 
     Args:
         config: a `Config`, nested keys as in YAML, or the path of a YAML file.
-        overrides: `key.sub=value`, for a path.
+        overrides: `key.sub=value`.
 
     Raises:
         InputError: a key, value or file is wrong.
@@ -33,11 +33,11 @@ def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> R
     from fslsage_rpc.training.run import run
 
     if isinstance(config, str | Path):
-        config = load(config, overrides)
-    elif not isinstance(config, Config):
-        config = from_tree(dict(config))
-    config = replace(config, transport="local")
-    folder = run(config, Screen(config))
+        checked = load(config, overrides)
+    else:
+        checked = from_tree(to_tree(config) if isinstance(config, Config) else dict(config), overrides)
+    checked = replace(checked, transport="local")
+    folder = run(checked, Screen(checked))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return Run(folder, [json.loads(line) for line in lines], summary)

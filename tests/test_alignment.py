@@ -111,3 +111,11 @@ def test_agreement_is_the_closed_form_over_all_batches() -> None:
     agreement.add(torch.tensor([[0.0]]), torch.tensor([[2.0]]))
     record = agreement.read()
     assert record == pytest.approx({"nmse": (4 + 4) / (1 + 4), "cosine": 3 / (9 * 5) ** 0.5})
+
+
+def test_agreement_with_gradients_that_are_all_zero_has_no_scale() -> None:
+    agreement = Agreement()
+    agreement.add(torch.ones(2, 3), torch.zeros(2, 3))
+    assert agreement.read() is None
+    agreement.add(torch.zeros(2, 3), torch.ones(2, 3))
+    assert agreement.read() == {"nmse": 2.0, "cosine": 0.0}

@@ -192,3 +192,21 @@ def test_rpc_is_refused_by_name_where_torch_lacks_it(monkeypatch: pytest.MonkeyP
 def test_one_rank_alone_is_refused_with_rpc() -> None:
     with pytest.raises(InputError, match=r"transport: got 'rpc' on 1 rank"):
         check(fslsage_rpc.Config(), ranks=1)
+
+
+def test_a_complete_run_is_not_replaced_by_a_longer_one_unasked(config: Path) -> None:
+    assert fslsage("train", config, "rounds=1").returncode == 0
+    longer = fslsage("train", config, "rounds=2")
+    assert (longer.returncode, longer.stderr.count("\n")) == (2, 1)
+    assert longer.stderr.startswith("fslsage_rpc: rounds: got 2, expected 1")
+
+
+def test_an_alignment_batch_of_one_sample_is_refused_where_there_is_batch_norm(tmp_path: Path) -> None:
+    keys = {
+        **SMALL,
+        "output": str(tmp_path),
+        "model": {"name": "resnet18"},
+        "clients": {"count": 2, "batch_size": 50},
+    }
+    with pytest.raises(InputError, match=r"algorithm\.alignment\.batch_size: got 49"):
+        fslsage_rpc.train({**keys, "algorithm": {"alignment": {"batch_size": 49}}})

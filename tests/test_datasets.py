@@ -1,7 +1,9 @@
 """The datasets: the embedded digits, and torchvision's, whose files may be missing, damaged or downloaded."""
 
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,3 +263,25 @@ def test_a_failed_download_is_an_input_error(
     assert "the download failed" in message
     assert reason in message
     assert all(file in message for file in SPECS["mnist"].files)
+
+
+def test_ranks_that_share_a_folder_download_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloading, most_at_once = [], []
+
+    class Slow:
+        def __init__(self, root: str, train: bool = True, download: bool = False):
+            if not download:
+                raise RuntimeError("not there")
+            downloading.append(self)
+            time.sleep(0.05)
+            most_at_once.append(len(downloading))
+            downloading.remove(self)
+
+    monkeypatch.setitem(datasets.TORCHVISION, "cifar10", Slow)
+    keys = Data(name="cifar10", root=str(tmp_path / "new"))
+    with ThreadPoolExecutor(3) as ranks:
+        for done in [ranks.submit(datasets.prepare, keys) for _ in range(3)]:
+            done.result()
+    assert most_at_once == [1, 1, 1]

@@ -13,8 +13,8 @@ from fslsage_rpc.parties.requests import Align, Push, Request
 PLANS = {0: [0, 0, 2, 4], 1: [0, 2], 2: []}
 
 
-def request(client: int, number: int, step: int = 0) -> Request:
-    return Request(client, number, Align(step))
+def request(client: int, number: int) -> Request:
+    return Request(client, number, Align())
 
 
 def released(
@@ -90,6 +90,6 @@ def test_requests_that_were_not_announced_are_refused() -> None:
 
 def test_what_travels_is_cut_off_its_graph() -> None:
     z = torch.ones(2, requires_grad=True) * 2
-    push = Push(0, z, torch.zeros(2, dtype=torch.int64))
+    push = Push(z, torch.zeros(2, dtype=torch.int64))
     assert not push.z.requires_grad
     assert push.z.data_ptr() == z.data_ptr()  # and not copied

@@ -99,3 +99,26 @@ def test_the_resolved_configuration_runs_again(run: Any, tmp_path: Path) -> None
     for old, new in zip(run.rounds, again.rounds, strict=True):
         for key in ("train_loss", "test_loss", "test_accuracy", "wire_bytes", "drift", "alignment"):
             assert old[key] == new[key]
+
+
+def test_hundreds_of_tiny_clients_leave_metrics_that_json_can_hold(tmp_path: Path) -> None:
+    """Clients of 4 samples: some of their true gradients are exactly 0."""
+    tiny = fslsage_rpc.train(
+        Path(__file__).parent.parent / "configs" / "quickstart.yaml",
+        *(f"output={tmp_path}", "device=cpu", "clients.count=200", "clients.batch_size=2", "rounds=2"),
+        *("data.train_limit=800", "algorithm.alignment.epochs=1"),
+    )
+    text = (tiny.folder / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert all(line["drift"]["nmse"] < 1e100 for line in tiny.rounds)
+
+
+def test_a_diverged_training_says_null(tmp_path: Path) -> None:
+    keys = {"name": "diverged", "output": str(tmp_path), "rounds": 2, "device": "cpu"}
+    sgd = {"name": "sgd", "lr": 1e30}
+    run = fslsage_rpc.train(
+        {**keys, "algorithm": {"name": "splitfed_v2"}, "optimizer": {"client": sgd, "server": sgd}}
+    )
+    assert run.rounds[-1]["train_loss"] is None
+    assert run.rounds[-1]["test_accuracy"] < 0.5

@@ -13,10 +13,11 @@ from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
 from fslsage_rpc.parties.scheduler import Scheduler
 
 Answer = Callable[[Any], None]
+CPU = torch.device("cpu")
 
 
-def push(step: int = 0) -> Push:
-    return Push(step, torch.zeros(1), torch.zeros(1))
+def push() -> Push:
+    return Push(torch.zeros(1), torch.zeros(1))
 
 
 class FakeServer:
@@ -50,7 +51,7 @@ def run(
     thread = threading.Thread(target=server.answer_all_soon, args=(stop, seconds))
     thread.start()
     try:
-        Scheduler(server.send, window, depth_first, timeline).run(rounds)
+        Scheduler(server.send, window, depth_first, timeline, CPU).run(rounds)
     finally:
         stop.set()
         thread.join()
@@ -60,8 +61,8 @@ def run(
 
 def test_the_window_bounds_the_uploads_in_flight_of_each_client() -> None:
     def client() -> Generator[Push, None, None]:
-        for step in range(8):
-            yield push(step)
+        for _ in range(8):
+            yield push()
 
     server, timeline = run({0: client(), 1: client()}, window=3)
     assert server.most_uploads == 3
@@ -74,24 +75,24 @@ def test_a_full_window_suspends_that_client_and_not_its_rank() -> None:
     seen: list[str] = []
 
     def uploader() -> Generator[Push, None, None]:
-        for step in range(3):
-            yield push(step)
-            seen.append(f"uploaded {step}")
+        for _ in range(3):
+            yield push()
+            seen.append("uploaded")
 
     def worker() -> Generator[Push, None, None]:
         seen.append("worked")
         yield push()
 
     run({0: uploader(), 1: worker()}, window=1, seconds=0.1)
-    assert seen.index("worked") < seen.index("uploaded 1")
+    assert seen.index("worked") < seen.index("uploaded", 1 + seen.index("uploaded"))
 
 
 def test_answers_reach_the_client_that_asked() -> None:
     answers: dict[int, list[Any]] = {0: [], 1: []}
 
     def client(id: int) -> Generator[Exchange | Align, Any, None]:
-        answers[id].append((yield Exchange(0, torch.zeros(1), torch.zeros(1))))
-        answers[id].append((yield Align(0)))
+        answers[id].append((yield Exchange(torch.zeros(1), torch.zeros(1))))
+        answers[id].append((yield Align()))
 
     _, timeline = run({0: client(0), 1: client(1)})
     assert answers == {0: ["answer 0", "answer 1"], 1: ["answer 0", "answer 1"]}
@@ -103,9 +104,9 @@ def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
     """Four clients share a rank that always has one to go on with: waiting is measured only at the end."""
 
     def client(id: int) -> Generator[Exchange, Any, None]:
-        for step in range(5):
+        for _ in range(5):
             time.sleep(0.02)  # stands for computation
-            yield Exchange(step, torch.zeros(1), torch.zeros(1))
+            yield Exchange(torch.zeros(1), torch.zeros(1))
 
     _, timeline = run({id: client(id) for id in range(4)}, seconds=0.001)
     waited = timeline.seconds.get("gradient_wait", 0.0)
@@ -117,8 +118,8 @@ def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
 )
 def test_clients_take_turns_by_request_or_one_goes_ahead(depth_first: bool, expected: list[int]) -> None:
     def client() -> Generator[Push, None, None]:
-        for step in range(3):
-            yield push(step)
+        for _ in range(3):
+            yield push()
 
     server, _ = run({0: client(), 1: client()}, window=5, depth_first=depth_first)
     assert [client for client, _ in server.log] == expected
@@ -126,10 +127,12 @@ def test_clients_take_turns_by_request_or_one_goes_ahead(depth_first: bool, expe
 
 def test_an_error_from_the_transport_ends_the_run() -> None:
     def client() -> Generator[Exchange, Any, None]:
-        yield Exchange(0, torch.zeros(1), torch.zeros(1))
+        yield Exchange(torch.zeros(1), torch.zeros(1))
 
     with pytest.raises(ValueError, match="lost"):
-        Scheduler(lambda _, on_answer: on_answer(ValueError("lost")), 1, False, Timeline()).run({0: client()})
+        Scheduler(lambda _, on_answer: on_answer(ValueError("lost")), 1, False, Timeline(), CPU).run(
+            {0: client()}
+        )
 
 
 def test_phases_do_not_nest() -> None:

@@ -37,9 +37,7 @@ def make_server(models: dict[int, nn.Module], pool: ThreadPoolExecutor) -> Serve
 
 def exchange(client: int, number: int = 0) -> Request:
     generator = torch.Generator().manual_seed(client)
-    return Request(
-        client, number, Exchange(number, torch.randn(5, 4, generator=generator), torch.arange(5) % 3)
-    )
+    return Request(client, number, Exchange(torch.randn(5, 4, generator=generator), torch.arange(5) % 3))
 
 
 def test_replicas_are_trained_at_the_same_time() -> None:

@@ -19,7 +19,7 @@ class CseFsl(Algorithm):
         for step, (x, y) in enumerate(client.batches(round)):
             z = client.forward(x)  # smashed data [B, C, H, W]
             if step % self.keys.upload_every == 0:
-                yield Push(step, z, y)  # one way: waits only for room in the upload window
+                yield Push(z, y)  # one way: waits only for room in the upload window
             client.backward(z, client.train_auxiliary(z, y))  # the auxiliary loss's own gradient
 
     def request_steps(self, client: int, round: int) -> list[int]:

@@ -23,10 +23,10 @@ class FslSage(Algorithm):
         for step, (x, y) in enumerate(client.batches(round)):
             z = client.forward(x)  # smashed data [B, C, H, W]
             if step % self.keys.upload_every == 0:
-                yield Push(step, z, y)  # one way: waits only for room in the upload window
+                yield Push(z, y)  # one way: waits only for room in the upload window
             if step == 0 and self.aligns(client.id, round):
                 client.auxiliary_weights.load(
-                    (yield Align(step))
+                    (yield Align())
                 )  # the only blocking remote forward and backward
             client.backward(z, client.estimate(z, y))  # ĝ in place of g
 
@@ -47,13 +47,13 @@ class FslSage(Algorithm):
 
     def paper_bytes(self, sizes: Sizes, round: int) -> int:
         """2|C|, z at each upload, |A| at an alignment, and 2|A| where the auxiliary models are averaged."""
-        total = 0
-        for client in self.federation.participants(round):
-            uploaded = sum(self.federation.batch_sizes[client][:: self.keys.upload_every])
-            total += 2 * sizes.client + uploaded * sizes.smashed
-            total += sizes.auxiliary * self.aligns(client, round)
-            total += 2 * sizes.auxiliary * self.averages_auxiliary(round)
-        return total
+        participants = self.federation.participants(round)
+        batches = self.federation.batch_sizes
+        uploaded = sum(sum(batches[client][:: self.keys.upload_every]) for client in participants)
+        aligned = sum(self.aligns(client, round) for client in participants)
+        averaged = len(participants) * self.averages_auxiliary(round)
+        models = 2 * sizes.client * len(participants) + sizes.auxiliary * (aligned + 2 * averaged)
+        return models + sizes.smashed * uploaded
 
     @property
     def interval(self) -> int:

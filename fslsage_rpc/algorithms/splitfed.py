@@ -10,9 +10,9 @@ class SplitFed(Algorithm):
     """Every client step waits for the true cut-layer gradient of its batch."""
 
     def client_round(self, client: Client, round: int) -> ClientRound:
-        for step, (x, y) in enumerate(client.batches(round)):
+        for x, y in client.batches(round):
             z = client.forward(x)  # smashed data [B, C, H, W]
-            g = yield Exchange(step, z, y)  # true cut-layer gradient, [B, C, H, W]
+            g = yield Exchange(z, y)  # true cut-layer gradient, [B, C, H, W]
             client.backward(z, g)
 
     def request_steps(self, client: int, round: int) -> list[int]:

@@ -15,7 +15,8 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     """Run `python -m fslsage_rpc ARGUMENTS` as so many ranks and wait for them.
 
     Returns:
-        The exit status: 0, 2 where the ranks found the input wrong, 130 after Ctrl-C, else 1.
+        The exit status: 0; 2 where the ranks found the input wrong; 128 and its number after a signal; else
+        1.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what went wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -35,6 +36,6 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         if first.exitcode < 0:  # it could not say so itself
             print(f"fslsage_rpc: rank {rank} was ended by {first.signal_name()}", file=sys.stderr, flush=True)
         return 2 if first.exitcode == 2 else 1
-    except (SignalException, KeyboardInterrupt):
-        return 130
+    except SignalException as error:
+        return 128 + error.sigval
     return 0

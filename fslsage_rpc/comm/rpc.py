@@ -6,6 +6,7 @@ flight together with an NCCL collective (which would deadlock).
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch.futures import Future
 
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import ServerLink
-from fslsage_rpc.comm.watchdog import Watchdog
+from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
 from fslsage_rpc.comm.world import World, choose_device, interfaces
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
@@ -31,11 +32,10 @@ from fslsage_rpc.parties.requests import Request
 from fslsage_rpc.parties.server import Server
 
 CPU = torch.device("cpu")
-FOREVER = timedelta(
-    days=365
-)  # collectives may wait for a slow rank as long as it lives: the watchdog ends dead ones
+FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
 NO_TIMEOUT = 0  # likewise for calls
 SHM_CORES_PER_RANK = 2  # TensorPipe's shm transport keeps up to a core busy per rank, also while it waits
+SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "timed out", "unreachable")
 
 _offered: rpc.RRef | None = None  # rank 0's current server
 
@@ -58,19 +58,29 @@ class RpcWorld(World):
         self._transports = config.comm.transports or _default_transports()
         self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lane") if self.rank == 0 else None
         timeout = timedelta(seconds=config.comm.timeout_seconds)
-        store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=timeout)))
-        self._watchdog = Watchdog(
-            dist.PrefixStore("fslsage_rpc", store.clone()), self.rank, self.size, config.comm.timeout_seconds
-        )
+        self._watchdog: Watchdog | None = None
         try:
+            store = self._find_store(timeout)
+            self._watchdog = Watchdog(store.clone(), self.rank, self.size, config.comm.timeout_seconds)
             self._roll_call(store, timeout)
             self._watchdog.start()
             with _peers_may_be_lost():
                 self._join(store, config.comm)
-        except InputError:
-            raise  # every rank has found the same
-        except Exception as error:
+        except BaseException as error:
             self.fail(error)
+
+    def _find_store(self, timeout: timedelta) -> dist.Store:
+        """The job's key-value store, its keys apart from those of earlier attempts of the same job.
+
+        Raises:
+            ConnectionLost: it cannot be reached, or (on the rank that hosts it) ranks are missing.
+        """
+        try:
+            store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=timeout)))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConnectionLost(f"the {self.size} ranks did not all meet: {reason}") from None
+        return dist.PrefixStore(f"fslsage_rpc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def _join(self, store: dist.Store, keys: Comm) -> None:
         """Form the process groups and the RPC agents."""
@@ -156,9 +166,11 @@ class RpcWorld(World):
             message, status = "fslsage_rpc: interrupted", 130
         elif not isinstance(error, ConnectionLost):
             message = "".join(traceback.format_exception(error)) + message
-        if self._watchdog.claim(message, wait=isinstance(error, ConnectionLost)):
+        if self._watchdog is None or self._watchdog.claim(wait=isinstance(error, ConnectionLost)):
             print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(2 * PERIOD_SECONDS)  # this process hosts the store: let the others see the claim
         os._exit(status)  # sys.exit would wait for RPC threads that wait for peers that are gone
 
     def close(self) -> None:
@@ -166,8 +178,10 @@ class RpcWorld(World):
         _offered = None
         with _peers_may_be_lost():
             self.barrier()
-            self._watchdog.stop()
             rpc.shutdown()
+            if self._watchdog is not None:
+                self._watchdog.stop()
+            self.barrier()  # the rank that hosts the store leaves it only when nobody's watchdog needs it
             dist.destroy_process_group()
         if self._pool is not None:
             self._pool.shutdown()
@@ -269,7 +283,7 @@ class RpcLink(ServerLink):
                 answer = future.value()
                 on_answer(None if answer is None else answer.to(self._device))
             except Exception as error:
-                on_answer(ConnectionLost(f"request {request.number} of client {request.client}: {error}"))
+                on_answer(_named(error))
 
         with _peers_may_be_lost():
             self._server.rpc_async(timeout=NO_TIMEOUT).submit(travelling).add_done_callback(deliver)
@@ -285,9 +299,18 @@ def _peers_may_be_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, ConnectionLost):
+        named = _named(error)
+        if named is error:
             raise
-        raise ConnectionLost(str(error).partition("\n")[0]) from error
+        raise named from error
+
+
+def _named(error: Exception) -> Exception:
+    """ConnectionLost where the text of torch's error says that a peer is gone; else the error as it is."""
+    text = str(error)
+    if isinstance(error, ConnectionLost) or not any(sign in text.lower() for sign in SIGNS_OF_LOSS):
+        return error
+    return ConnectionLost(text.partition("\n")[0])
 
 
 def _offered_server() -> rpc.RRef:
@@ -305,8 +328,9 @@ def _gpu_identity(device: torch.device) -> str | None:
 
 def _default_transports() -> list[str] | None:
     """uv where cores are few, else None: TensorPipe's own choice, which prefers shm on one host."""
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return ["uv"] if (os.cpu_count() or 1) < SHM_CORES_PER_RANK * local_ranks else None
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ["uv"] if cores < SHM_CORES_PER_RANK * local_ranks else None
 
 
 def _bind_interface(keys: Comm) -> str | None:
@@ -314,7 +338,9 @@ def _bind_interface(keys: Comm) -> str | None:
     interface = keys.interface
     if interface is None and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         interface = next((name for name in ("lo", "lo0") if name in interfaces()), None)
-    if interface is not None:
-        for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ[variable] = interface
-    return interface
+    for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if keys.interface is not None:
+            os.environ[variable] = keys.interface
+        elif interface is not None:
+            os.environ.setdefault(variable, interface)  # what the user has set stays
+    return os.environ.get("TP_SOCKET_IFNAME")

@@ -40,7 +40,7 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
 
-    def claim(self, message: str, wait: bool = False) -> bool:
+    def claim(self, wait: bool = False) -> bool:
         """Is this rank the first to report a failure, so that it should print it?
 
         Args:
@@ -53,7 +53,7 @@ class Watchdog:
                 if self._store.check(["failure"]):
                     return False
                 time.sleep(0.05)
-            return self._store.compare_set("failure", "", message).decode() == message
+            return self._store.compare_set("failure", "", str(self._rank)).decode() == str(self._rank)
         except RuntimeError:
             return True  # the store has gone with the launcher or rank 0: nobody else can say it
 
@@ -61,13 +61,15 @@ class Watchdog:
         """Beat, look for a claimed failure, and look for silence; until stopped."""
         beats, seen = 0, dict.fromkeys(self._watched, b"")
         changed = dict.fromkeys(self._watched, time.monotonic())
-        while not self._stopped.wait(PERIOD_SECONDS):
-            if self._reported:
-                return
+        while not self._stopped.wait(PERIOD_SECONDS) and not self._reported:
             beats += 1
+            # Where the store's host is silent, so is the store: then this thread never returns from it.
+            alarm = threading.Timer(self._timeout_seconds, self._end, ["the job's store has not answered"])
+            alarm.daemon = True
+            alarm.start()
             try:
                 self._store.set(f"beat/{self._rank}", str(beats))
-                if self._store.check(["failure"]):
+                if self._store.check(["failure"]) and not self._reported:
                     os._exit(1)
                 for rank in self._watched:
                     beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
@@ -79,11 +81,24 @@ class Watchdog:
                         f"lost the job's store, so rank 0 or its launcher is gone ({type(error).__name__})"
                     )
                 return
+            finally:
+                alarm.cancel()
             for rank in self._watched:
                 if time.monotonic() - changed[rank] > self._timeout_seconds:
                     self._end(f"rank {rank} has given no sign of life for {self._timeout_seconds:g} s")
 
     def _end(self, message: str) -> None:
-        if self.claim(message):
-            print(f"fslsage_rpc: rank {self._rank}: {message}", file=sys.stderr, flush=True)
+        if self._reported:
+            return  # the main thread is about to end the process
+        last_resort = threading.Timer(
+            GRACE_SECONDS, self._print_and_exit, [message]
+        )  # a silent store answers no claim
+        last_resort.daemon = True
+        last_resort.start()
+        if self.claim():
+            self._print_and_exit(message)
+        os._exit(1)
+
+    def _print_and_exit(self, message: str) -> None:
+        print(f"fslsage_rpc: rank {self._rank}: {message}", file=sys.stderr, flush=True)
         os._exit(1)

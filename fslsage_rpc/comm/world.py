@@ -10,7 +10,7 @@ import torch
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.config import Config
-from fslsage_rpc.errors import InputError
+from fslsage_rpc.errors import HostError
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
 
@@ -84,6 +84,13 @@ def rpc_available() -> bool:
     return rpc.is_available()
 
 
+def nccl_available() -> bool:
+    """Could NCCL average here: is it built in, and is there a GPU?"""
+    from torch import distributed
+
+    return torch.cuda.is_available() and distributed.is_nccl_available()
+
+
 def interfaces() -> list[str]:
     """The names of this host's network interfaces."""
     return [name for _, name in socket.if_nameindex()]
@@ -93,10 +100,10 @@ def choose_device(keys_device: str, index: int) -> torch.device:
     """The device of a rank that would take GPU number `index` of its host.
 
     Raises:
-        InputError: a GPU is asked for and torch sees none.
+        HostError: a GPU is asked for and torch sees none.
     """
     if keys_device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: got 'cuda', expected auto or cpu: torch sees no CUDA device here")
+        raise HostError("device: got 'cuda', expected auto or cpu: torch sees no CUDA device here")
     if keys_device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", index % torch.cuda.device_count())

@@ -1,6 +1,8 @@
 """The datasets: the embedded digits, and torchvision's, as uint8 image tensors."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +14,7 @@ import torchvision
 from torch import Tensor
 
 from fslsage_rpc.config import Data
-from fslsage_rpc.errors import InputError
+from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.randomness import numpy_stream
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -116,14 +118,17 @@ def prepare(keys: Data) -> None:
     Raises:
         InputError: files are missing and may not, or cannot, be downloaded.
     """
-    if keys.name == "digits":
-        return
     try:
-        _load_torchvision(keys, train=False)
-        return
-    except InputError:
+        load(keys, train=False)
+    except HostError:
         if not keys.download:
             raise
+        with _one_process_at_a_time(Path(keys.root)):
+            _download(keys)
+
+
+def _download(keys: Data) -> None:
+    """Fetch what is still missing; nothing, where another process has just done so."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
@@ -133,6 +138,24 @@ def prepare(keys: Data) -> None:
         raise _missing_files(keys, f"missing, and the download failed ({reason})") from None
     finally:
         socket.setdefaulttimeout(before)
+
+
+@contextmanager
+def _one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep the ranks that share a folder from downloading into it at the same time."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a job has one process
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".download.lock").open("w")
+    except OSError as error:
+        raise HostError(f"data.root: got {folder}, which cannot be written ({error.strerror})") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def load(keys: Data, train: bool) -> LabelledImages:
@@ -159,10 +182,10 @@ def _load_torchvision(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
     return images.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64)
 
 
-def _missing_files(keys: Data, what: str) -> InputError:
+def _missing_files(keys: Data, what: str) -> HostError:
     folder = Path(keys.root).absolute()
     files = ", ".join(SPECS[keys.name].files)
-    return InputError(
+    return HostError(
         f"data.root: got {folder}, where files of {keys.name} are {what}; expected there: {files}"
     )
 

@@ -4,7 +4,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 clock = time.perf_counter
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what the host has queued on a GPU, so that the phase that queued it is charged with it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Timeline:

@@ -55,7 +55,8 @@ def flatten(module: nn.Module) -> Weights:
             integers.append(tensor)
         else:
             raise TypeError(f"{name} is {tensor.dtype}: weights are floating-point of one type or int64")
-    return Weights(_adopt(floats), _adopt(integers, torch.int64))
+    device = floats[0].device if floats else torch.device("cpu")
+    return Weights(_adopt(floats, torch.float32, device), _adopt(integers, torch.int64, device))
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -63,10 +64,10 @@ def module_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
-def _adopt(tensors: list[Tensor], empty_dtype: torch.dtype = torch.float32) -> Tensor:
+def _adopt(tensors: list[Tensor], empty_dtype: torch.dtype, device: torch.device) -> Tensor:
     """One buffer with the tensors' values; each tensor becomes a view into it."""
     if not tensors:
-        return torch.empty(0, dtype=empty_dtype)
+        return torch.empty(0, dtype=empty_dtype, device=device)
     buffer = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
     first = 0
     for tensor in tensors:

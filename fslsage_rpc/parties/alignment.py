@@ -85,12 +85,17 @@ class Agreement:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def read(self) -> dict[str, float] | None:
-        """nmse and cosine, or None where nothing was counted."""
+        """nmse and cosine; None where nothing was counted, or all true gradients are 0, so that there is no
+        scale.
+
+        The cosine of an estimate that is 0 everywhere is 0.
+        """
         if self.sums is None:
             return None
         error, true, estimated, product = self.sums.tolist()
-        tiny = torch.finfo(torch.float64).tiny
-        return {"nmse": error / max(true, tiny), "cosine": product / max((true * estimated) ** 0.5, tiny)}
+        if true == 0:
+            return None
+        return {"nmse": error / true, "cosine": product / (true * estimated) ** 0.5 if estimated else 0.0}
 
 
 @dataclass
@@ -114,7 +119,8 @@ class AuxiliaryFit:
         minimise sum_samples ||ĝ - g||^2.
 
         Returns:
-            A copy of the fitted weights, and nmse and cosine over the buffer before and after.
+            A copy of the fitted weights, and nmse and cosine over the buffer before and after (empty where
+            the true gradients are all 0).
         """
         batches = self.buffer.batches(self.batch_size)
         with untouched_statistics(server_model):

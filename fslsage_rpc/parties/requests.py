@@ -14,7 +14,6 @@ class SmashedData:
     graph.
     """
 
-    step: int
     z: Tensor
     y: Tensor
 
@@ -23,7 +22,7 @@ class SmashedData:
 
     def to(self, device: torch.device) -> Self:
         """The same request with its tensors on a device."""
-        return type(self)(self.step, self.z.to(device), self.y.to(device))
+        return type(self)(self.z.to(device), self.y.to(device))
 
 
 @dataclass
@@ -44,7 +43,6 @@ class Exchange(SmashedData):
 class Align:
     """Fit the client's auxiliary model to the true cut-layer gradients and return its `Weights`."""
 
-    step: int
     waits_as: ClassVar[str] = "alignment_wait"
 
     def to(self, device: torch.device) -> Self:

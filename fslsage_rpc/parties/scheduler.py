@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fslsage_rpc.measure.timeline import Timeline, clock
+import torch
+
+from fslsage_rpc.measure.timeline import Timeline, clock, synchronise
 from fslsage_rpc.parties.requests import Align, ClientRound, Exchange, Push, Request
 
 Send = Callable[[Request, Callable[[Any], None]], None]
@@ -40,13 +42,15 @@ class Scheduler:
         send: hands a request to the transport.
         window: uploads of one client that the server may still have to train on.
         depth_first: `client_major`.
+        device: of the clients.
     """
 
-    def __init__(self, send: Send, window: int, depth_first: bool, timeline: Timeline):
+    def __init__(self, send: Send, window: int, depth_first: bool, timeline: Timeline, device: torch.device):
         self._send = send
         self._window = window
         self._depth_first = depth_first
         self._timeline = timeline
+        self._device = device
         self._replies: queue.SimpleQueue[tuple[ClientProgress, Push | Exchange | Align, Any]] = (
             queue.SimpleQueue()
         )
@@ -75,6 +79,8 @@ class Scheduler:
                 unfinished -= 1
             else:
                 self._request(progress, body)
+        with self._timeline.phase("forward_backward"):
+            synchronise(self._device)
         while self._in_flight:
             with self._timeline.phase("drain_wait"):
                 reply = self._replies.get()
@@ -106,6 +112,8 @@ class Scheduler:
         request = Request(progress.client, progress.requests, body)
         progress.requests += 1
         self._in_flight += 1
+        with self._timeline.phase("forward_backward"):  # what is sent must be there; on a CPU it is
+            synchronise(self._device)
         with self._timeline.phase(
             body.waits_as
         ):  # handing over: serialising, and in the local transport the server

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.measure.timeline import Timeline, synchronise
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, cut_layer_gradient
 from fslsage_rpc.parties.mailbox import Mailbox
@@ -161,6 +161,7 @@ class Server:
                 _average({client: lane.weights for client, lane in self.lanes.items()}, shares)
             if auxiliaries and self.fits:
                 _average({client: fit.weights for client, fit in self.fits.items()}, shares)
+            synchronise(self._device)
 
     def halves(self) -> list[nn.Module]:
         """The whole model of the federation: the averaged client model and the (averaged) server model."""
@@ -192,17 +193,23 @@ class Server:
         match body:
             case Align():
                 with lane.timeline.phase("alignment"):
-                    weights, self._alignments[request.client] = self.fits[request.client].align(lane.model)
+                    weights, record = self.fits[request.client].align(lane.model)
+                    synchronise(self._device)
+                if record:
+                    self._alignments[request.client] = record
                 return weights
             case Exchange():
                 with lane.timeline.phase("step"):
-                    return lane.train(body.z, body.y, gradient=True)
+                    gradient = lane.train(body.z, body.y, gradient=True)
+                    synchronise(self._device)
+                return gradient
             case Push():
                 fit = self.fits.get(request.client)
                 with lane.timeline.phase("step"):
                     gradient = lane.train(body.z, body.y, gradient=fit is not None and self._measure_drift)
                     if fit is not None:
                         fit.buffer.add(body.z, body.y)
+                    synchronise(self._device)
                 if gradient is not None and fit is not None:
                     with lane.timeline.phase("drift"):
                         estimate = cut_layer_gradient(fit.model, body.z, body.y)

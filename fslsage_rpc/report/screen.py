@@ -66,9 +66,10 @@ class Screen:
         accuracy = "   - " if self._accuracy is None else f"{self._accuracy:.3f}"
         self._progress.update(self._task, advance=1, accuracy=accuracy, bytes=_mib(self._wire_bytes))
         if not self._console.is_terminal:
+            loss = "not finite" if line["train_loss"] is None else f"{line['train_loss']:.4f}"
             print(
                 f"round {line['round'] + 1}/{self._rounds}  accuracy {accuracy}  "
-                f"train loss {line['train_loss']:.4f}  {line['round_seconds']:.3f} s  "
+                f"train loss {loss}  {line['round_seconds']:.3f} s  "
                 f"{_mib(self._wire_bytes)} so far",
                 flush=True,
             )

@@ -1,6 +1,5 @@
 """What a configuration comes to, before any rank talks to another: data, clients, models, algorithm."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +8,11 @@ from torch import nn
 
 from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
 from fslsage_rpc.algorithms.base import Sizes
-from fslsage_rpc.comm.world import choose_device, interfaces, rpc_available
+from fslsage_rpc.comm.world import choose_device, interfaces, nccl_available, rpc_available
 from fslsage_rpc.config import Config
 from fslsage_rpc.data import datasets, partitions
 from fslsage_rpc.data.datasets import LabelledImages, Spec
-from fslsage_rpc.errors import InputError
+from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.models.splitting import PRECISIONS, SplitModel, build, check_cut, has_batch_norm
@@ -32,8 +31,7 @@ def check(config: Config, ranks: int) -> None:
         _check_ranks(config, ranks)
     check_cut(config.model.name, config.model.cut)
     choose_device(config.device, 0)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        datasets.prepare(config.data)
+    datasets.prepare(config.data)
 
 
 def _check_ranks(config: Config, ranks: int) -> None:
@@ -44,8 +42,12 @@ def _check_ranks(config: Config, ranks: int) -> None:
         raise InputError(f"transport: got 'rpc' on {ranks} rank, expected local, or at least 2 ranks")
     if ranks - 1 > clients:
         raise InputError(f"clients.count: got {clients}, expected at least {ranks - 1}, one per client rank")
+    if config.comm.averaging == "nccl" and not (config.device != "cpu" and nccl_available()):
+        raise HostError(
+            "comm.averaging: got 'nccl', expected auto or gloo: there is no NCCL or GPU to use it on"
+        )
     if interface is not None and interface not in interfaces():
-        raise InputError(f"comm.interface: got {interface!r}, expected one of {', '.join(interfaces())}")
+        raise HostError(f"comm.interface: got {interface!r}, expected one of {', '.join(interfaces())}")
 
 
 @dataclass
@@ -84,14 +86,15 @@ class Experiment:
         dtype = PRECISIONS[config.precision]
         model = config.model
         split = build(model.name, model.cut, spec.classes, spec.image_shape, config.seed, dtype)
+        algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
         if has_batch_norm(split.client) or has_batch_norm(split.server):
+            _check_alignment_batches(config, federation, algorithm)
             alone = [client for client, sizes in enumerate(federation.batch_sizes) if 1 in sizes]
             if alone:
                 raise InputError(
                     f"clients.batch_size: got {clients.batch_size}, expected one that leaves no batch of 1 "
                     f"for the BatchNorm of {model.name}: client {alone[0]} has {len(parts[alone[0]])} samples"
                 )
-        algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
         return cls(
             config=config,
             spec=spec,
@@ -117,3 +120,23 @@ class Experiment:
             auxiliary=module_bytes(self.split.auxiliary),
             smashed=torch.Size(self.split.smashed_shape).numel() * element,
         )
+
+
+def _check_alignment_batches(config: Config, federation: Federation, algorithm: Algorithm) -> None:
+    """BatchNorm cannot normalise one sample, so no alignment may leave one over."""
+    if algorithm.auxiliary != "aligned":
+        return
+    keys = config.algorithm.alignment
+    for client, sizes in enumerate(federation.batch_sizes):
+        uploaded = sum(sizes[:: config.algorithm.upload_every])
+        for earlier in range(
+            config.rounds
+        ):  # rounds that the client took part in before; then its first upload
+            samples = min(earlier * uploaded + sizes[0], keys.buffer_size)
+            if samples % keys.batch_size == 1:
+                raise InputError(
+                    f"algorithm.alignment.batch_size: got {keys.batch_size}, expected one that leaves no "
+                    f"batch of 1 to {config.model.name}'s BatchNorm: client {client} aligns on {samples}"
+                )
+            if samples == keys.buffer_size:
+                break

@@ -1,5 +1,6 @@
 """The line of `metrics.jsonl` that a round leaves, and the summary that all of them come to."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,11 +45,18 @@ def round_seconds(reports: Sequence[RankReport]) -> float:
 
 
 def client_phases(reports: Sequence[RankReport]) -> dict[str, float]:
-    """Mean seconds per phase over the client ranks; `other` is what is left of the round."""
-    measured = [report.phases for report in reports if report.phases is not None]
+    """Mean seconds per phase over the client ranks; `other` is what is left of the round.
+
+    A rank that left the first barrier later than the slowest rank's clock began was held up by others:
+    `drain_wait`.
+    """
+    measured = [report for report in reports if report.phases is not None]
     phases = {
-        name: sum(seconds.get(name, 0.0) for seconds in measured) / len(measured) for name in CLIENT_PHASES
+        name: sum((report.phases or {}).get(name, 0.0) for report in measured) / len(measured)
+        for name in CLIENT_PHASES
     }
+    held_up = [round_seconds(reports) - report.seconds for report in measured]
+    phases["drain_wait"] += sum(held_up) / len(measured)
     phases["other"] = round_seconds(reports) - sum(phases.values())
     return phases
 
@@ -101,6 +109,7 @@ class RoundRecorder:
             "alignment": _mean_record(server.alignments),
             "drift": _mean_record(server.drifts),
         }
+        line = _finite(line)
         self.lines.append(line)
         return line
 
@@ -154,4 +163,16 @@ def _mean_record(records: Sequence[dict[str, float]]) -> dict[str, float] | None
     """The mean over clients, key by key; None where there are none."""
     if not records:
         return None
-    return {key: statistics.fmean(record[key] for record in records) for key in records[0]}
+    return {key: sum(record[key] for record in records) / len(records) for key in records[0]}
+
+
+def _finite(tree: dict[str, Any]) -> dict[str, Any]:
+    """Infinities and NaN, as a diverged training gives them, become None: JSON has no word for them."""
+    return {
+        key: _finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in tree.items()
+    }

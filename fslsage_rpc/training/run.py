@@ -33,9 +33,9 @@ def run(config: Config, screen: Screen) -> Path:
         else:
             with screen:
                 _train(experiment, world, folder, screen)
+        world.close()
     except BaseException as error:
         world.fail(error)
-    world.close()
     return Path(config.output) / config.name
 
 
@@ -55,6 +55,8 @@ def _train(experiment: Experiment, world: World, folder: RunFolder | None, scree
         environment={"versions": versions(), **world.describe(), "ranks": ranks},
         partition=experiment.partition_summary,
     )
+    if folder.replaces_unfinished:
+        screen.warn(f"the unfinished run in {folder.path} is replaced: this version has no checkpoints")
     for key in unused_keys(experiment.config.algorithm, experiment.algorithm.uses):
         screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")
 

@@ -48,6 +48,7 @@ class RunFolder:
             raise InputError(
                 f"output: got {config.output!r}, where {self.path} cannot be made ({error.strerror})"
             ) from None
+        self.replaces_unfinished = False
         self.finished_summary = self._read_finished() if config.resume == "auto" else None
 
     def start(self, environment: Mapping[str, Any], partition: list[dict[str, Any]]) -> None:
@@ -84,11 +85,19 @@ class RunFolder:
                     f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; "
                     "choose another name=, or resume=never to replace that run"
                 )
-        same_end = all(old.get(key) == self._config[key] for key in ("rounds", "stop"))
         try:
-            return json.loads((self.path / "summary.json").read_text(encoding="utf-8")) if same_end else None
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            self.replaces_unfinished = True
             return None
+        for key in ("rounds", "stop"):
+            if old.get(key) != self._config[key]:
+                raise InputError(
+                    f"{key}: got {self._config[key]!r}, expected {old.get(key)!r} as in the complete run in "
+                    f"{self.path} (going on needs checkpoints, which are not in this version); "
+                    "choose another name=, or resume=never to replace that run"
+                )
+        return summary
 
     def _write(self, name: str, text: str) -> None:
         temporary = self.path / f"{name}.tmp"

@@ -11,7 +11,7 @@ from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.world import World
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
-from fslsage_rpc.measure.timeline import Timeline, clock
+from fslsage_rpc.measure.timeline import Timeline, clock, synchronise
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training.assembly import build_clients, build_server
@@ -51,11 +51,11 @@ class Trainer:
         paper_bytes_total = 0
         for round in range(self._config.rounds):
             seconds = self._train_round(round)
-            ended = clock()
             paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
             paper_bytes_total += paper_bytes
             last = round == self._config.rounds - 1 or self._paper_limit_reached(paper_bytes_total)
             evaluated = last or (round + 1) % self._config.evaluation.every == 0
+            ended = clock()
             if evaluated and self._link and self.world.client_rank == 0:
                 self._link.deposit_average(next(iter(self.clients.values())).weights)
             phases = self._timeline.take() if self._link else None
@@ -75,7 +75,7 @@ class Trainer:
                     reports=reports,
                     server=self.server.report(round_seconds(reports)),
                     score=score,
-                    evaluation_seconds=clock() - ended,
+                    evaluation_seconds=clock() - ended if evaluated else 0.0,
                     paper_bytes=paper_bytes,
                     participants=self.experiment.federation.participants(round),
                 )
@@ -114,15 +114,14 @@ class Trainer:
                 window=self._config.comm.upload_window,
                 depth_first=depth_first,
                 timeline=self._timeline,
+                device=self.world.device,
             )
             scheduler.run({client: algorithm.client_round(self.clients[client], round) for client in mine})
-            if self.world.device.type == "cuda":
-                with self._timeline.phase("forward_backward"):  # the device finishes what the host has queued
-                    torch.cuda.synchronize(self.world.device)
             with self._timeline.phase("drain_wait"):
                 self.world.client_barrier()
             with self._timeline.phase("averaging"):
                 self._average_clients(shares, averages_auxiliary)
+                synchronise(self.world.device)
         if self.server:
             self.server.wait()
             self.server.average(shares, averages_auxiliary)
