@@ -1,6 +1,4 @@
-"""A client rank's way to the server, whatever the transport: every payload tensor passes, and is counted,
-here.
-"""
+"""A client rank's way to the server, whatever the transport: its tensors are counted here."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence

@@ -159,7 +159,10 @@ class RpcWorld(World):
 
     def fail(self, error: BaseException) -> NoReturn:
         role = "server" if self.rank == 0 else "clients"
-        message, status = f"fslsage_rpc: rank {self.rank} ({role}) failed: {type(error).__name__}: {error}", 1
+        # An error that came back from a call begins with a line that names the worker.
+        said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
+        reason = f"{type(error).__name__}: {said[0] if said else ''}"
+        message, status = f"fslsage_rpc: rank {self.rank} ({role}) failed: {reason}", 1
         if isinstance(error, InputError):
             message, status = f"fslsage_rpc: {error}", 2
         elif isinstance(error, KeyboardInterrupt):
