@@ -90,9 +90,8 @@ class Watchdog:
     def _end(self, message: str) -> None:
         if self._reported:
             return  # the main thread is about to end the process
-        last_resort = threading.Timer(
-            GRACE_SECONDS, self._print_and_exit, [message]
-        )  # a silent store answers no claim
+        # A silent store answers no claim.
+        last_resort = threading.Timer(GRACE_SECONDS, self._print_and_exit, [message])
         last_resort.daemon = True
         last_resort.start()
         if self.claim():
