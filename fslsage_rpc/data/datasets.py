@@ -53,10 +53,8 @@ class LabelledImages:
         return LabelledImages(self.images[indices], self.labels[indices])
 
 
-CIFAR_MEAN, CIFAR_STD = (
-    (0.485, 0.456, 0.406),
-    (0.229, 0.224, 0.225),
-)  # the FSL-SAGE paper's, which are ImageNet's
+# The FSL-SAGE paper normalises CIFAR with ImageNet's figures.
+CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MNIST_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -211,7 +209,6 @@ def _digits_split() -> tuple[np.ndarray, np.ndarray]:
     for digit, count in enumerate(counts):
         members = np.flatnonzero(labels == digit)
         test[numpy_stream(0, "digits split", client=digit).permutation(members)[:count]] = True
-    mixed = numpy_stream(0, "digits order").permutation(
-        len(labels)
-    )  # so that train_limit takes a fair sample
+    # Mixed, so that train_limit takes a fair sample.
+    mixed = numpy_stream(0, "digits order").permutation(len(labels))
     return mixed[~test[mixed]], mixed[test[mixed]]

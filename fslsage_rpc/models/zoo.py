@@ -1,4 +1,4 @@
-"""The built-in models, each as an ordered chain of named blocks that can be cut between any two of them."""
+"""The built-in models, each as an ordered chain of named blocks, with the blocks that it may be cut after."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Entry:
 
 
 def simple_conv(classes: int, image_shape: ImageShape) -> Blocks:
-    """The two-convolution network of the CSE-FSL and FSL-SAGE papers, for images of any size."""
+    """A network of two convolutions and three linear layers, for images of any size."""
     channels, height, width = image_shape
     rows, columns = (height + 3) // 4, (width + 3) // 4  # two pools, each of which halves and rounds up
     return OrderedDict(

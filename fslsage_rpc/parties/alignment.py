@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class Agreement:
     on the device until `nmse` or `cosine` is asked for.
     """
 
-    sums: Tensor | None = field(default=None)  # ||ĝ - g||^2, ||g||^2, ||ĝ||^2, <ĝ, g>
+    sums: Tensor | None = None  # ||ĝ - g||^2, ||g||^2, ||ĝ||^2, <ĝ, g>
 
     def add(self, estimate: Tensor, gradient: Tensor) -> None:
         """Count one batch of estimates and true gradients, both `[B, ...]`."""
@@ -112,7 +112,7 @@ class AuxiliaryFit:
     batch_size: int
 
     def align(self, server_model: nn.Module) -> tuple[Weights, dict[str, float]]:
-        """Fit the auxiliary model to the server model's gradients on the buffer (arXiv 2505.23182, eq. 6).
+        """Fit the auxiliary model to the server model's gradients on the buffer (arXiv 2505.23182).
 
         The targets are computed once, by train-mode passes that leave every parameter and buffer of the
         server model as it was. Then `epochs` passes of the optimizer over the same batches, unshuffled,

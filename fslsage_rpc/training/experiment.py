@@ -129,9 +129,7 @@ def _check_alignment_batches(config: Config, federation: Federation, algorithm: 
     keys = config.algorithm.alignment
     for client, sizes in enumerate(federation.batch_sizes):
         uploaded = sum(sizes[:: config.algorithm.upload_every])
-        for earlier in range(
-            config.rounds
-        ):  # rounds that the client took part in before; then its first upload
+        for earlier in range(config.rounds):  # rounds that it took part in before; then its first upload
             samples = min(earlier * uploaded + sizes[0], keys.buffer_size)
             if samples % keys.batch_size == 1:
                 raise InputError(
