@@ -1,6 +1,4 @@
-"""FSL-SAGE: federated split learning via smashed-activation gradient estimation (arXiv 2505.23182, algorithm
-1).
-"""
+"""FSL-SAGE: federated split learning via smashed-activation gradient estimation (arXiv 2505.23182)."""
 
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.parties.client import Client

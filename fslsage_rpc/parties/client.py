@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -12,6 +11,7 @@ from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.parties.losses import LossSum
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Client:
         self._timeline = timeline
         self._auxiliary = auxiliary
         self._auxiliary_optimizer = auxiliary_optimizer
-        self._loss_sum, self._samples = torch.zeros((), dtype=torch.float64, device=data.labels.device), 0
+        self.losses = LossSum()  # of a client that trains the whole model
         if auxiliary is not None:
             self._auxiliary_weights = flatten(auxiliary)
             auxiliary.requires_grad_(auxiliary_optimizer is not None)  # else the client's steps never move it
@@ -104,15 +104,7 @@ class Client:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self._loss_sum += loss.detach().double() * len(y)
-            self._samples += len(y)
-
-    def take_loss(self) -> tuple[float, int]:
-        """The sum of the whole model's losses over samples, and their number, since the last call."""
-        taken = (self._loss_sum.item(), self._samples)
-        self._loss_sum.zero_()
-        self._samples = 0
-        return taken
+            self.losses.add(loss, len(y))
 
     def backward(self, z: Tensor, gradient: Tensor) -> None:
         """Back-propagate a cut-layer gradient `[B, ...]` through the client model and take one optimizer

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fslsage_rpc.measure.timeline import Timeline, synchronise
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, cut_layer_gradient
+from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
 
@@ -31,8 +32,7 @@ class Lane:
         self.released: deque[Request] = deque()
         self.busy = False
         self.timeline = Timeline()
-        self._loss_sum: Tensor | None = None
-        self._samples = 0
+        self.losses = LossSum()
 
     def train(self, z: Tensor, y: Tensor, gradient: bool) -> Tensor | None:
         """One optimizer step on smashed data z `[B, ...]` and labels y `[B]`.
@@ -45,16 +45,8 @@ class Lane:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        summed = loss.detach().double() * len(y)
-        self._loss_sum = summed if self._loss_sum is None else self._loss_sum + summed
-        self._samples += len(y)
+        self.losses.add(loss, len(y))
         return z.grad
-
-    def take_loss(self) -> tuple[float, int]:
-        """The sum of losses over samples and the number of samples trained on since the last call."""
-        taken = (0.0 if self._loss_sum is None else self._loss_sum.item(), self._samples)
-        self._loss_sum, self._samples = None, 0
-        return taken
 
 
 @dataclass
@@ -169,7 +161,7 @@ class Server:
 
     def report(self, round_seconds: float) -> ServerReport:
         """The round that has just ended; the next one starts with empty counts."""
-        lanes = [(lane.timeline.take(), *lane.take_loss()) for lane in self._distinct]
+        lanes = [(lane.timeline.take(), *lane.losses.take()) for lane in self._distinct]
         phases = {
             name: sum(seconds.get(name, 0.0) for seconds, _, _ in lanes) / max(len(lanes), 1)
             for name in ("step", "alignment", "drift")

@@ -59,7 +59,7 @@ class Trainer:
             if evaluated and self._link and self.world.client_rank == 0:
                 self._link.deposit_average(next(iter(self.clients.values())).weights)
             phases = self._timeline.take() if self._link else None
-            losses = [client.take_loss() for client in self.clients.values()]
+            losses = [client.losses.take() for client in self.clients.values()]
             report = RankReport(
                 seconds=seconds,
                 phases=phases,
