@@ -83,15 +83,25 @@ class Data:
 
 
 @dataclass(kw_only=True)
+class Auxiliary:
+    """The auxiliary model; with both keys null, the model's own default for its cut."""
+
+    kind: Literal["copy", "linear"] | None = None
+    """copy: fresh first blocks of the server half and a linear classifier; linear: the classifier alone"""
+    until: str | None = None
+    """the last block of a copy, or a part of it, as in layer3.0"""
+
+
+@dataclass(kw_only=True)
 class Model:
     """The model, the layer it is cut at, and the auxiliary model."""
 
-    name: Literal["simple_conv", "resnet18"] = "simple_conv"
+    name: Literal["simple_conv", "resnet18", "resnet56", "resnet110"] = "simple_conv"
     cut: str | None = None
     """the block whose output is the smashed data; null takes the model's own default"""
-    auxiliary: Annotated[dict[str, Any], Only({}, "choosing the auxiliary model")] = field(
-        default_factory=dict
-    )
+    width: Count | None = None
+    """channels of the first stage of resnet56 and resnet110; null: 16"""
+    auxiliary: Auxiliary = field(default_factory=Auxiliary)
 
 
 @dataclass(kw_only=True)
@@ -115,9 +125,36 @@ class AlgorithmKeys:
     align_every: Count | None = 10
     """l: alignment in rounds 0, l, 2l, ...; null = never"""
     average_auxiliary: Literal["never", "alignment", "round"] = "alignment"
+    warm_start: bool = False
+    """round 0 is one of CSE-FSL: auxiliary models learn from their own loss before the first alignment"""
     alignment: Alignment = field(default_factory=Alignment)
     measure_drift: bool = True
     """compare estimate and true gradient on every upload (server work of its own, timed apart)"""
+
+
+@dataclass(kw_only=True)
+class SchedulerKeys:
+    """The course of a learning rate: one of torch.optim.lr_scheduler."""
+
+    name: (
+        Literal[
+            "StepLR",
+            "MultiStepLR",
+            "ConstantLR",
+            "LinearLR",
+            "ExponentialLR",
+            "PolynomialLR",
+            "CosineAnnealingLR",
+            "CosineAnnealingWarmRestarts",
+            "CyclicLR",
+        ]
+        | None
+    ) = None
+    """torch's name; null: the learning rate stays as it is"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """torch's arguments, as in {T_max: 200}"""
+    per: Literal["round", "step"] = "round"
+    """it moves on at the end of every round (absent clients' too), or with every step of its optimizer"""
 
 
 @dataclass(kw_only=True)
@@ -127,6 +164,7 @@ class OptimizerKeys:
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: NonNegative = 1e-3
     weight_decay: NonNegative = 0.0
+    scheduler: SchedulerKeys = field(default_factory=SchedulerKeys)
 
 
 @dataclass(kw_only=True)

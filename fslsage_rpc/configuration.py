@@ -199,6 +199,8 @@ def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
         (member,) = typing.get_args(hint)
         good = isinstance(value, list) and value and all(_as_type(member, item)[1] for item in value)
         return f"a list, each {_as_type(member, None)[0]}", value if good else None
+    if typing.get_origin(hint) is dict:
+        return "a mapping of names to numbers, texts or lists of numbers", _as_arguments(value)
     if hint is bool:
         return "true or false", value if isinstance(value, bool) else None
     if hint is int:
@@ -206,6 +208,23 @@ def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
     if hint is float:
         return "a number", _as_float(value)
     return "a text", value if isinstance(value, str) and value else None
+
+
+def _as_arguments(value: Any) -> dict[str, Any] | None:
+    """A mapping to pass on as keyword arguments; a copy, so that nothing is shared with the YAML tree."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return None
+    arguments = {name: _as_argument(item) for name, item in value.items()}
+    return None if None in arguments.values() else arguments
+
+
+def _as_argument(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(value) if all(isinstance(member, int | float) for member in value) else None
+    if isinstance(value, str):
+        number = _as_float(value)
+        return value if number is None else number
+    return value if isinstance(value, int | float) else None
 
 
 def _as_float(value: Any) -> float | None:

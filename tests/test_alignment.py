@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from fslsage_rpc.config import Model, OptimizerKeys
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.models.splitting import build
 from fslsage_rpc.parties.alignment import (
@@ -17,6 +18,7 @@ from fslsage_rpc.parties.alignment import (
     AuxiliaryFit,
     cut_layer_gradient,
 )
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 
 
 def smashed(shape: tuple[int, ...], samples: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +29,7 @@ def smashed(shape: tuple[int, ...], samples: int, seed: int = 0) -> tuple[torch.
 
 @pytest.mark.parametrize("model", ["simple_conv", "resnet18"])
 def test_estimate_of_a_copy_of_the_server_model_is_the_true_gradient(model: str) -> None:
-    split = build(model, None, 10, (3, 32, 32), 0, torch.float64)
+    split = build(Model(name=model), 10, (3, 32, 32), 0, torch.float64)
     z, y = smashed(split.smashed_shape, 8)
     true = z.clone().requires_grad_()
     F.cross_entropy(split.server(true), y).backward()
@@ -40,7 +42,7 @@ def make_fit(auxiliary: nn.Module, epochs: int = 20, batch_size: int = 8) -> Aux
     return AuxiliaryFit(
         model=auxiliary,
         weights=flatten(auxiliary),
-        optimizer=torch.optim.Adam(auxiliary.parameters(), lr=1e-3),
+        optimizer=ScheduledOptimizer(OptimizerKeys(), auxiliary.parameters()),
         buffer=AlignmentBuffer(24),
         epochs=epochs,
         batch_size=batch_size,
@@ -49,7 +51,7 @@ def make_fit(auxiliary: nn.Module, epochs: int = 20, batch_size: int = 8) -> Aux
 
 @pytest.mark.parametrize("model", ["simple_conv", "resnet18"])
 def test_alignment_lowers_its_objective_and_leaves_the_server_as_it_was(model: str) -> None:
-    split = build(model, None, 10, (3, 32, 32), 0, torch.float64)
+    split = build(Model(name=model), 10, (3, 32, 32), 0, torch.float64)
     server = split.server.train()
     server(smashed(split.smashed_shape, 8, seed=1)[0])  # running statistics that are not the initial ones
     before = {name: tensor.clone() for name, tensor in server.state_dict().items()}
@@ -68,7 +70,7 @@ def test_alignment_lowers_its_objective_and_leaves_the_server_as_it_was(model: s
 
 
 def test_running_statistics_still_move_in_training_after_an_alignment() -> None:
-    split = build("resnet18", None, 10, (3, 32, 32), 0, torch.float64)
+    split = build(Model(name="resnet18"), 10, (3, 32, 32), 0, torch.float64)
     fit = make_fit(split.auxiliary, epochs=1)
     fit.buffer.add(*smashed(split.smashed_shape, 8))
     fit.align(split.server)
@@ -78,7 +80,7 @@ def test_running_statistics_still_move_in_training_after_an_alignment() -> None:
 
 
 def test_a_second_alignment_goes_on_with_the_optimizer_of_the_first() -> None:
-    split = build("simple_conv", None, 10, (1, 8, 8), 0, torch.float64)
+    split = build(Model(name="simple_conv"), 10, (1, 8, 8), 0, torch.float64)
     data = smashed(split.smashed_shape, 16)
     once, twice = (make_fit(copy.deepcopy(split.auxiliary), epochs=n) for n in (6, 3))
     for fit in (once, twice):

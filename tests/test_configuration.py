@@ -133,13 +133,15 @@ def test_an_override_changes_its_own_key_only_where_sections_share_an_anchor(tmp
 
 
 def test_configurations_and_trees_share_nothing() -> None:
-    given = {"clients": {"count": 9}, "optimizer": {"client": {"lr": "1e-2"}}}
+    schedule = {"name": "MultiStepLR", "arguments": {"milestones": [1, 2], "gamma": "1e-1"}}
+    given = {"clients": {"count": 9}, "optimizer": {"client": {"lr": "1e-2", "scheduler": schedule}}}
     kept = copy.deepcopy(given)
     config, other = from_tree(given), from_tree({})
     tree = to_tree(config)
     assert set(tree) == {field.name for field in dataclasses.fields(Config)}
     config.clients.count = 1
-    config.model.auxiliary["x"] = 1
+    assert config.optimizer.client.scheduler.arguments == {"milestones": [1, 2], "gamma": 0.1}
+    config.optimizer.client.scheduler.arguments["milestones"].append(3)
     tree["optimizer"]["client"]["lr"] = 1
     assert given == kept
     assert other == Config()

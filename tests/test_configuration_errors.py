@@ -19,7 +19,7 @@ COUNT, SHARE, POSITIVE = "an integer >= 1", "a number > 0 and <= 1", "a number >
 SEED = "an integer >= 0 and <= 4294967295"
 TRANSPORTS = "a list, each one of uv, shm, ibv or null"
 FOLDER = "a folder name of letters, digits, '.', '_' and '-'"
-NO_AUXILIARY = "{} (choosing the auxiliary model is not in this version)"
+ARGUMENTS = "a mapping of names to numbers, texts or lists of numbers"
 NO_CHECKPOINTS = "null (writing checkpoints is not in this version)"
 NO_TRACES = "false (writing traces is not in this version)"
 WRONG_VALUES = [  # in YAML, just as the message shows them
@@ -45,7 +45,8 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("algorithm.average_auxiliary", "one of never, alignment, round", ["false"]),
     ("transport", "one of rpc, local", ["[rpc]"]),
     ("name", FOLDER, ["'../x'", "'..'", "'a/b'", "'-x'", "'a b'"]),
-    ("model.auxiliary", NO_AUXILIARY, ["{fc: 1}", "null"]),  # known keys whose feature is not there
+    ("model.auxiliary.kind", "one of copy, linear or null", ["'mlp'", "1"]),
+    ("optimizer.server.scheduler.arguments", ARGUMENTS, ["3", "[1]", "{1: 2}", "{a: {b: 1}}", "{a: [x]}"]),
     ("checkpoint.every", NO_CHECKPOINTS, ["5"]),
     ("trace", NO_TRACES, ["true", "0", "0.0", "null", "'false'", "[]"]),
 ]

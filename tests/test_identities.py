@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fslsage_rpc.comm.world import open_world
+from fslsage_rpc.config import Model
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.models.splitting import build
@@ -90,7 +91,7 @@ def test_one_client_is_plain_training_in_one_process(name: str) -> None:
     data = ImageBatches(
         experiment.train.subset(experiment.parts[0]), experiment.spec, 16, torch.device("cpu"), torch.float64
     )
-    split = build("simple_conv", None, 10, (1, 8, 8), 0, torch.float64)
+    split = build(Model(name="simple_conv"), 10, (1, 8, 8), 0, torch.float64)
     whole = nn.Sequential(split.client, split.server)
     optimizer = torch.optim.Adam(whole.parameters(), lr=3e-3)
     for round in range(3):
@@ -118,7 +119,7 @@ def test_client_major_trains_one_client_after_the_other_on_one_server_model() ->
     }
     experiment = Experiment.prepare(from_tree(keys))
     assert experiment.train is not None
-    split = build("simple_conv", None, 10, (1, 8, 8), 0, torch.float64)
+    split = build(Model(name="simple_conv"), 10, (1, 8, 8), 0, torch.float64)
     for client, part in enumerate(experiment.parts):
         data = ImageBatches(
             experiment.train.subset(part), experiment.spec, 16, torch.device("cpu"), torch.float64

@@ -5,7 +5,7 @@ import pytest
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.algorithms.base import Sizes
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
-from fslsage_rpc.config import AlgorithmKeys
+from fslsage_rpc.config import AlgorithmKeys, Model
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.models.splitting import build
@@ -17,7 +17,7 @@ ROUNDS = 10  # one alignment interval
 def sizes() -> Sizes:
     import torch
 
-    split = build("resnet18", "layer2", 10, (3, 32, 32), 0, torch.float32)
+    split = build(Model(name="resnet18", cut="layer2"), 10, (3, 32, 32), 0, torch.float32)
     models = (split.client, split.server, split.auxiliary)
     return Sizes(*map(module_bytes, models), smashed=torch.Size(split.smashed_shape).numel() * 4)
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import OrderedDict
 from functools import cache
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from user_input import mistake
 
+from fslsage_rpc.config import Auxiliary, Model
 from fslsage_rpc.models.flat import module_bytes
-from fslsage_rpc.models.splitting import SplitModel, build, check_cut, has_batch_norm
-from fslsage_rpc.models.zoo import ZOO
+from fslsage_rpc.models.splitting import SplitModel, build, has_batch_norm
+from fslsage_rpc.models.zoo import ZOO, ParameterFreeShortcut
 from fslsage_rpc.randomness import keyed_seed
 
 CIFAR = (3, 32, 32)
@@ -23,7 +25,7 @@ every_model = pytest.mark.parametrize("name", ZOO)
 
 
 def fresh(name: str, cut: str | None = None, seed: int = 0) -> SplitModel:
-    return build(name, cut, 10, CIFAR, seed, torch.float32)
+    return build(Model(name=name, cut=cut), 10, CIFAR, seed, torch.float32)
 
 
 built = cache(fresh)
@@ -57,6 +59,7 @@ def images(shape: tuple[int, ...] = CIFAR, dtype: torch.dtype = torch.float32) -
     ("name", "smashed", "parameters"),
     [
         ("resnet18", (128, 4, 4), [683_072, 10_498_570, 2_102_282]),
+        ("resnet56", (16, 32, 32), [42_512, 810_506, 162_762]),
         ("simple_conv", (64, 8, 8), [107_328, 1_649_098, 40_970]),
     ],
 )
@@ -125,10 +128,101 @@ def test_the_auxiliary_model_of_resnet18_is_a_fresh_next_stage_with_a_head() -> 
 )
 def test_images_may_have_any_size_and_channels(name: str, cuts: list[str], shapes: list[Any]) -> None:
     for cut, shape in itertools.product(cuts, shapes):
-        split = build(name, cut, 7, shape, 0, torch.float32)
+        split = build(Model(name=name, cut=cut), 7, shape, 0, torch.float32)
         z = split.client(images(shape))
         assert z.shape == (4, *split.smashed_shape)
         assert split.server(z).shape == split.auxiliary(z).shape == (4, 7)
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(56, 9), (110, 18)])
+def test_cifar_resnets_have_the_documented_layers(depth: int, blocks: int) -> None:
+    layers = ZOO[f"resnet{depth}"].blocks(10, CIFAR, width=16)
+    convolutions = [m for m in nn.Sequential(layers).modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) + 1 == depth  # and the classifier
+    assert all(convolution.kernel_size == (3, 3) for convolution in convolutions)  # none in a shortcut
+    for stage, channels, size in (("layer1", 16, 32), ("layer2", 32, 16), ("layer3", 64, 8)):
+        assert len(layers[stage]) == blocks
+        before = list(layers)[: list(layers).index(stage) + 1]
+        z = nn.Sequential(OrderedDict((name, layers[name]) for name in before)).eval()(images())
+        assert z.shape == (4, channels, size, size)
+
+
+def test_a_parameter_free_shortcut_keeps_every_second_pixel_and_adds_zeros() -> None:
+    x = images((3, 5, 4))
+    out = ParameterFreeShortcut(3)(x)
+    assert out.shape == (4, 6, 3, 2)
+    assert torch.equal(out[:, 1:4], x[:, :, ::2, ::2])
+    assert not out[:, [0, 4, 5]].any()
+
+
+@pytest.mark.parametrize(
+    ("width", "parameters"), [(4, [2_852, 51_434, 10_458]), (16, [42_512, 810_506, 162_762])]
+)
+def test_cifar_resnets_have_any_width(width: int, parameters: list[int]) -> None:
+    split = build(Model(name="resnet56", width=width), 10, CIFAR, 0, torch.float32)
+    assert [sum(parameter.numel() for parameter in part.parameters()) for part in parts(split)] == parameters
+    assert split.smashed_shape == (width, 32, 32)
+
+
+def test_a_width_is_refused_where_there_is_but_one() -> None:
+    message = mistake(build, Model(name="resnet18", width=8), 10, CIFAR, 0, torch.float32)
+    assert message == "model.width: got 8, expected null: resnet18 has one width"
+
+
+# Auxiliary models
+
+
+@pytest.mark.parametrize(
+    ("keys", "children", "parameters"),
+    [
+        (Auxiliary(kind="linear"), ["avgpool", "flatten", "fc"], 128 * 10 + 10),
+        (Auxiliary(until="layer3.0"), ["layer3", "avgpool", "flatten", "fc"], 921_610),
+        (Auxiliary(until="layer3"), ["layer3", "avgpool", "flatten", "fc"], 2_102_282),
+        (Auxiliary(kind="copy"), ["layer3", "avgpool", "flatten", "fc"], 2_102_282),
+        (Auxiliary(until="layer4"), ["layer3", "layer4", "avgpool", "flatten", "fc"], 10_498_570),
+    ],
+)
+def test_the_auxiliary_model_of_resnet18_has_the_chosen_size(
+    keys: Auxiliary, children: list[str], parameters: int
+) -> None:
+    split = build(Model(name="resnet18", auxiliary=keys), 10, CIFAR, 0, torch.float32)
+    assert list(dict(split.auxiliary.named_children())) == children
+    assert sum(parameter.numel() for parameter in split.auxiliary.parameters()) == parameters
+    assert split.auxiliary(split.client(images())).shape == (4, 10)
+
+
+def test_a_copy_of_a_model_without_pooling_has_a_linear_layer_on_all_of_its_output() -> None:
+    keys = Model(cut="norm1", auxiliary=Auxiliary(until="pool2"))
+    auxiliary = build(keys, 10, CIFAR, 0, torch.float32).auxiliary
+    assert list(dict(auxiliary.named_children())) == ["conv2", "relu2", "norm2", "pool2", "flatten", "fc"]
+    assert auxiliary.fc.in_features == 64 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            Model(name="resnet18", auxiliary=Auxiliary(until="layer2")),
+            "model.auxiliary.until: got 'layer2', "
+            "expected one of layer3, layer4, or a part of one, as layer3.0",
+        ),
+        (
+            Model(name="resnet18", auxiliary=Auxiliary(until="layer3.2")),
+            "model.auxiliary.until: got 'layer3.2', "
+            "expected one of layer3, layer4, or a part of one, as layer3.0",
+        ),
+        (
+            Model(auxiliary=Auxiliary(kind="copy")),
+            "model.auxiliary: got a copy, expected {kind: linear}: only the classifier is behind this cut",
+        ),
+        (
+            Model(auxiliary=Auxiliary(kind="linear", until="fc1")),
+            "model.auxiliary.until: got 'fc1', expected null, as model.auxiliary.kind is linear",
+        ),
+    ],
+)
+def test_an_auxiliary_model_that_cannot_be_is_refused_with_those_that_can(keys: Model, message: str) -> None:
+    assert mistake(build, keys, 10, CIFAR, 0, torch.float32) == message
 
 
 # Cuts
@@ -139,7 +233,8 @@ def test_the_two_halves_are_the_uncut_model_whatever_the_cut(name: str, cut: str
     split = make(name, cut)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(0, "model"))
-        whole = nn.Sequential(ZOO[name].blocks(10, CIFAR))
+        width = {"width": 16} if ZOO[name].default_width else {}
+        whole = nn.Sequential(ZOO[name].blocks(10, CIFAR, **width))
     assert same({**split.client.state_dict(), **split.server.state_dict()}, whole.state_dict())
     with torch.no_grad():
         halves = split.server.eval()(split.client.eval()(images()))
@@ -172,16 +267,17 @@ def test_every_cut_trains_with_its_server_half_and_its_auxiliary_model(name: str
             assert parameter.grad.any()
 
 
-@pytest.mark.parametrize(("name", "default"), [("simple_conv", "pool2"), ("resnet18", "layer2")])
+@pytest.mark.parametrize(
+    ("name", "default"), [("simple_conv", "pool2"), ("resnet18", "layer2"), ("resnet56", "layer1")]
+)
 def test_no_cut_means_the_models_default(name: str, default: str) -> None:
-    assert check_cut(name, None) == default
     assert all(map(same, states(make(name)), states(make(name, default))))
 
 
 @every_model
 def test_an_unknown_cut_is_refused_with_the_cuts_there_are(name: str) -> None:
     expected = f"model.cut: got 'layer9', expected one of {', '.join(ZOO[name].cuts)} for {name}"
-    assert mistake(check_cut, name, "layer9") == mistake(fresh, name, "layer9") == expected
+    assert mistake(fresh, name, "layer9") == expected
 
 
 # Weights
@@ -199,7 +295,7 @@ def test_weights_follow_from_the_seed_and_never_touch_the_global_generator(name:
 
 @every_model
 def test_double_precision_holds_the_same_weights_and_computes_in_it(name: str) -> None:
-    single, double = make(name), build(name, None, 10, CIFAR, 0, torch.float64)
+    single, double = make(name), build(Model(name=name), 10, CIFAR, 0, torch.float64)
     for one, other in zip(states(single), states(double), strict=True):
         assert all(t.dtype == torch.float64 for t in other.values() if t.is_floating_point())
         assert same({key: t.to(other[key].dtype) for key, t in one.items()}, other)

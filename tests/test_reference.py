@@ -12,7 +12,7 @@ from rank_program import train_locally
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Data
+from fslsage_rpc.config import Data, Model
 from fslsage_rpc.data.datasets import load
 from fslsage_rpc.models.splitting import build
 
@@ -84,7 +84,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.fixture
 def models() -> tuple[nn.Module, nn.Module, nn.Module]:
-    split = build("simple_conv", None, 10, (1, 8, 8), SEED, torch.float64)
+    split = build(Model(name="simple_conv"), 10, (1, 8, 8), SEED, torch.float64)
     return split.client, split.server, split.auxiliary
 
 

@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from fslsage_rpc.config import OptimizerKeys
 from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Exchange, Request
 from fslsage_rpc.parties.server import Lane, Server
 
 TIMEOUT = 20
+SGD = OptimizerKeys(name="sgd", lr=0.1)
 
 
 class Meeting(nn.Module):
@@ -29,7 +32,7 @@ class Meeting(nn.Module):
 
 
 def make_server(models: dict[int, nn.Module], pool: ThreadPoolExecutor) -> Server:
-    lanes = {c: Lane(m, torch.optim.SGD(m.parameters(), lr=0.1), "round_robin") for c, m in models.items()}
+    lanes = {c: Lane(m, ScheduledOptimizer(SGD, m.parameters()), "round_robin") for c, m in models.items()}
     averaged = nn.Linear(2, 4)
     initial = flatten(nn.Linear(2, 4))
     return Server((initial, None), averaged, lanes, {}, False, torch.device("cpu"), pool.submit)
@@ -81,7 +84,7 @@ def test_a_lane_takes_one_request_at_a_time_in_order() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         model = Alone(4, 3)
-        lane = Lane(model, torch.optim.SGD(model.parameters(), lr=0.1), "round_robin")
+        lane = Lane(model, ScheduledOptimizer(SGD, model.parameters()), "round_robin")
         server = make_server({}, pool)
         server = Server(
             server.initial, nn.Linear(2, 4), {0: lane, 1: lane}, {}, False, torch.device("cpu"), pool.submit

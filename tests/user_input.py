@@ -49,6 +49,10 @@ NULLABLE = {
     "data.train_limit",
     "data.test_limit",
     "model.cut",
+    "model.width",
+    "model.auxiliary.kind",
+    "model.auxiliary.until",
+    *(f"optimizer.{party}.scheduler.name" for party in ("client", "server", "auxiliary")),
     "algorithm.align_every",
 }
 NULLABLE |= {"comm.interface", "comm.transports", "checkpoint.every", "stop.paper_gib", "stop.accuracy"}

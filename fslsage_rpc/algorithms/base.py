@@ -69,6 +69,10 @@ class Algorithm(ABC):
         """Are the auxiliary models averaged at the end of this round?"""
         return False
 
+    def warms_up(self, round: int) -> bool:
+        """Do the clients train the auxiliary models in this round, after which the server takes them over?"""
+        return False
+
     @property
     def interval(self) -> int:
         """Rounds after which the kinds of rounds repeat: the alignment interval, where there is one."""

@@ -1,6 +1,7 @@
 """The wire ledger: the bytes of the payload tensors that the program really hands over, by kind and client.
 
-Framing, small control messages (announcements, reports) and retransmissions are not in it.
+`weights_allreduce` holds what a ring moves and, after a warm start, the averaged auxiliary model's way to the
+server. Framing, small control messages (announcements, reports) and retransmissions are not in it.
 """
 
 import threading

@@ -30,6 +30,9 @@ class ServerLink(ABC):
     @abstractmethod
     def _deposit_average(self, weights: Weights) -> None: ...
 
+    @abstractmethod
+    def _deposit_auxiliary(self, weights: Weights) -> None: ...
+
     def initial_weights(self, client: int) -> tuple[Weights, Weights | None]:
         """The client and auxiliary weights that this client starts from."""
         weights, auxiliary = self._initial_weights()
@@ -59,6 +62,11 @@ class ServerLink(ABC):
         """Give the server the averaged client model, to evaluate it and keep it."""
         self.ledger.count("evaluation", weights.bytes)
         self._deposit_average(weights)
+
+    def deposit_auxiliary(self, weights: Weights) -> None:
+        """Give the server the averaged auxiliary model, which it fits from here on: after a warm start."""
+        self.ledger.count("weights_allreduce", weights.bytes)
+        self._deposit_auxiliary(weights)
 
 
 def _bytes(tensor: Tensor) -> int:

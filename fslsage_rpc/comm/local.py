@@ -74,3 +74,6 @@ class LocalLink(ServerLink):
 
     def _deposit_average(self, weights: Weights) -> None:
         self._server.averaged_weights.load(weights)
+
+    def _deposit_auxiliary(self, weights: Weights) -> None:
+        self._server.take_auxiliary(weights)

@@ -261,6 +261,10 @@ class ServerEndpoint:
         """Take the averaged client model."""
         self._server.averaged_weights.load(weights)
 
+    def deposit_auxiliary(self, weights: Weights) -> None:
+        """See `Server.take_auxiliary`."""
+        self._server.take_auxiliary(weights)
+
 
 class RpcLink(ServerLink):
     """Calls the server through its RRef."""
@@ -294,6 +298,10 @@ class RpcLink(ServerLink):
     def _deposit_average(self, weights: Weights) -> None:
         with _peers_may_be_lost():
             self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_average(weights.to(CPU))
+
+    def _deposit_auxiliary(self, weights: Weights) -> None:
+        with _peers_may_be_lost():
+            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_auxiliary(weights.to(CPU))
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
-from torch.optim import Optimizer
 
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 
 Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
 
@@ -106,7 +106,7 @@ class AuxiliaryFit:
 
     model: nn.Module
     weights: Weights
-    optimizer: Optimizer
+    optimizer: ScheduledOptimizer
     buffer: AlignmentBuffer
     epochs: int
     batch_size: int
@@ -128,11 +128,9 @@ class AuxiliaryFit:
         before = self._agreement(batches, targets)
         for _ in range(self.epochs):
             for (z, y), target in zip(batches, targets, strict=True):
-                self.optimizer.zero_grad(set_to_none=True)
                 estimate = cut_layer_gradient(self.model, z, y, create_graph=True)
                 (estimate - target).square().sum().backward(inputs=list(self.model.parameters()))
                 self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         after = self._agreement(batches, targets)
         record = {f"{key}_before": value for key, value in before.items()}
         record |= {f"{key}_after": value for key, value in after.items()}

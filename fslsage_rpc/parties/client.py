@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.losses import LossSum
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Client:
         id: int,
         model: nn.Module,
         auxiliary: nn.Module | None,
-        optimizer: Optimizer,
-        auxiliary_optimizer: Optimizer | None,
+        optimizer: ScheduledOptimizer,
+        auxiliary_optimizer: ScheduledOptimizer | None,
         data: ImageBatches,
         keys: TrainingKeys,
         timeline: Timeline,
@@ -52,7 +52,8 @@ class Client:
         self.losses = LossSum()  # of a client that trains the whole model
         if auxiliary is not None:
             self._auxiliary_weights = flatten(auxiliary)
-            auxiliary.requires_grad_(auxiliary_optimizer is not None)  # else the client's steps never move it
+            if auxiliary_optimizer is None:
+                self.freeze_auxiliary()
 
     @property
     def auxiliary_weights(self) -> Weights:
@@ -93,7 +94,6 @@ class Client:
             z = z.detach().requires_grad_()
             F.cross_entropy(self._auxiliary(z), y).backward()
             self._auxiliary_optimizer.step()
-            self._auxiliary_optimizer.zero_grad(set_to_none=True)
             assert z.grad is not None
             return z.grad
 
@@ -103,7 +103,6 @@ class Client:
             loss = F.cross_entropy(self.model(x), y)
             loss.backward()
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
             self.losses.add(loss, len(y))
 
     def backward(self, z: Tensor, gradient: Tensor) -> None:
@@ -113,4 +112,15 @@ class Client:
         with self._timeline.phase("forward_backward"):
             z.backward(gradient)
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+
+    def end_round(self) -> None:
+        """Learning rates that follow the rounds move on; absent clients' too."""
+        self.optimizer.end_round()
+        if self._auxiliary_optimizer is not None:
+            self._auxiliary_optimizer.end_round()
+
+    def freeze_auxiliary(self) -> None:
+        """From here on the auxiliary model is the server's to fit: this client only loads and uses it."""
+        self._auxiliary_optimizer = None
+        if self._auxiliary is not None:
+            self._auxiliary.requires_grad_(False)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from fslsage_rpc.measure.timeline import Timeline, synchronise
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, cut_layer_gradient
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
 
 Reply = Callable[[Any], None]
@@ -24,7 +24,7 @@ Reply = Callable[[Any], None]
 class Lane:
     """One server-model instance; it executes one request at a time, in the order of its mailbox."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, order: str):
+    def __init__(self, model: nn.Module, optimizer: ScheduledOptimizer, order: str):
         self.model = model
         self.weights = flatten(model)
         self.optimizer = optimizer
@@ -44,7 +44,6 @@ class Lane:
         loss = F.cross_entropy(self.model(z), y)
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self.losses.add(loss, len(y))
         return z.grad
 
@@ -68,7 +67,7 @@ class Server:
         averaged: the client model in which the averaged client weights are evaluated.
         lanes: per client the lane that takes its requests; clients may share one.
         fits: per client its auxiliary model, where the server aligns them.
-        measure_drift: compare estimate and true gradient on every upload.
+        measure_drift: compare estimate and true gradient on every upload; may change between rounds.
         start: runs a piece of work; on a thread pool (real transport) or at once (local).
     """
 
@@ -88,7 +87,7 @@ class Server:
         self.lanes = lanes
         self.fits = fits
         self._distinct = list({id(lane): lane for lane in lanes.values()}.values())
-        self._measure_drift = measure_drift
+        self.measure_drift = measure_drift
         self._device = device
         self._start = start
         self._replies: dict[tuple[int, int], Reply] = {}
@@ -155,6 +154,16 @@ class Server:
                 _average({client: fit.weights for client, fit in self.fits.items()}, shares)
             synchronise(self._device)
 
+    def take_auxiliary(self, weights: Weights) -> None:
+        """Every client's auxiliary model is fitted from these weights on."""
+        for fit in self.fits.values():
+            fit.weights.load(weights)
+
+    def end_round(self) -> None:
+        """Learning rates that follow the rounds move on."""
+        for party in (*self._distinct, *self.fits.values()):
+            party.optimizer.end_round()
+
     def halves(self) -> list[nn.Module]:
         """The whole model of the federation: the averaged client model and the (averaged) server model."""
         return [self.averaged, *(lane.model for lane in self._distinct[:1])]
@@ -198,7 +207,7 @@ class Server:
             case Push():
                 fit = self.fits.get(request.client)
                 with lane.timeline.phase("step"):
-                    gradient = lane.train(body.z, body.y, gradient=fit is not None and self._measure_drift)
+                    gradient = lane.train(body.z, body.y, gradient=fit is not None and self.measure_drift)
                     if fit is not None:
                         fit.buffer.add(body.z, body.y)
                     synchronise(self._device)

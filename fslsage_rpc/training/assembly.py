@@ -11,7 +11,7 @@ from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
-from fslsage_rpc.parties.optimizers import make_optimizer
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Lane, Server
 from fslsage_rpc.training.experiment import Experiment
 
@@ -26,7 +26,8 @@ def build_server(experiment: Experiment, world: World) -> Server:
 
     def lane() -> Lane:
         model = fresh(split.server)
-        return Lane(model, make_optimizer(config.optimizer.server, model.parameters()), config.server.order)
+        optimizer = ScheduledOptimizer(config.optimizer.server, model.parameters())
+        return Lane(model, optimizer, config.server.order)
 
     def fit() -> AuxiliaryFit:
         keys = config.algorithm.alignment
@@ -34,7 +35,7 @@ def build_server(experiment: Experiment, world: World) -> Server:
         return AuxiliaryFit(
             model=model,
             weights=flatten(model),
-            optimizer=make_optimizer(config.optimizer.auxiliary, model.parameters()),
+            optimizer=ScheduledOptimizer(config.optimizer.auxiliary, model.parameters()),
             buffer=AlignmentBuffer(keys.buffer_size),
             epochs=keys.epochs,
             batch_size=keys.batch_size,
@@ -81,11 +82,11 @@ def build_clients(
         client = Client(
             id=id,
             model=model,
-            optimizer=make_optimizer(config.optimizer.client, model.parameters()),
+            optimizer=ScheduledOptimizer(config.optimizer.client, model.parameters()),
             auxiliary=auxiliary,
             auxiliary_optimizer=(
-                make_optimizer(config.optimizer.auxiliary, auxiliary.parameters())
-                if auxiliary is not None and kind == "trained"
+                ScheduledOptimizer(config.optimizer.auxiliary, auxiliary.parameters())
+                if auxiliary is not None and (kind == "trained" or experiment.algorithm.warms_up(0))
                 else None
             ),
             data=data,

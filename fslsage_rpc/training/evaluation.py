@@ -48,7 +48,7 @@ def evaluate_run(folder: str | Path) -> Score:
     folder = Path(folder)
     config = load(folder / "config.yaml")
     dtype, spec = PRECISIONS[config.precision], SPECS[config.data.name]
-    split = build(config.model.name, config.model.cut, spec.classes, spec.image_shape, config.seed, dtype)
+    split = build(config.model, spec.classes, spec.image_shape, config.seed, dtype)
     device = choose_device(config.device, 0)
     model = split.whole().to(device)
     try:

@@ -15,7 +15,8 @@ from fslsage_rpc.data.datasets import LabelledImages, Spec
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.flat import module_bytes
-from fslsage_rpc.models.splitting import PRECISIONS, SplitModel, build, check_cut, has_batch_norm
+from fslsage_rpc.models.splitting import PRECISIONS, SplitModel, build, has_batch_norm
+from fslsage_rpc.parties.optimizers import check_scheduler
 
 
 def check(config: Config, ranks: int) -> None:
@@ -29,7 +30,10 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.transport == "rpc":
         _check_ranks(config, ranks)
-    check_cut(config.model.name, config.model.cut)
+    with torch.device("meta"):
+        build(config.model, 10, (3, 32, 32), 0, torch.float32)
+    for party, keys in vars(config.optimizer).items():
+        check_scheduler(keys, party)
     choose_device(config.device, 0)
     datasets.prepare(config.data)
 
@@ -84,8 +88,7 @@ class Experiment:
             config.seed,
         )
         dtype = PRECISIONS[config.precision]
-        model = config.model
-        split = build(model.name, model.cut, spec.classes, spec.image_shape, config.seed, dtype)
+        split = build(config.model, spec.classes, spec.image_shape, config.seed, dtype)
         algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
         if has_batch_norm(split.client) or has_batch_norm(split.server):
             _check_alignment_batches(config, federation, algorithm)
@@ -93,7 +96,8 @@ class Experiment:
             if alone:
                 raise InputError(
                     f"clients.batch_size: got {clients.batch_size}, expected one that leaves no batch of 1 "
-                    f"for the BatchNorm of {model.name}: client {alone[0]} has {len(parts[alone[0]])} samples"
+                    f"for the BatchNorm of {config.model.name}: client {alone[0]} has {len(parts[alone[0]])} "
+                    "samples"
                 )
         return cls(
             config=config,

@@ -8,6 +8,7 @@ from torch import nn
 
 from fslsage_rpc.comm.averaging import federated_average
 from fslsage_rpc.comm.ledger import WireLedger
+from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
@@ -101,6 +102,9 @@ class Trainer:
         shares = federation.shares(round)
         averages_auxiliary = algorithm.averages_auxiliary(round)
         depth_first = self._config.server.order == "client_major"
+        warms_up = algorithm.warms_up(round)
+        if self.server:
+            self.server.measure_drift = self._config.algorithm.measure_drift and not warms_up
         order = federation.participants(round) if depth_first else algorithm.ranking(round)
         mine = [client for client in order if client in self.clients]
         if self._link:
@@ -121,10 +125,15 @@ class Trainer:
                 self.world.client_barrier()
             with self._timeline.phase("averaging"):
                 self._average_clients(shares, averages_auxiliary)
+                if warms_up:
+                    self._hand_auxiliary_over(self._link)
                 synchronise(self.world.device)
         if self.server:
             self.server.wait()
-            self.server.average(shares, averages_auxiliary)
+            self.server.average(shares, averages_auxiliary and not warms_up)
+            self.server.end_round()
+        for client in self.clients.values():
+            client.end_round()
         with self._timeline.phase("drain_wait"):
             self.world.barrier()
         return clock() - started
@@ -141,6 +150,13 @@ class Trainer:
         for weights in models.values():
             for model, mean in zip(weights, means, strict=True):
                 model.load(mean)
+
+    def _hand_auxiliary_over(self, link: ServerLink) -> None:
+        """After the warm start: the server goes on from the averaged auxiliary model."""
+        for client in self.clients.values():
+            client.freeze_auxiliary()
+        if self.world.client_rank == 0:
+            link.deposit_auxiliary(next(iter(self.clients.values())).auxiliary_weights)
 
     def _evaluate(self, server: Server) -> Score:
         assert self._test_data is not None

@@ -1,0 +1,260 @@
+"""Accuracy of the five algorithms on a part of CIFAR-10, against rounds and against paper-ledger bytes.
+
+    pip install -e '.[plots]'
+    python benchmarks/accuracy_cpu.py --data DIR
+
+About 90 minutes on 2 idle cores, in pieces of 2 to 8 minutes. A piece that is complete in `--runs` is not trained
+again, so an interrupted study goes on when the same command is given again. At the end it writes the figures
+and the tables of docs/results/accuracy-cpu.md; the text around the tables stays.
+"""
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "accuracy_cpu.yaml"
+SEEDS = (0, 1, 2)
+PARTITIONS = {"iid": "IID", "dirichlet": "Dirichlet, alpha = 0.5"}
+ALGORITHMS = ("fsl_sage", "cse_fsl", "splitfed_v1", "splitfed_v2", "fedavg")
+INTERVALS = (2, 5, 10)
+AVERAGING = ("never", "alignment", "round")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One run of the study."""
+
+    algorithm: str
+    partition: str
+    seed: int
+    align_every: int = 5
+    average_auxiliary: str = "alignment"
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        parts = [self.algorithm, self.partition, f"seed{self.seed}"]
+        if self.algorithm == "fsl_sage":
+            parts += [f"l{self.align_every}", self.average_auxiliary]
+        return "-".join(parts)
+
+    def overrides(self) -> list[str]:
+        """What it changes of the configuration file."""
+        changes = [
+            f"name={self.name}",
+            f"algorithm.name={self.algorithm}",
+            f"data.partition={self.partition}",
+            f"seed={self.seed}",
+        ]
+        if self.algorithm == "fsl_sage":
+            changes += [
+                f"algorithm.align_every={self.align_every}",
+                f"algorithm.average_auxiliary={self.average_auxiliary}",
+            ]
+        return changes
+
+
+def pieces() -> list[Piece]:
+    """All runs: the comparison seed by seed, then FSL-SAGE's two ablations, on the Dirichlet partition."""
+    comparison = [
+        Piece(algorithm, partition, seed)
+        for seed in SEEDS
+        for partition in PARTITIONS
+        for algorithm in ALGORITHMS
+    ]
+    ablations = [
+        piece
+        for seed in SEEDS
+        for piece in (
+            *(Piece("fsl_sage", "dirichlet", seed, align_every=interval) for interval in INTERVALS),
+            *(Piece("fsl_sage", "dirichlet", seed, average_auxiliary=setting) for setting in AVERAGING),
+        )
+    ]
+    return list(dict.fromkeys([*comparison, *ablations]))
+
+
+def train(piece: Piece, data: str, runs: str) -> tuple[Piece, list[dict]]:
+    """Train a piece (or find it complete), silently; its lines of metrics.jsonl."""
+    import torch
+
+    import fslsage_rpc
+
+    torch.set_num_threads(1)  # one core a piece, as many pieces as cores
+    overrides = [*piece.overrides(), f"data.root={data}", "data.download=false", f"output={runs}"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return piece, fslsage_rpc.train(CONFIG, *overrides).rounds
+
+
+def tables(results: dict[Piece, list[dict]]) -> str:
+    """The measured part of the report, in Markdown."""
+    text = []
+    for partition, title in PARTITIONS.items():
+        rows = [
+            (algorithm, [results[Piece(algorithm, partition, seed)] for seed in SEEDS])
+            for algorithm in ALGORITHMS
+        ]
+        budget = min(runs[0][-1]["paper_bytes_total"] for _, runs in rows)
+        text += [
+            f"### {title}",
+            "",
+            f"| algorithm | accuracy, round 10 | accuracy, round 20 | paper ledger, 20 rounds | accuracy at {budget / MIB:.0f} MiB |",
+            "|---|---|---|---|---|",
+        ]
+        for algorithm, runs in rows:
+            text.append(
+                f"| `{algorithm}` | {spread([accuracy(run, 10) for run in runs])} | "
+                f"{spread([accuracy(run, 20) for run in runs])} | {runs[0][-1]['paper_bytes_total'] / MIB:,.0f} MiB | "
+                f"{spread([accuracy_at(run, budget) for run in runs])} |"
+            )
+        text.append("")
+    text += [
+        "### Averaging the auxiliary models (FSL-SAGE, Dirichlet, alpha = 0.5)",
+        "",
+        "| `average_auxiliary` | accuracy, round 10 | accuracy, round 20 | paper ledger, 20 rounds | drift: mean cosine, rounds 6 to 20 |",
+        "|---|---|---|---|---|",
+    ]
+    text += [
+        ablation_row(
+            f"`{setting}`",
+            [results[Piece("fsl_sage", "dirichlet", seed, average_auxiliary=setting)] for seed in SEEDS],
+        )
+        for setting in AVERAGING
+    ]
+    text += [
+        "",
+        "### The alignment interval (FSL-SAGE, Dirichlet, alpha = 0.5)",
+        "",
+        "| `align_every` | accuracy, round 10 | accuracy, round 20 | paper ledger, 20 rounds | drift: mean cosine, rounds 6 to 20 |",
+        "|---|---|---|---|---|",
+    ]
+    text += [
+        ablation_row(
+            f"{interval}",
+            [results[Piece("fsl_sage", "dirichlet", seed, align_every=interval)] for seed in SEEDS],
+        )
+        for interval in INTERVALS
+    ]
+    return "\n".join(text)
+
+
+def ablation_row(label: str, runs: Sequence[list[dict]]) -> str:
+    """One row of an ablation's table."""
+    cosines = [statistics.fmean(line["drift"]["cosine"] for line in run[5:]) for run in runs]
+    return (
+        f"| {label} | {spread([accuracy(run, 10) for run in runs])} | {spread([accuracy(run, 20) for run in runs])} | "
+        f"{runs[0][-1]['paper_bytes_total'] / MIB:,.0f} MiB | {spread(cosines)} |"
+    )
+
+
+def accuracy(run: list[dict], round: int) -> float:
+    """Test accuracy after so many rounds."""
+    return run[round - 1]["test_accuracy"]
+
+
+def accuracy_at(run: list[dict], bytes: int) -> float | None:
+    """The last test accuracy within so many bytes of the paper ledger; None where the first is beyond."""
+    within = [
+        line["test_accuracy"] for line in run if line["paper_bytes_total"] <= bytes and line["test_accuracy"]
+    ]
+    return within[-1] if within else None
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean (lowest to highest) over the seeds."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "not there yet"
+    return f"{statistics.fmean(known):.3f} ({min(known):.3f} to {max(known):.3f})"
+
+
+def figures(results: dict[Piece, list[dict]], out: Path) -> None:
+    """accuracy-cpu.png and drift-cpu.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    from fslsage_rpc.report.figures import ALGORITHMS as LOOK
+    from fslsage_rpc.report.figures import Curve, draw, tidy
+
+    markers = dict(zip(ALGORITHMS, "osD^v", strict=True))
+    figure, grid = plt.subplots(2, 2, figsize=(9.5, 7.5), sharey=True, layout="constrained")
+    for row, (partition, title) in zip(grid, PARTITIONS.items(), strict=True):
+        for algorithm in ALGORITHMS:
+            runs = [results[Piece(algorithm, partition, seed)] for seed in SEEDS]
+            curve = Curve(*LOOK[algorithm], runs, marker=markers[algorithm])
+            draw(row[0], curve, lambda line: line["round"] + 1, lambda line: line["test_accuracy"])
+            draw(
+                row[1],
+                curve,
+                lambda line: line["paper_bytes_total"] / 2**30,
+                lambda line: line["test_accuracy"],
+            )
+        row[1].set_xscale("log")
+        tidy(row[0], title, "round", "test accuracy")
+        tidy(row[1], title, "paper-ledger communication, GiB (log scale)", "")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ALGORITHMS))
+    figure.savefig(out / "accuracy-cpu.png", dpi=130)
+
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+    styles = dict(
+        zip(INTERVALS, (("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", ":", "D")), strict=True)
+    )
+    for interval, (color, style, marker) in styles.items():
+        runs = [results[Piece("fsl_sage", "dirichlet", seed, align_every=interval)] for seed in SEEDS]
+        curve = Curve(f"alignment every {interval} rounds", color, runs, style, marker)
+        for axes, key in zip(panels, ("cosine", "nmse"), strict=True):
+            draw(axes, curve, lambda line: line["round"] + 1, lambda line, key=key: line["drift"][key])
+    tidy(panels[0], "direction: 1 is perfect", "round", "cosine of estimate and true gradient")
+    tidy(panels[1], "error: 0 is perfect", "round", "normalised squared error")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(INTERVALS))
+    figure.savefig(out / "drift-cpu.png", dpi=130)
+
+
+def write(results: dict[Piece, list[dict]], out: Path) -> None:
+    """Put tables and figures into the results folder."""
+    begin, end = "<!-- measured -->", "<!-- end of measured -->"
+    page = out / "accuracy-cpu.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{tables(results)}\n\n{end}{after}", encoding="utf-8")
+    figures(results, out)
+
+
+def main() -> None:
+    """Train what is missing, then write the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--runs", default="runs/accuracy-cpu", help="where the runs go, and are found again")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the report is")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="pieces at a time, one thread each")
+    options = parser.parse_args()
+    started, todo = time.monotonic(), pieces()
+    results = {}
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(train, piece, options.data, options.runs) for piece in todo]
+        for future in as_completed(futures):
+            piece, lines = future.result()
+            results[piece] = lines
+            print(
+                f"{len(results)}/{len(todo)}  {piece.name}  accuracy {lines[-1]['test_accuracy']:.3f}  "
+                f"{(time.monotonic() - started) / 60:.0f} min",
+                flush=True,
+            )
+    write(results, options.out)
+
+
+if __name__ == "__main__":
+    main()
