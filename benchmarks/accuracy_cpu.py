@@ -3,9 +3,9 @@
     pip install -e '.[plots]'
     python benchmarks/accuracy_cpu.py --data DIR
 
-About 90 minutes on 2 idle cores, in pieces of 2 to 8 minutes. A piece that is complete in `--runs` is not trained
-again, so an interrupted study goes on when the same command is given again. At the end it writes the figures
-and the tables of docs/results/accuracy-cpu.md; the text around the tables stays.
+About 90 minutes on 2 idle cores, in pieces of 2 to 8 minutes. A piece that is complete in `--runs` is not
+trained again, so an interrupted study goes on when the same command is given again. At the end it writes the
+figures and the tables of docs/results/accuracy-cpu.md; the text around the tables stays.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "accuracy_cpu.yaml"
@@ -27,7 +28,11 @@ PARTITIONS = {"iid": "IID", "dirichlet": "Dirichlet, alpha = 0.5"}
 ALGORITHMS = ("fsl_sage", "cse_fsl", "splitfed_v1", "splitfed_v2", "fedavg")
 INTERVALS = (2, 5, 10)
 AVERAGING = ("never", "alignment", "round")
+ROUNDS = ("accuracy, round 10", "accuracy, round 20")
 MIB = 2**20
+
+Lines = list[dict[str, Any]]
+"""the lines of one run's metrics.jsonl"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,9 @@ class Piece:
         return changes
 
 
+Results = dict[Piece, Lines]
+
+
 def pieces() -> list[Piece]:
     """All runs: the comparison seed by seed, then FSL-SAGE's two ablations, on the Dirichlet partition."""
     comparison = [
@@ -83,7 +91,7 @@ def pieces() -> list[Piece]:
     return list(dict.fromkeys([*comparison, *ablations]))
 
 
-def train(piece: Piece, data: str, runs: str) -> tuple[Piece, list[dict]]:
+def train(piece: Piece, data: str, runs: str) -> tuple[Piece, Lines]:
     """Train a piece (or find it complete), silently; its lines of metrics.jsonl."""
     import torch
 
@@ -95,76 +103,75 @@ def train(piece: Piece, data: str, runs: str) -> tuple[Piece, list[dict]]:
         return piece, fslsage_rpc.train(CONFIG, *overrides).rounds
 
 
-def tables(results: dict[Piece, list[dict]]) -> str:
+def tables(results: Results) -> str:
     """The measured part of the report, in Markdown."""
-    text = []
-    for partition, title in PARTITIONS.items():
-        rows = [
-            (algorithm, [results[Piece(algorithm, partition, seed)] for seed in SEEDS])
-            for algorithm in ALGORITHMS
-        ]
-        budget = min(runs[0][-1]["paper_bytes_total"] for _, runs in rows)
-        text += [
-            f"### {title}",
-            "",
-            f"| algorithm | accuracy, round 10 | accuracy, round 20 | paper ledger, 20 rounds | accuracy at {budget / MIB:.0f} MiB |",
-            "|---|---|---|---|---|",
-        ]
-        for algorithm, runs in rows:
-            text.append(
-                f"| `{algorithm}` | {spread([accuracy(run, 10) for run in runs])} | "
-                f"{spread([accuracy(run, 20) for run in runs])} | {runs[0][-1]['paper_bytes_total'] / MIB:,.0f} MiB | "
-                f"{spread([accuracy_at(run, budget) for run in runs])} |"
-            )
-        text.append("")
-    text += [
-        "### Averaging the auxiliary models (FSL-SAGE, Dirichlet, alpha = 0.5)",
-        "",
-        "| `average_auxiliary` | accuracy, round 10 | accuracy, round 20 | paper ledger, 20 rounds | drift: mean cosine, rounds 6 to 20 |",
-        "|---|---|---|---|---|",
-    ]
-    text += [
-        ablation_row(
-            f"`{setting}`",
-            [results[Piece("fsl_sage", "dirichlet", seed, average_auxiliary=setting)] for seed in SEEDS],
-        )
+    parts = [comparison(results, partition, title) for partition, title in PARTITIONS.items()]
+    runs_of = {
+        setting: [results[Piece("fsl_sage", "dirichlet", seed, average_auxiliary=setting)] for seed in SEEDS]
         for setting in AVERAGING
-    ]
-    text += [
-        "",
-        "### The alignment interval (FSL-SAGE, Dirichlet, alpha = 0.5)",
-        "",
-        "| `align_every` | accuracy, round 10 | accuracy, round 20 | paper ledger, 20 rounds | drift: mean cosine, rounds 6 to 20 |",
-        "|---|---|---|---|---|",
-    ]
-    text += [
-        ablation_row(
-            f"{interval}",
-            [results[Piece("fsl_sage", "dirichlet", seed, align_every=interval)] for seed in SEEDS],
-        )
+    }
+    parts.append(ablation("Averaging the auxiliary models", "average_auxiliary", runs_of))
+    runs_of = {
+        str(interval): [results[Piece("fsl_sage", "dirichlet", seed, align_every=interval)] for seed in SEEDS]
         for interval in INTERVALS
+    }
+    parts.append(ablation("The alignment interval", "align_every", runs_of))
+    return "\n\n".join(parts)
+
+
+def comparison(results: Results, partition: str, title: str) -> str:
+    """The table of the five algorithms on one partition."""
+    runs_of = {
+        algorithm: [results[Piece(algorithm, partition, seed)] for seed in SEEDS] for algorithm in ALGORITHMS
+    }
+    budget = min(runs[0][-1]["paper_bytes_total"] for runs in runs_of.values())
+    rows = [
+        [
+            f"`{algorithm}`",
+            spread([accuracy(run, 10) for run in runs]),
+            spread([accuracy(run, 20) for run in runs]),
+            f"{runs[0][-1]['paper_bytes_total'] / MIB:,.0f} MiB",
+            spread([accuracy_at(run, budget) for run in runs]),
+        ]
+        for algorithm, runs in runs_of.items()
     ]
-    return "\n".join(text)
+    at_budget = f"accuracy at {budget / MIB:,.0f} MiB"
+    return markdown(title, ["algorithm", *ROUNDS, "paper ledger, 20 rounds", at_budget], rows)
 
 
-def ablation_row(label: str, runs: Sequence[list[dict]]) -> str:
-    """One row of an ablation's table."""
-    cosines = [statistics.fmean(line["drift"]["cosine"] for line in run[5:]) for run in runs]
-    return (
-        f"| {label} | {spread([accuracy(run, 10) for run in runs])} | {spread([accuracy(run, 20) for run in runs])} | "
-        f"{runs[0][-1]['paper_bytes_total'] / MIB:,.0f} MiB | {spread(cosines)} |"
-    )
+def ablation(title: str, key: str, runs_of: dict[str, list[Lines]]) -> str:
+    """The table of one key of FSL-SAGE, on the Dirichlet partition."""
+    rows = [
+        [
+            f"`{key}: {value}`",
+            spread([accuracy(run, 10) for run in runs]),
+            spread([accuracy(run, 20) for run in runs]),
+            f"{runs[0][-1]['paper_bytes_total'] / MIB:,.0f} MiB",
+            spread([statistics.fmean(line["drift"]["cosine"] for line in run[5:]) for run in runs]),
+        ]
+        for value, runs in runs_of.items()
+    ]
+    headers = ["FSL-SAGE with", *ROUNDS, "paper ledger, 20 rounds", "cosine of estimate, rounds 6 to 20"]
+    return markdown(f"{title} ({PARTITIONS['dirichlet']})", headers, rows)
 
 
-def accuracy(run: list[dict], round: int) -> float:
+def markdown(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A headed table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join([f"### {title}", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def accuracy(run: Lines, round: int) -> float:
     """Test accuracy after so many rounds."""
     return run[round - 1]["test_accuracy"]
 
 
-def accuracy_at(run: list[dict], bytes: int) -> float | None:
+def accuracy_at(run: Lines, bytes: int) -> float | None:
     """The last test accuracy within so many bytes of the paper ledger; None where the first is beyond."""
     within = [
-        line["test_accuracy"] for line in run if line["paper_bytes_total"] <= bytes and line["test_accuracy"]
+        line["test_accuracy"]
+        for line in run
+        if line["paper_bytes_total"] <= bytes and line["test_accuracy"] is not None
     ]
     return within[-1] if within else None
 
@@ -177,7 +184,7 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{statistics.fmean(known):.3f} ({min(known):.3f} to {max(known):.3f})"
 
 
-def figures(results: dict[Piece, list[dict]], out: Path) -> None:
+def figures(results: Results, out: Path) -> None:
     """accuracy-cpu.png and drift-cpu.png."""
     import matplotlib
 
@@ -221,7 +228,7 @@ def figures(results: dict[Piece, list[dict]], out: Path) -> None:
     figure.savefig(out / "drift-cpu.png", dpi=130)
 
 
-def write(results: dict[Piece, list[dict]], out: Path) -> None:
+def write(results: Results, out: Path) -> None:
     """Put tables and figures into the results folder."""
     begin, end = "<!-- measured -->", "<!-- end of measured -->"
     page = out / "accuracy-cpu.md"

@@ -161,8 +161,10 @@ class Server:
 
     def end_round(self) -> None:
         """Learning rates that follow the rounds move on."""
-        for party in (*self._distinct, *self.fits.values()):
-            party.optimizer.end_round()
+        for lane in self._distinct:
+            lane.optimizer.end_round()
+        for fit in self.fits.values():
+            fit.optimizer.end_round()
 
     def halves(self) -> list[nn.Module]:
         """The whole model of the federation: the averaged client model and the (averaged) server model."""

@@ -14,7 +14,7 @@ import torchvision
 import yaml
 
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import changed_keys, read_yaml, to_tree
+from fslsage_rpc.configuration import changed_keys, load, to_tree
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.tensorboard import TensorBoard
 from fslsage_rpc.version import __version__
@@ -78,7 +78,7 @@ class RunFolder:
         """The summary of a complete run of this configuration; None where this run has yet to be made."""
         if not (self.path / "config.yaml").exists():
             return None
-        old = read_yaml(self.path / "config.yaml")
+        old = to_tree(load(self.path / "config.yaml"))
         for key, (was, is_now) in changed_keys(old, self._config).items():
             if key.split(".")[0] not in FREE_KEYS:
                 raise InputError(

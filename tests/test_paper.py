@@ -1,0 +1,106 @@
+"""configs/paper holds every experiment of the paper, each exactly what its name says."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.algorithms.base import Sizes
+from fslsage_rpc.configuration import changed_keys, from_tree, load, to_tree
+from fslsage_rpc.federation import Federation
+from fslsage_rpc.models.flat import module_bytes
+from fslsage_rpc.models.splitting import build
+
+PAPER = Path(__file__).parent.parent / "configs" / "paper"
+MODELS = {
+    "resnet18": {"name": "resnet18", "cut": "layer2", "auxiliary": {"until": "layer3"}},
+    "resnet56": {"name": "resnet56", "cut": "layer1", "width": 16, "auxiliary": {"until": "layer2"}},
+}
+PARTITIONS: dict[str, dict[str, Any]] = {
+    "iid": {"partition": "iid"},
+    "dirichlet0.1": {"partition": "dirichlet", "alpha": 0.1},
+    "dirichlet1": {"partition": "dirichlet", "alpha": 1},
+    "dirichlet10": {"partition": "dirichlet", "alpha": 10},
+}
+AUXILIARY_SIZES = {"linear": {"kind": "linear"}, "half": {"until": "layer3.0"}, "full": {"until": "layer4"}}
+
+
+def experiments() -> dict[str, dict[str, Any]]:
+    """The name of every experiment, and the keys that its name stands for."""
+    trees = {}
+    for data, model, algorithm, partition in itertools.product(
+        ("cifar10", "cifar100"), MODELS, ALGORITHMS, PARTITIONS
+    ):
+        trees[f"{data}_{model}_{algorithm}_{partition}"] = {
+            "data": {"name": data, **PARTITIONS[partition]},
+            "model": MODELS[model],
+            "algorithm": {"name": algorithm},
+        }
+    for data in ("cifar10", "cifar100"):
+        iid = {"data": {"name": data, "partition": "iid"}, "model": MODELS["resnet18"]}
+        for interval in (2, 3, 5, 20, 30, 40, 50):
+            keys = {"name": "fsl_sage", "align_every": interval}
+            trees[f"{data}_resnet18_fsl_sage_iid_l{interval}"] = {**iid, "algorithm": keys}
+        for algorithm, (size, auxiliary) in itertools.product(
+            ("fsl_sage", "cse_fsl"), AUXILIARY_SIZES.items()
+        ):
+            trees[f"{data}_resnet18_{algorithm}_iid_auxiliary_{size}"] = {
+                **iid,
+                "model": {**MODELS["resnet18"], "auxiliary": auxiliary},
+                "algorithm": {"name": algorithm},
+            }
+    return trees
+
+
+FILES = {path.stem: path for path in PAPER.rglob("*.yaml") if path.stem != "base"}
+
+
+def test_there_is_one_file_for_each_experiment() -> None:
+    assert set(FILES) == set(experiments())
+
+
+def test_the_base_is_the_papers_setting() -> None:
+    config = load(PAPER / "base.yaml")
+    clients, keys, alignment = config.clients, config.algorithm, config.algorithm.alignment
+    assert (clients.count, clients.participation, clients.local_epochs, clients.batch_size) == (10, 1, 1, 256)
+    assert (keys.upload_every, keys.align_every, keys.average_auxiliary) == (5, 10, "never")
+    assert (alignment.epochs, alignment.batch_size, alignment.buffer_size) == (100, 1000, 1000)
+    for optimizer, decay in zip(vars(config.optimizer).values(), (1e-4, 1e-4, 0), strict=True):
+        assert (optimizer.name, optimizer.lr, optimizer.weight_decay) == ("adam", 1e-3, decay)
+    assert (config.rounds, config.stop.paper_gib) == (200, 200)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_is_the_base_and_what_its_name_says(name: str) -> None:
+    base, config = to_tree(load(PAPER / "base.yaml")), load(FILES[name])
+    stated = {**experiments()[name], "name": name}
+    expected = to_tree(from_tree({**base, **{key: _over(base[key], stated[key]) for key in stated}}))
+    assert changed_keys(expected, to_tree(config)) == {}
+
+
+def _over(below: Any, above: Any) -> Any:
+    return {**below, **above} if isinstance(below, dict) else above
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ("fedavg", 895_302_560),
+        ("splitfed_v1", 874_000_960),
+        ("splitfed_v2", 874_000_960),
+        ("cse_fsl", 307_075_200),
+        ("fsl_sage", 147_106_448),
+    ],
+)
+def test_the_files_have_the_papers_communication_load(algorithm: str, expected: int) -> None:
+    config = load(FILES[f"cifar10_resnet18_{algorithm}_iid"])
+    split = build(config.model, 10, (3, 32, 32), 0, torch.float32)
+    models = (split.client, split.server, split.auxiliary)
+    sizes = Sizes(*map(module_bytes, models), smashed=torch.Size(split.smashed_shape).numel() * 4)
+    clients = config.clients
+    federation = Federation([5000] * 10, clients.participation, clients.batch_size, clients.local_epochs, 0)
+    pages = ALGORITHMS[algorithm](config.algorithm, federation)
+    assert sum(pages.paper_bytes(sizes, round) for round in range(10)) / 10 == expected
