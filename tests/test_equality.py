@@ -8,7 +8,7 @@ import pytest
 import torch
 from rank_program import Outcome, train_locally, train_on_ranks
 
-SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases")
+SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
 OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
 
 
@@ -123,6 +123,9 @@ class TestTransports:
             wire = line["wire_bytes"]
             assert wire["smashed_up"] == uploaded * {"simple_conv": 64 * 2 * 2, "resnet18": 128}[model] * 8
             assert wire["labels_up"] == uploaded * 8
+            requests = line["requests"].values()
+            assert sum(r["up_bytes"] for r in requests) == wire["smashed_up"] + wire["labels_up"]
+            assert sum(r["down_bytes"] for r in requests) == wire["gradient_down"] + wire["auxiliary_down"]
             assert wire["gradient_down"] == (wire["smashed_up"] if algorithm.startswith("splitfed") else 0)
             aligned = algorithm == "fsl_sage" and round % 2 == 0
             assert (line["alignment"] is not None) == aligned

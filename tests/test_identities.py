@@ -72,7 +72,7 @@ def test_fsl_sage_without_alignment_is_cse_fsl_with_still_auxiliaries() -> None:
 
 
 def without_seconds(outcome: Outcome) -> list[dict[str, Any]]:
-    timed = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases")
+    timed = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
     return [{key: value for key, value in line.items() if key not in timed} for line in outcome.lines]
 
 

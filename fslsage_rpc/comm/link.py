@@ -7,15 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from fslsage_rpc.comm.ledger import WireLedger
+from fslsage_rpc.measure.requests import RequestLog, RequestTimes
+from fslsage_rpc.measure.timeline import clock
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.parties.requests import Request, SmashedData
+from fslsage_rpc.parties.requests import Answer, Request, SmashedData
 
 
 class ServerLink(ABC):
-    """Calls to the server. Subclasses carry them; this class counts their tensors."""
+    """Calls to the server. Subclasses carry them; this class counts their tensors and takes their times."""
 
-    def __init__(self, ledger: WireLedger):
+    def __init__(self, ledger: WireLedger, log: RequestLog):
         self.ledger = ledger
+        self.log = log
 
     @abstractmethod
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
@@ -25,7 +28,8 @@ class ServerLink(ABC):
     def _initial_weights(self) -> tuple[Weights, Weights | None]: ...
 
     @abstractmethod
-    def _submit(self, request: Request, on_answer: Callable[[Any], None]) -> None: ...
+    def _submit(self, request: Request, on_answer: Callable[[Any], None]) -> None:
+        """`on_answer` is called with the `Answer`, or the exception."""
 
     @abstractmethod
     def _deposit_average(self, weights: Weights) -> None: ...
@@ -45,17 +49,35 @@ class ServerLink(ABC):
         exception.
         """
         client, body = request.client, request.body
-        if isinstance(body, SmashedData):
-            self.ledger.count("smashed_up", _bytes(body.z), client)
-            self.ledger.count("labels_up", _bytes(body.y), client)
+        up = (
+            {"smashed_up": _bytes(body.z), "labels_up": _bytes(body.y)}
+            if isinstance(body, SmashedData)
+            else {}
+        )
+        for kind, bytes in up.items():
+            self.ledger.count(kind, bytes, client)
 
-        def counted(answer: Any) -> None:
-            if isinstance(answer, Tensor):
-                self.ledger.count("gradient_down", _bytes(answer), client)
-            elif isinstance(answer, Weights):
-                self.ledger.count("auxiliary_down", answer.bytes, client)
-            on_answer(answer)
+        def counted(answer: Answer | BaseException) -> None:
+            if isinstance(answer, BaseException):
+                on_answer(answer)
+                return
+            times = RequestTimes(
+                count=1,
+                round_trip_seconds=clock() - started,
+                queue_seconds=answer.queue_seconds,
+                compute_seconds=answer.compute_seconds,
+                up_bytes=sum(up.values()),
+            )
+            if isinstance(answer.value, Tensor):
+                times.down_bytes = _bytes(answer.value)
+                self.ledger.count("gradient_down", times.down_bytes, client)
+            elif isinstance(answer.value, Weights):
+                times.down_bytes = answer.value.bytes
+                self.ledger.count("auxiliary_down", times.down_bytes, client)
+            self.log.add(client, body.kind, times)
+            on_answer(answer.value)
 
+        started = clock()
         self._submit(request, counted)
 
     def deposit_average(self, weights: Weights) -> None:

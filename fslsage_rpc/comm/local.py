@@ -11,6 +11,7 @@ from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World, choose_device
 from fslsage_rpc.config import Config
+from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Request
 from fslsage_rpc.parties.server import Server
@@ -24,9 +25,9 @@ class LocalWorld(World):
         self.client_ranks, self.client_rank = 1, 0
         self.device = choose_device(config.device, 0)
 
-    def connect(self, server: Server | None, ledger: WireLedger) -> ServerLink:
+    def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink:
         assert server is not None
-        return LocalLink(server, ledger)
+        return LocalLink(server, ledger, log)
 
     def start_work(self, work: Callable[[], None]) -> None:
         work()
@@ -59,8 +60,8 @@ class LocalWorld(World):
 class LocalLink(ServerLink):
     """Calls the server object."""
 
-    def __init__(self, server: Server, ledger: WireLedger):
-        super().__init__(ledger)
+    def __init__(self, server: Server, ledger: WireLedger, log: RequestLog):
+        super().__init__(ledger, log)
         self._server = server
 
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:

@@ -27,8 +27,9 @@ from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
 from fslsage_rpc.comm.world import World, choose_device, interfaces
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
+from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.parties.requests import Request
+from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.parties.server import Server
 
 CPU = torch.device("cpu")
@@ -102,17 +103,15 @@ class RpcWorld(World):
             dist.new_group(clients, timeout=FOREVER, backend="nccl") if nccl else self._clients
         )
 
-    def connect(self, server: Server | None, ledger: WireLedger) -> ServerLink | None:
+    def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
         global _offered
         with _peers_may_be_lost():
             self.barrier()  # nobody still uses the last one
             _offered = None if server is None else rpc.RRef(ServerEndpoint(server))
             self.barrier()
-            return (
-                None
-                if self.rank == 0
-                else RpcLink(rpc.rpc_sync(_worker(0), _offered_server), ledger, self.device)
-            )
+            if self.rank == 0:
+                return None
+            return RpcLink(rpc.rpc_sync(_worker(0), _offered_server), ledger, log, self.device)
 
     def start_work(self, work: Callable[[], None]) -> None:
         assert self._pool is not None
@@ -249,12 +248,10 @@ class ServerEndpoint:
         return weights.to(CPU), auxiliary.to(CPU) if auxiliary else None
 
     @rpc.functions.async_execution
-    def submit(self, request: Request) -> Future[Any]:
-        """See `Server.submit`; the future is the reply."""
-        future: Future[Any] = Future()
-        self._server.submit(
-            request, lambda answer: future.set_result(None if answer is None else answer.to(CPU))
-        )
+    def submit(self, request: Request) -> Future[Answer]:
+        """See `Server.submit`; the future is the answer."""
+        future: Future[Answer] = Future()
+        self._server.submit(request, lambda answer: future.set_result(answer.to(CPU)))
         return future
 
     def deposit_average(self, weights: Weights) -> None:
@@ -269,8 +266,8 @@ class ServerEndpoint:
 class RpcLink(ServerLink):
     """Calls the server through its RRef."""
 
-    def __init__(self, server: rpc.RRef, ledger: WireLedger, device: torch.device):
-        super().__init__(ledger)
+    def __init__(self, server: rpc.RRef, ledger: WireLedger, log: RequestLog, device: torch.device):
+        super().__init__(ledger, log)
         self._server = server
         self._device = device
 
@@ -287,8 +284,7 @@ class RpcLink(ServerLink):
 
         def deliver(future: Future[Any]) -> None:
             try:
-                answer = future.value()
-                on_answer(None if answer is None else answer.to(self._device))
+                on_answer(future.value().to(self._device))
             except Exception as error:
                 on_answer(_named(error))
 

@@ -11,6 +11,7 @@ from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.config import Config
 from fslsage_rpc.errors import HostError
+from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
 
@@ -35,7 +36,7 @@ class World(ABC):
         return self.rank == 0
 
     @abstractmethod
-    def connect(self, server: Server | None, ledger: WireLedger) -> ServerLink | None:
+    def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
         """Collective: offer the server (rank 0) and get a link to it (ranks that host clients)."""
 
     @abstractmethod

@@ -29,6 +29,7 @@ class SmashedData:
 class Push(SmashedData):
     """Train on (z, y) and return nothing. The client waits only for room in its upload window."""
 
+    kind: ClassVar[str] = "push"
     waits_as: ClassVar[str] = "upload_wait"
 
 
@@ -36,6 +37,7 @@ class Push(SmashedData):
 class Exchange(SmashedData):
     """Train on (z, y) and return the cut-layer gradient g = dL/dz `[B, ...]`."""
 
+    kind: ClassVar[str] = "exchange"
     waits_as: ClassVar[str] = "gradient_wait"
 
 
@@ -43,6 +45,7 @@ class Exchange(SmashedData):
 class Align:
     """Fit the client's auxiliary model to the true cut-layer gradients and return its `Weights`."""
 
+    kind: ClassVar[str] = "align"
     waits_as: ClassVar[str] = "alignment_wait"
 
     def to(self, device: torch.device) -> Self:
@@ -60,6 +63,23 @@ class Request:
     client: int
     number: int
     body: Push | Exchange | Align
+
+
+@dataclass
+class Answer:
+    """What a request comes to (a gradient, `Weights`, or None for a push), and how long it took the server.
+
+    `queue_seconds`: from its arrival to its turn; `compute_seconds`: its execution; by the server's clock.
+    """
+
+    value: Any
+    queue_seconds: float
+    compute_seconds: float
+
+    def to(self, device: torch.device) -> Self:
+        """The same answer with its tensors on a device."""
+        value = None if self.value is None else self.value.to(device)
+        return type(self)(value, self.queue_seconds, self.compute_seconds)
 
 
 ClientRound = Generator[Push | Exchange | Align, Any, None]

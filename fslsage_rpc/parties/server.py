@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.measure.timeline import Timeline, synchronise
+from fslsage_rpc.measure.timeline import Timeline, clock, synchronise
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, cut_layer_gradient
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
+from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
 
-Reply = Callable[[Any], None]
+Reply = Callable[[Answer], None]
 
 
 class Lane:
@@ -90,8 +90,8 @@ class Server:
         self.measure_drift = measure_drift
         self._device = device
         self._start = start
-        self._replies: dict[tuple[int, int], Reply] = {}
-        self._changed = threading.Condition()  # guards mailboxes, replies and the lanes' queues
+        self._arrived: dict[tuple[int, int], tuple[float, Reply]] = {}
+        self._changed = threading.Condition()  # guards mailboxes, arrivals and the lanes' queues
         self._timeline = Timeline()  # of the main thread: averaging
         self._failure: BaseException | None = None
         self._plans: dict[int, Sequence[int]] = {}
@@ -115,13 +115,11 @@ class Server:
                 self._plans = {}
 
     def submit(self, request: Request, reply: Reply) -> None:
-        """Take in a request; `reply` is called with its result, from some thread, once its turn has come and
-        is over.
-        """
+        """Take in a request; `reply` is called with its answer, from some thread, once its turn is over."""
         try:
             with self._changed:
                 lane = self.lanes[request.client]
-                self._replies[request.client, request.number] = reply
+                self._arrived[request.client, request.number] = clock(), reply
                 lane.released += lane.mailbox.deliver(request)
                 idle = bool(lane.released) and not lane.busy
                 lane.busy = lane.busy or idle
@@ -237,8 +235,10 @@ class Server:
                         self._changed.notify_all()
                         return
                     request = lane.released.popleft()
-                    reply = self._replies.pop((request.client, request.number))
-                reply(self._execute(lane, request))
+                    arrived, reply = self._arrived.pop((request.client, request.number))
+                started = clock()
+                value = self._execute(lane, request)
+                reply(Answer(value, started - arrived, clock() - started))
         except BaseException as error:
             self._fail(error)
             raise

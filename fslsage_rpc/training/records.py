@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fslsage_rpc.comm.ledger import KINDS, RANK
+from fslsage_rpc.measure.requests import ByClient, by_kind
 from fslsage_rpc.parties.server import ServerReport
 from fslsage_rpc.training.evaluation import Score
 
@@ -37,6 +38,7 @@ class RankReport:
     loss_sum: float
     samples: int
     wire: WireBytes
+    requests: ByClient
 
 
 def round_seconds(reports: Sequence[RankReport]) -> float:
@@ -91,6 +93,7 @@ class RoundRecorder:
                 for kind, bytes in kinds.items():
                     wire_bytes[kind] += bytes
                     total[kind] += bytes
+        requests = by_kind({client: kinds for report in reports for client, kinds in report.requests.items()})
         loss_sum = server.loss_sum + sum(report.loss_sum for report in reports)
         samples = server.samples + sum(report.samples for report in reports)
         line = {
@@ -102,6 +105,7 @@ class RoundRecorder:
             "elapsed_seconds": self._elapsed_seconds,
             "evaluation_seconds": evaluation_seconds,
             "phases": {"client": client_phases(reports), "server": server.phases},
+            "requests": {kind: times.record() for kind, times in requests.items()},
             "wire_bytes": wire_bytes,
             "paper_bytes": paper_bytes,
             "paper_bytes_total": self._paper_bytes,

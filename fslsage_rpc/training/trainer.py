@@ -12,6 +12,7 @@ from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
+from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.measure.timeline import Timeline, clock, synchronise
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
@@ -42,7 +43,8 @@ class Trainer:
         self._timeline = Timeline()
         self._ledger = WireLedger()
         self.server = build_server(experiment, world) if world.hosts_server else None
-        self._link = world.connect(self.server, self._ledger)
+        self._log = RequestLog()
+        self._link = world.connect(self.server, self._ledger, self._log)
         self.clients = build_clients(experiment, world, self._link, self._timeline) if self._link else {}
         experiment.train = None  # a rank keeps only what its clients need
         self._test_data = self._load_test_data() if self.server else None
@@ -67,6 +69,7 @@ class Trainer:
                 loss_sum=sum(loss for loss, _ in losses),
                 samples=sum(samples for _, samples in losses),
                 wire=self._ledger.take(),
+                requests=self._log.take(),
             )
             reports = self.world.gather(report)
             if self.server and reports:
