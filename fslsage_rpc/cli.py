@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
 from fslsage_rpc.errors import HostError, InputError
 
@@ -52,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key.sub=value", help="values to use instead of the file's"
     )
     train.set_defaults(command=_train)
+    bench = commands.add_parser("bench", help="time the variants of a configuration side by side")
+    bench.add_argument("config", help="YAML configuration file with a `bench` section")
+    bench.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
+    bench.set_defaults(command=_bench)
     evaluate = commands.add_parser("evaluate", help="evaluate the finished model of a run folder again")
     evaluate.add_argument("run", help="run folder")
     evaluate.set_defaults(command=_evaluate)
@@ -60,19 +65,39 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
+    if _needs_ranks(config):
+        return _launch(config, arguments)
     from fslsage_rpc.report.screen import Screen
-
-    if config.transport == "rpc" and "RANK" not in os.environ:
-        from fslsage_rpc.training.experiment import check
-
-        check(config, config.ranks)
-        from fslsage_rpc.comm.launching import launch  # not everywhere to be had: check says so by name
-
-        return launch(config.ranks, arguments)
     from fslsage_rpc.training.run import run
 
     run(config, Screen(config))
     return 0
+
+
+def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load(options.config, options.overrides)
+    if _needs_ranks(config):
+        return _launch(config, arguments)
+    from fslsage_rpc.bench.run import bench
+    from fslsage_rpc.bench.screen import BenchScreen
+
+    bench(config, BenchScreen(config))
+    return 0
+
+
+def _needs_ranks(config: Config) -> bool:
+    """Is this neither one rank of a job nor a run in one process?"""
+    return config.transport == "rpc" and "RANK" not in os.environ
+
+
+def _launch(config: Config, arguments: list[str]) -> int:
+    """The same command on ranks of its own."""
+    from fslsage_rpc.training.experiment import check
+
+    check(config, config.ranks)
+    from fslsage_rpc.comm.launching import launch  # not everywhere to be had: check says so by name
+
+    return launch(config.ranks, arguments)
 
 
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -228,6 +228,22 @@ class Stop:
 
 
 @dataclass(kw_only=True)
+class Bench:
+    """What `fslsage bench` compares; `train` does not look at it."""
+
+    variants: dict[str, list[str]] = field(default_factory=dict)
+    """per name the keys that it changes, as on the command line: [algorithm.name=splitfed_v1]"""
+    reference: str = "splitfed_v1"
+    """the variant whose time the others' are divided by"""
+    repeats: Count = 2
+    """every variant is run so often; every second time in reverse order"""
+    warmup_rounds: Annotated[int, Bounds(minimum=0)] = 1
+    """rounds left out at the start of each run; to whole alignment intervals"""
+    target_accuracy: Share | None = None
+    """test accuracy to which seconds and bytes are counted"""
+
+
+@dataclass(kw_only=True)
 class Config:
     """One run, complete."""
 
@@ -255,3 +271,4 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     trace: Annotated[bool, Only(False, "writing traces")] = False
     stop: Stop = field(default_factory=Stop)
+    bench: Bench = field(default_factory=Bench)

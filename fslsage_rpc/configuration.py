@@ -9,7 +9,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -200,7 +200,11 @@ def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
         good = isinstance(value, list) and value and all(_as_type(member, item)[1] for item in value)
         return f"a list, each {_as_type(member, None)[0]}", value if good else None
     if typing.get_origin(hint) is dict:
-        return "a mapping of names to numbers, texts or lists of numbers", _as_arguments(value)
+        if typing.get_args(hint)[1] is Any:
+            return "a mapping of names to numbers, texts or lists of numbers", _as_mapping(
+                value, _as_argument
+            )
+        return "a mapping of names to lists of key=value texts", _as_mapping(value, _as_texts)
     if hint is bool:
         return "true or false", value if isinstance(value, bool) else None
     if hint is int:
@@ -210,12 +214,17 @@ def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
     return "a text", value if isinstance(value, str) and value else None
 
 
-def _as_arguments(value: Any) -> dict[str, Any] | None:
-    """A mapping to pass on as keyword arguments; a copy, so that nothing is shared with the YAML tree."""
+def _as_mapping(value: Any, convert: Callable[[Any], Any]) -> dict[str, Any] | None:
+    """A mapping with its values converted; a copy, so that nothing is shared with the YAML tree."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return None
-    arguments = {name: _as_argument(item) for name, item in value.items()}
-    return None if None in arguments.values() else arguments
+    converted = {name: convert(item) for name, item in value.items()}
+    return None if None in converted.values() else converted
+
+
+def _as_texts(value: Any) -> list[str] | None:
+    good = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return list(value) if good else None
 
 
 def _as_argument(value: Any) -> Any:

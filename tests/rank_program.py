@@ -37,7 +37,7 @@ def train(experiment: Experiment, world: Any) -> Outcome:
     """Train and take hold of what this rank hosts."""
     trainer = Trainer(experiment, world)
     outcome = Outcome()
-    trainer.train(outcome.lines.append)
+    trainer.train(lambda line, reports: outcome.lines.append(line))
 
     def keep(name: str, weights: Weights) -> None:
         outcome.tensors[f"{name}/floats"] = weights.floats.clone()

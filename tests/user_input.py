@@ -56,3 +56,4 @@ NULLABLE = {
     "algorithm.align_every",
 }
 NULLABLE |= {"comm.interface", "comm.transports", "checkpoint.every", "stop.paper_gib", "stop.accuracy"}
+NULLABLE |= {"bench.target_accuracy"}

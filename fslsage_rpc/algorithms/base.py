@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fslsage_rpc.config import AlgorithmKeys
+from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientRound
@@ -27,8 +28,8 @@ class Sizes:
 class Algorithm(ABC):
     """One federated (split) learning algorithm.
 
-    A subclass is a page: its paper, the round of a client, the steps at which that round makes requests, and
-    its line of the paper ledger.
+    A subclass is a page: its paper, the round of a client, the steps at which that round makes requests, its
+    line of the paper ledger, and its critical path.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,10 @@ class Algorithm(ABC):
     @abstractmethod
     def paper_bytes(self, sizes: Sizes, round: int) -> int:
         """The paper ledger's bytes of one round, all participants together."""
+
+    @abstractmethod
+    def bound_seconds(self, pieces: RoundPieces) -> float:
+        """The lower bound of a round: the longest of the chains that the algorithm's dependencies make."""
 
     def ranking(self, round: int) -> list[int]:
         """The participants in the order that the server takes them in within a step."""

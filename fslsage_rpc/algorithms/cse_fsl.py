@@ -1,6 +1,7 @@
 """CSE-FSL: communication- and storage-efficient federated split learning (arXiv 2302.05599, 2507.15816)."""
 
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
+from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientRound, Push
 
@@ -34,3 +35,16 @@ class CseFsl(Algorithm):
         sizes_of = self.federation.batch_sizes
         uploaded = sum(sum(sizes_of[client][:: self.keys.upload_every]) for client in participants)
         return 2 * (sizes.client + sizes.auxiliary) * len(participants) + sizes.smashed * uploaded
+
+    def bound_seconds(self, pieces: RoundPieces) -> float:
+        """Clients never wait: the longest of
+
+        - the busiest rank's compute, then averaging;
+        - the first upload's arrival, then the one lane's steps for all uploads;
+        - the busiest link's bytes.
+        """
+        return max(
+            pieces.busiest_rank() + pieces.averaging_seconds,
+            pieces.first_arrival() + pieces.server_seconds(),
+            pieces.busiest_link(),
+        )

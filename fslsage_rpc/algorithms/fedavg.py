@@ -1,6 +1,7 @@
 """FedAvg: communication-efficient learning of deep networks from decentralized data (arXiv 1602.05629)."""
 
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
+from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientRound
 
@@ -22,3 +23,7 @@ class FedAvg(Algorithm):
     def paper_bytes(self, sizes: Sizes, round: int) -> int:
         """2 (|C| + |S|)."""
         return 2 * (sizes.client + sizes.server) * len(self.federation.participants(round))
+
+    def bound_seconds(self, pieces: RoundPieces) -> float:
+        """The busiest rank's compute, then averaging."""
+        return pieces.busiest_rank() + pieces.averaging_seconds

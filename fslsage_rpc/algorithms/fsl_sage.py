@@ -3,6 +3,7 @@
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.algorithms.cse_fsl import CseFsl
 from fslsage_rpc.config import AlgorithmKeys
+from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, ClientRound, Push
@@ -72,6 +73,30 @@ class FslSage(Algorithm):
         averaged = len(participants) * self.averages_auxiliary(round)
         models = 2 * sizes.client * len(participants) + sizes.auxiliary * (aligned + 2 * averaged)
         return models + sizes.smashed * uploaded
+
+    def bound_seconds(self, pieces: RoundPieces) -> float:
+        """That of CSE-FSL, and in a round with alignments two chains more, each with averaging behind it:
+
+        - one client: its first upload and its server step, its alignment, the auxiliary model's way down (one
+          round trip in all), and the client's compute;
+        - the lane: the first upload's arrival, all alignments, then for the client served last at least
+          the auxiliary model's way down and all its steps but the first.
+        """
+        bound = self._warm_start.bound_seconds(pieces)
+        aligned = [client for client in pieces.clients.values() if client.alignment_seconds]
+        if not aligned:
+            return bound
+        chains, rests = [], []
+        for client in aligned:
+            link = pieces.links[client.rank]
+            down = client.auxiliary_bytes / link.down_bytes_per_second
+            first_upload = client.up_bytes / client.requests / link.up_bytes_per_second
+            first_step = client.server_seconds / client.requests
+            wait = link.round_trip_seconds + first_upload + first_step + client.alignment_seconds + down
+            chains.append(wait + client.compute_seconds)
+            rests.append(down + client.compute_seconds * (client.steps - 1) / client.steps)
+        lane = pieces.first_arrival() + sum(client.alignment_seconds for client in aligned) + min(rests)
+        return max(bound, max(*chains, lane) + pieces.averaging_seconds)
 
     @property
     def interval(self) -> int:

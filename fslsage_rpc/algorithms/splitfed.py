@@ -1,6 +1,7 @@
 """SplitFed: split learning with parallel clients and federated averaging (arXiv 2004.12088)."""
 
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
+from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientRound, Exchange
 from fslsage_rpc.randomness import numpy_stream
@@ -25,6 +26,19 @@ class SplitFed(Algorithm):
         return 2 * sizes.client * len(participants) + 2 * sizes.smashed * samples
 
 
+def longest_chain(pieces: RoundPieces) -> float:
+    """A client's steps, of which nothing can overlap: forward pass, smashed data up, server step, gradient
+    down, backward pass; the longest over the clients.
+    """
+    chains = []
+    for client in pieces.clients.values():
+        link = pieces.links[client.rank]
+        up, down = client.up_bytes / link.up_bytes_per_second, client.down_bytes / link.down_bytes_per_second
+        wire = client.requests * link.round_trip_seconds + up + down
+        chains.append(client.compute_seconds + wire + client.server_seconds)
+    return max(chains)
+
+
 class SplitFedV1(SplitFed):
     """Every client trains against a server-model replica of its own; client models and replicas are averaged.
 
@@ -33,6 +47,18 @@ class SplitFedV1(SplitFed):
 
     name = "splitfed_v1"
     server_replicas = True
+
+    def bound_seconds(self, pieces: RoundPieces) -> float:
+        """The longest of a client's chain, the busiest rank's compute, the busiest link's bytes, and the
+        steps of all replicas on the server's cores; then averaging, of clients and replicas at the same time.
+        """
+        workers = min(pieces.server_workers, len(pieces.clients))
+        return max(
+            longest_chain(pieces),
+            pieces.busiest_rank(),
+            pieces.busiest_link(),
+            pieces.first_arrival() + pieces.server_seconds() / workers,
+        ) + max(pieces.averaging_seconds, pieces.server_averaging_seconds)
 
 
 class SplitFedV2(SplitFed):
@@ -43,6 +69,15 @@ class SplitFedV2(SplitFed):
     """
 
     name = "splitfed_v2"
+
+    def bound_seconds(self, pieces: RoundPieces) -> float:
+        """That of SplitFedV1, with one lane that takes all steps one after the other."""
+        return pieces.averaging_seconds + max(
+            longest_chain(pieces),
+            pieces.busiest_rank(),
+            pieces.busiest_link(),
+            pieces.first_arrival() + pieces.server_seconds(),
+        )
 
     def ranking(self, round: int) -> list[int]:
         drawn = numpy_stream(self.federation.seed, "server order", round)

@@ -1,16 +1,23 @@
 """A client rank's way to the server, whatever the transport: its tensors are counted here."""
 
+import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fslsage_rpc.comm.ledger import WireLedger
+from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes
 from fslsage_rpc.measure.timeline import clock
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request, SmashedData
+
+PROBE_SECONDS = 0.1
+PROBE_BYTES = 2**24
 
 
 class ServerLink(ABC):
@@ -23,6 +30,10 @@ class ServerLink(ABC):
     @abstractmethod
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         """Tell the server at which steps each of this rank's participants will make requests."""
+
+    @abstractmethod
+    def _echo(self, payload: Tensor, down_bytes: int) -> None:
+        """Send a tensor to the server and get one of so many bytes back."""
 
     @abstractmethod
     def _initial_weights(self) -> tuple[Weights, Weights | None]: ...
@@ -43,6 +54,31 @@ class ServerLink(ABC):
         bytes = weights.bytes + (auxiliary.bytes if auxiliary else 0)
         self.ledger.count("initial_broadcast", bytes, client)
         return weights, auxiliary
+
+    def measure_speed(self) -> LinkSpeed:
+        """Round trip and rates of this rank's link, which nothing else uses meanwhile.
+
+        The round trip is the median of 21 empty calls. A rate is bytes over seconds, less a round trip, of
+        the fastest of 3 transfers: of 256 KiB, or of more until one takes 0.1 s.
+        """
+        empty = torch.zeros(1, dtype=torch.uint8)
+        round_trip = statistics.median(self._timed_echo(empty, 1) for _ in range(21))
+
+        def rate(up: bool) -> float:
+            size = 2**18
+            while True:
+                payload = torch.zeros(size if up else 1, dtype=torch.uint8)
+                seconds = min(self._timed_echo(payload, 1 if up else size) for _ in range(3)) - round_trip
+                if seconds >= PROBE_SECONDS or size >= PROBE_BYTES:
+                    return size / seconds if seconds > 0 else math.inf
+                size *= 4
+
+        return LinkSpeed(round_trip, rate(up=True), rate(up=False))
+
+    def _timed_echo(self, payload: Tensor, down_bytes: int) -> float:
+        started = clock()
+        self._echo(payload, down_bytes)
+        return clock() - started
 
     def send(self, request: Request, on_answer: Callable[[Any], None]) -> None:
         """Hand a request over; `on_answer` is called later, from any thread, with the answer or the

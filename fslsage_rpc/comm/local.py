@@ -7,6 +7,8 @@ The server works inside the call that hands it a request, so nothing here happen
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World, choose_device
@@ -66,6 +68,9 @@ class LocalLink(ServerLink):
 
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         self._server.announce(plans, ranking)
+
+    def _echo(self, payload: Tensor, down_bytes: int) -> None:
+        pass
 
     def _initial_weights(self) -> tuple[Weights, Weights | None]:
         return self._server.initial

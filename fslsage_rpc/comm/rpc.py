@@ -242,6 +242,10 @@ class ServerEndpoint:
         """See `Server.announce`."""
         self._server.announce(plans, ranking)
 
+    def echo(self, payload: torch.Tensor, down_bytes: int) -> torch.Tensor:
+        """Bytes up, bytes down: what a link's speed is measured with."""
+        return torch.zeros(down_bytes, dtype=torch.uint8)
+
     def initial(self) -> tuple[Weights, Weights | None]:
         """See `Server.initial`."""
         weights, auxiliary = self._server.initial
@@ -274,6 +278,10 @@ class RpcLink(ServerLink):
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         with _peers_may_be_lost():
             self._server.rpc_sync(timeout=NO_TIMEOUT).announce(plans, ranking)
+
+    def _echo(self, payload: torch.Tensor, down_bytes: int) -> None:
+        with _peers_may_be_lost():
+            self._server.rpc_sync(timeout=NO_TIMEOUT).echo(payload, down_bytes)
 
     def _initial_weights(self) -> tuple[Weights, Weights | None]:
         with _peers_may_be_lost():

@@ -1,6 +1,7 @@
 """One run from its configuration to its folder: check, prepare, train, write."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from fslsage_rpc.comm.world import World, open_world
 from fslsage_rpc.config import AlgorithmKeys, Config
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.records import RankReport
 from fslsage_rpc.training.run_folder import RunFolder, rank_environment, versions
 from fslsage_rpc.training.trainer import Trainer
 
@@ -49,7 +51,7 @@ def _train(experiment: Experiment, world: World, folder: RunFolder | None, scree
     ranks = world.gather(rank_environment(world.device))
     trainer = Trainer(experiment, world)
     if folder is None:
-        trainer.train(on_round=lambda line: None)
+        trainer.train(on_round=lambda line, reports: None)
         return
     folder.start(
         environment={"versions": versions(), **world.describe(), "ranks": ranks},
@@ -60,7 +62,7 @@ def _train(experiment: Experiment, world: World, folder: RunFolder | None, scree
     for key in unused_keys(experiment.config.algorithm, experiment.algorithm.uses):
         screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")
 
-    def on_round(line: dict[str, Any]) -> None:
+    def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
         folder.add_round(line)
         screen.show_round(line)
 

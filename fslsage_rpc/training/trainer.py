@@ -1,6 +1,6 @@
 """The round loop. Every rank runs the same lines; each does the part of the parties that it hosts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from fslsage_rpc.comm.averaging import federated_average
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World
+from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.requests import RequestLog
@@ -49,8 +50,24 @@ class Trainer:
         experiment.train = None  # a rank keeps only what its clients need
         self._test_data = self._load_test_data() if self.server else None
 
-    def train(self, on_round: Callable[[dict[str, Any]], None]) -> None:
-        """Train until the configured end; `on_round` gets each round's metrics line, on the server's rank."""
+    def measure_links(self) -> dict[int, LinkSpeed]:
+        """Collective: the speed of each client rank's link to the server, one after the other.
+
+        Returns:
+            By client rank, on the server's rank; elsewhere nothing.
+        """
+        mine = None
+        for turn in range(self.world.client_ranks):
+            self.world.barrier()
+            if self._link and self.world.client_rank == turn:
+                mine = self._link.measure_speed()
+        speeds = self.world.gather((self.world.client_rank, mine)) or []
+        return {rank: speed for rank, speed in speeds if speed is not None}
+
+    def train(self, on_round: Callable[[dict[str, Any], Sequence[RankReport]], None]) -> None:
+        """Train until the configured end; `on_round` gets each round's metrics line, and the ranks' reports
+        that it was made from, on the server's rank.
+        """
         paper_bytes_total = 0
         for round in range(self._config.rounds):
             seconds = self._train_round(round)
@@ -83,7 +100,7 @@ class Trainer:
                     paper_bytes=paper_bytes,
                     participants=self.experiment.federation.participants(round),
                 )
-                on_round(line)
+                on_round(line, reports)
                 last = last or self._accuracy_reached(score)
             if self.world.broadcast(last):
                 return

@@ -1,0 +1,152 @@
+"""`fslsage bench`: variants of one configuration in the same processes, timed side by side.
+
+Every variant is run `repeats` times, in order and then in reverse order, so that what drifts on the machine
+drifts for all of them.
+"""
+
+import gc
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fslsage_rpc.bench.pieces import round_pieces
+from fslsage_rpc.bench.screen import BenchScreen
+from fslsage_rpc.bench.statistics import BenchRun, summarise
+from fslsage_rpc.bench.table import markdown
+from fslsage_rpc.bench.variants import variant_configs
+from fslsage_rpc.comm.world import World, open_world
+from fslsage_rpc.config import Config
+from fslsage_rpc.configuration import to_tree
+from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.records import RankReport
+from fslsage_rpc.training.run_folder import rank_environment, versions, write_whole
+from fslsage_rpc.training.trainer import Trainer
+
+
+def bench(config: Config, screen: BenchScreen) -> Path:
+    """Run and compare the variants, as one rank of a job or (`transport: local`) alone.
+
+    Returns:
+        The folder with bench.json and bench.md.
+
+    Raises:
+        InputError: the variants cannot run here; found before ranks meet.
+    """
+    local = config.transport == "local"
+    variants = variant_configs(config)
+    for name, variant in variants.items():
+        try:
+            check(variant, 1 if local else int(os.environ.get("WORLD_SIZE", 1)))
+            _check_rounds(variant, Experiment.prepare(variant).algorithm.interval)
+        except InputError as error:
+            raise InputError(f"bench.variants.{name}: {error}") from None
+    folder = Path(config.output) / config.name
+    world = open_world(config)
+    try:
+        with screen:
+            _bench(config, variants, world, folder, screen)
+        world.close()
+    except BaseException as error:
+        world.fail(error)
+    return folder
+
+
+def _check_rounds(config: Config, interval: int) -> None:
+    probe = BenchRun("", 0, interval, lines=[{}] * config.rounds)
+    if not probe.samples(config.bench.warmup_rounds):
+        raise InputError(
+            f"rounds: got {config.rounds}, expected a whole alignment interval ({interval}) or more behind "
+            f"bench.warmup_rounds ({config.bench.warmup_rounds})"
+        )
+
+
+def _bench(
+    config: Config, variants: Mapping[str, Config], world: World, folder: Path, screen: BenchScreen
+) -> None:
+    """All repeats; on the server's rank, the results are shown and written."""
+    runs: list[BenchRun] = []
+    links: list[dict[int, LinkSpeed]] = []
+    ranks = world.gather(rank_environment(world.device))
+    if world.hosts_server:
+        _make(folder)
+    for repeat in range(config.bench.repeats):
+        names = list(variants)[:: 1 if repeat % 2 == 0 else -1]
+        for name in names:
+            experiment = Experiment.prepare(variants[name])
+            trainer = Trainer(experiment, world)
+            if name == names[0]:
+                links.append(trainer.measure_links())
+            run = BenchRun(name, repeat, experiment.algorithm.interval)
+            _train(trainer, run, links[-1], screen)
+            runs.append(run)
+            if world.hosts_server:
+                _write_rounds(folder, run)
+                screen.end_run(run)
+            del trainer
+            gc.collect()
+    if world.hosts_server:
+        result = {
+            "reference": config.bench.reference,
+            "environment": {
+                "versions": versions(),
+                **world.describe(),
+                "ranks": ranks,
+                "link_speeds": [_speed_records(each) for each in links],
+            },
+            "rounds": config.rounds,
+            "warmup_rounds": config.bench.warmup_rounds,
+            "repeats": config.bench.repeats,
+            "variants": {
+                name: {
+                    "algorithm": variants[name].algorithm.name,
+                    "overrides": config.bench.variants[name],
+                    **record,
+                }
+                for name, record in summarise(runs, config.bench).items()
+            },
+        }
+        write_whole(folder / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
+        write_whole(folder / "bench.json", json.dumps(result, indent=2) + "\n")
+        write_whole(folder / "bench.md", markdown(config.name, result))
+        screen.show(config.name, result, folder)
+
+
+def _train(trainer: Trainer, run: BenchRun, links: Mapping[int, LinkSpeed], screen: BenchScreen) -> None:
+    """One run; lines and bounds are kept on the server's rank."""
+    experiment = trainer.experiment
+
+    def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
+        pieces = round_pieces(line, reports, experiment.federation, links)
+        run.lines.append(line)
+        run.bounds.append(experiment.algorithm.bound_seconds(pieces))
+        screen.show_round(run)
+
+    trainer.train(on_round)
+
+
+def _speed_records(links: Mapping[int, LinkSpeed]) -> dict[str, dict[str, float]]:
+    """By client rank; without those of a process that talks to itself, which are infinite."""
+    return {
+        str(rank): vars(speed) for rank, speed in links.items() if math.isfinite(speed.up_bytes_per_second)
+    }
+
+
+def _make(folder: Path) -> None:
+    try:
+        (folder / "rounds").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output: {folder} cannot be made ({error.strerror})") from None
+
+
+def _write_rounds(folder: Path, run: BenchRun) -> None:
+    """The lines that the results are made of, each with its lower bound."""
+    lines = [{**line, "bound_seconds": bound} for line, bound in zip(run.lines, run.bounds, strict=True)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_whole(folder / "rounds" / f"{run.variant}-{run.repeat}.jsonl", text)

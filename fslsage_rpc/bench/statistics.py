@@ -1,0 +1,126 @@
+"""What the runs of a benchmark come to: medians, quartiles and paired ratios."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fslsage_rpc.config import Bench
+
+Line = dict[str, Any]
+"""one line of metrics"""
+
+
+@dataclass
+class BenchRun:
+    """One run of one variant: its rounds' lines and lower bounds, in seconds."""
+
+    variant: str
+    repeat: int
+    interval: int
+    """rounds of one alignment interval: of one sample"""
+    lines: list[Line] = field(default_factory=list)
+    bounds: list[float] = field(default_factory=list)
+
+    def samples(self, warmup_rounds: int) -> list[range]:
+        """The rounds of each whole alignment interval behind the warm-up, which is whole intervals too."""
+        first = math.ceil(warmup_rounds / self.interval) * self.interval
+        starts = range(first, len(self.lines) - self.interval + 1, self.interval)
+        return [range(start, start + self.interval) for start in starts]
+
+
+def summarise(runs: Sequence[BenchRun], keys: Bench) -> dict[str, dict[str, Any]]:
+    """Per variant what `bench.json` says of it: one sample is one whole alignment interval."""
+    return {
+        name: _variant(
+            [run for run in runs if run.variant == name],
+            {run.repeat: run for run in runs if run.variant == keys.reference},
+            keys,
+        )
+        for name in keys.variants
+    }
+
+
+def _variant(runs: Sequence[BenchRun], reference: Mapping[int, BenchRun], keys: Bench) -> dict[str, Any]:
+    samples = [(run, rounds) for run in runs for rounds in run.samples(keys.warmup_rounds)]
+    lines = [run.lines[round] for run, rounds in samples for round in rounds]
+    seconds = [seconds_of(run, rounds) for run, rounds in samples]
+    bounds = [statistics.fmean(run.bounds[round] for round in rounds) for run, rounds in samples]
+    ratios = [
+        typical_seconds(run, keys.warmup_rounds) / typical_seconds(reference[run.repeat], keys.warmup_rounds)
+        for run in runs
+    ]
+    return {
+        "round_seconds": {**quartiles(seconds), "n": len(seconds)},
+        "ratio_to_reference": quartiles(ratios),
+        "phases": {
+            party: _means([line["phases"][party] for line in lines]) for party in ("client", "server")
+        },
+        "requests": _per_request(lines),
+        "wire_bytes": _means([line["wire_bytes"] for line in lines]),
+        "paper_bytes": statistics.fmean(line["paper_bytes"] for line in lines),
+        "bound_seconds": statistics.median(bounds),
+        "efficiency": statistics.median(b / s for b, s in zip(bounds, seconds, strict=True)),
+        "target": _target(runs, keys.target_accuracy),
+    }
+
+
+def seconds_of(run: BenchRun, rounds: range) -> float:
+    """A sample's value: the mean seconds per round within it."""
+    return statistics.fmean(run.lines[round]["round_seconds"] for round in rounds)
+
+
+def typical_seconds(run: BenchRun, warmup_rounds: int) -> float:
+    """The median over a run's samples."""
+    return statistics.median(seconds_of(run, rounds) for rounds in run.samples(warmup_rounds))
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, lower and upper quartile; of one value, that value."""
+    q1, median, q3 = statistics.quantiles(values, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def _means(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: statistics.fmean(record[key] for record in records) for key in records[0]}
+
+
+def _per_request(lines: Sequence[Line]) -> dict[str, dict[str, float | None]]:
+    """Per kind of request: how many a round, the mean seconds of one, and its bytes over its wire seconds."""
+    kinds: dict[str, dict[str, float]] = {}
+    for line in lines:
+        for kind, times in line["requests"].items():
+            sums = kinds.setdefault(kind, dict.fromkeys(times, 0.0))
+            for key, value in times.items():
+                sums[key] += value
+    result: dict[str, dict[str, float | None]] = {}
+    for kind, sums in kinds.items():
+        result[kind] = {"per_round": sums["count"] / len(lines)}
+        for key in ("round_trip_seconds", "queue_seconds", "compute_seconds", "wire_seconds"):
+            result[kind][key] = sums[key] / sums["count"]
+        moved = sums["up_bytes"] + sums["down_bytes"]
+        result[kind]["bytes_per_second"] = moved / sums["wire_seconds"] if sums["wire_seconds"] > 0 else None
+    return result
+
+
+def _target(runs: Sequence[BenchRun], accuracy: float | None) -> dict[str, Any] | None:
+    """Medians over the repeats of what it took to reach the accuracy; None where a repeat did not."""
+    if accuracy is None:
+        return None
+    reached = []
+    for run in runs:
+        ends = [i for i, line in enumerate(run.lines) if (line["test_accuracy"] or 0.0) >= accuracy]
+        if not ends:
+            return None
+        done = run.lines[: ends[0] + 1]
+        reached.append(
+            {
+                "rounds": len(done),
+                "seconds": done[-1]["elapsed_seconds"],
+                "wire_bytes": sum(sum(line["wire_bytes"].values()) for line in done),
+                "paper_bytes": done[-1]["paper_bytes_total"],
+            }
+        )
+    medians = {key: statistics.median(record[key] for record in reached) for key in reached[0]}
+    return {"accuracy": accuracy, **medians}

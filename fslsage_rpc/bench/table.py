@@ -1,0 +1,111 @@
+"""The tables of a benchmark, as `bench.md` holds them and the screen shows them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MIB = 2**20
+HEADERS = (
+    *("variant", "s / round", "quartiles", "ratio", "compute", "wait", "alignment", "averaging"),
+    *("wire MiB", "bound", "efficiency"),
+)
+REQUEST_HEADERS = ("variant", "request", "a round", "trip ms", "queue ms", "compute ms", "wire ms", "MiB/s")
+TARGET_HEADERS = ("variant", "target accuracy", "rounds", "training clock", "wire MiB", "modelled MiB")
+COMPUTE = ("data", "forward_backward", "estimate")
+WAIT = ("upload_wait", "gradient_wait", "drain_wait")
+REQUEST_PARTS = ("round_trip", "queue", "compute", "wire")
+
+
+def rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """One row per variant, under `HEADERS`: seconds per round, ratios, MiB per round."""
+    return [_row(name, record) for name, record in result["variants"].items()]
+
+
+def _row(name: str, record: Mapping[str, Any]) -> list[str]:
+    seconds, ratio, client = record["round_seconds"], record["ratio_to_reference"], record["phases"]["client"]
+    return [
+        name,
+        f"{seconds['median']:.3f}",
+        f"{seconds['q1']:.3f} to {seconds['q3']:.3f}",
+        f"{ratio['median']:.2f}",
+        f"{sum(client[phase] for phase in COMPUTE):.3f}",
+        f"{sum(client[phase] for phase in WAIT):.3f}",
+        f"{client['alignment_wait']:.3f}",
+        f"{client['averaging']:.3f}",
+        f"{sum(record['wire_bytes'].values()) / MIB:.2f}",
+        f"{record['bound_seconds']:.3f}",
+        f"{record['efficiency']:.0%}",
+    ]
+
+
+def request_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """One row per variant and kind of request, under `REQUEST_HEADERS`: milliseconds of one request."""
+    return [
+        [
+            name,
+            kind,
+            f"{times['per_round']:g}",
+            *(f"{1000 * times[f'{part}_seconds']:.2f}" for part in REQUEST_PARTS),
+            "-" if times["bytes_per_second"] is None else f"{times['bytes_per_second'] / MIB:.1f}",
+        ]
+        for name, record in result["variants"].items()
+        for kind, times in record["requests"].items()
+    ]
+
+
+def target_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """One row per variant with what it took to reach the target accuracy; none where none was set."""
+    table = []
+    for name, record in result["variants"].items():
+        target = record["target"]
+        if target is not None:
+            table.append(
+                [
+                    name,
+                    f"{target['accuracy']:g}",
+                    f"{target['rounds']:g}",
+                    f"{target['seconds']:.2f} s",
+                    f"{target['wire_bytes'] / MIB:.1f}",
+                    f"{target['paper_bytes'] / MIB:.1f}",
+                ]
+            )
+    return table
+
+
+def links_line(result: Mapping[str, Any]) -> str:
+    """The speed of the client ranks' links as it was measured: the slowest of all ranks and repeats."""
+    speeds = [speed for each in result["environment"]["link_speeds"] for speed in each.values()]
+    if not speeds:
+        return "no links: one process"
+    up, down = (min(speed[f"{way}_bytes_per_second"] for speed in speeds) / MIB for way in ("up", "down"))
+    round_trip = max(speed["round_trip_seconds"] for speed in speeds)
+    return f"links, slowest: {up:.1f} MiB/s up, {down:.1f} MiB/s down, round trip {1000 * round_trip:.2f} ms"
+
+
+def markdown(name: str, result: Mapping[str, Any]) -> str:
+    """`bench.md`."""
+    environment = result["environment"]
+    ranks = environment["ranks"]
+    hosts = ", ".join(sorted({f"{rank['host']} ({rank['device_name']})" for rank in ranks}))
+    parts = [
+        f"# {name}",
+        f"{result['repeats']} repeats of {result['rounds']} rounds, the first {result['warmup_rounds']} left "
+        f"out (to whole alignment intervals); ratios to `{result['reference']}`, paired within each repeat.",
+        f"torch {environment['versions']['torch']}, {len(ranks)} ranks on {hosts}, transport "
+        f"{environment['transport']}; {links_line(result)}.",
+        table(HEADERS, rows(result)),
+        "Seconds per round; compute, wait, alignment and averaging are means over client ranks. `bound` is "
+        "the longest chain of the same measured pieces under perfect overlap; efficiency = bound / measured.",
+        table(REQUEST_HEADERS, request_rows(result)),
+        "One request, on average: round trip = queue + compute (both at the server) + wire; MiB/s are its "
+        "bytes over its wire time.",
+    ]
+    if target_rows(result):
+        parts.append(table(TARGET_HEADERS, target_rows(result)))
+        parts.append("Modelled MiB are those of the paper ledger.")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,87 @@
+"""The pieces that a round was made of, measured, in seconds and bytes.
+
+An algorithm's lower bound (`Algorithm.bound_seconds`) is the longest of the chains and loads that its
+dependencies make of them: what a perfect overlap of the same pieces would reach.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """A client rank's link to the server."""
+
+    round_trip_seconds: float
+    """of a call with next to nothing in it"""
+    up_bytes_per_second: float
+    down_bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class ClientPieces:
+    """One participant's part of a round."""
+
+    rank: int
+    steps: int
+    compute_seconds: float
+    """data, forward and backward passes, estimates and optimizer steps of the client"""
+    requests: int
+    """uploads or exchanges; an alignment is none"""
+    server_seconds: float
+    """what the server computed for these"""
+    alignment_seconds: float
+    """what the server computed to align this client, 0 where it did not"""
+    up_bytes: int
+    down_bytes: int
+    """gradients"""
+    auxiliary_bytes: int
+    """the aligned auxiliary model"""
+
+
+@dataclass(frozen=True)
+class RoundPieces:
+    """All participants, their ranks' links, and what is done once per round."""
+
+    clients: Mapping[int, ClientPieces]
+    links: Mapping[int, LinkSpeed]
+    """per client rank"""
+    server_workers: int
+    """lanes that the server's host can execute at the same time: its cores"""
+    averaging_seconds: float
+    """of the client models (and whatever travels with them) among the client ranks"""
+    server_averaging_seconds: float
+    """of replicas, on the server"""
+
+    def busiest_rank(self) -> float:
+        """The client compute of the rank that has most of it: a rank computes for one client at a time."""
+        return max(self._by_rank("compute_seconds").values())
+
+    def busiest_link(self) -> float:
+        """The time that the most loaded link needs for its bytes, up or down, whichever is longer."""
+        up, down, auxiliary = map(self._by_rank, ("up_bytes", "down_bytes", "auxiliary_bytes"))
+        return max(
+            max(
+                up[rank] / self.links[rank].up_bytes_per_second,
+                (down[rank] + auxiliary[rank]) / self.links[rank].down_bytes_per_second,
+            )
+            for rank in up
+        )
+
+    def first_arrival(self) -> float:
+        """The earliest that a request can be at the server: half a round trip and the bytes of one upload."""
+        return min(
+            self.links[c.rank].round_trip_seconds / 2
+            + c.up_bytes / max(c.requests, 1) / self.links[c.rank].up_bytes_per_second
+            for c in self.clients.values()
+        )
+
+    def server_seconds(self) -> float:
+        """All that the server computed for the round's requests."""
+        return sum(c.server_seconds + c.alignment_seconds for c in self.clients.values())
+
+    def _by_rank(self, name: str) -> dict[int, float]:
+        sums: dict[int, float] = {}
+        for client in self.clients.values():
+            sums[client.rank] = sums.get(client.rank, 0) + getattr(client, name)
+        return sums
