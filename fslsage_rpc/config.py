@@ -269,6 +269,7 @@ class Config:
     comm: Comm = field(default_factory=Comm)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    trace: Annotated[bool, Only(False, "writing traces")] = False
+    trace: bool = False
+    """write trace.json, a Chrome trace of all ranks"""
     stop: Stop = field(default_factory=Stop)
     bench: Bench = field(default_factory=Bench)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fslsage_rpc.config import OptimizerKeys
+from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Exchange, Request
@@ -32,10 +33,13 @@ class Meeting(nn.Module):
 
 
 def make_server(models: dict[int, nn.Module], pool: ThreadPoolExecutor) -> Server:
-    lanes = {c: Lane(m, ScheduledOptimizer(SGD, m.parameters()), "round_robin") for c, m in models.items()}
+    lanes = {
+        c: Lane(m, ScheduledOptimizer(SGD, m.parameters()), "round_robin", Timeline())
+        for c, m in models.items()
+    }
     averaged = nn.Linear(2, 4)
     initial = flatten(nn.Linear(2, 4))
-    return Server((initial, None), averaged, lanes, {}, False, torch.device("cpu"), pool.submit)
+    return Server((initial, None), averaged, lanes, {}, False, torch.device("cpu"), pool.submit, Timeline())
 
 
 def exchange(client: int, number: int = 0) -> Request:
@@ -84,10 +88,17 @@ def test_a_lane_takes_one_request_at_a_time_in_order() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         model = Alone(4, 3)
-        lane = Lane(model, ScheduledOptimizer(SGD, model.parameters()), "round_robin")
+        lane = Lane(model, ScheduledOptimizer(SGD, model.parameters()), "round_robin", Timeline())
         server = make_server({}, pool)
         server = Server(
-            server.initial, nn.Linear(2, 4), {0: lane, 1: lane}, {}, False, torch.device("cpu"), pool.submit
+            server.initial,
+            nn.Linear(2, 4),
+            {0: lane, 1: lane},
+            {},
+            False,
+            torch.device("cpu"),
+            pool.submit,
+            Timeline(),
         )
         server.announce({0: [0, 1, 2]}, [0, 1])
         server.announce({1: [0, 1, 2]}, [0, 1])  # each rank announces its own clients

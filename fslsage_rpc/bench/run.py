@@ -26,7 +26,7 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.records import RankReport
-from fslsage_rpc.training.run_folder import rank_environment, versions, write_whole
+from fslsage_rpc.training.run_folder import emulated_links, rank_environment, versions, write_whole
 from fslsage_rpc.training.trainer import Trainer
 
 
@@ -98,6 +98,7 @@ def _bench(
                 "versions": versions(),
                 **world.describe(),
                 "ranks": ranks,
+                **emulated_links(),
                 "link_speeds": [_speed_records(each) for each in links],
             },
             "rounds": config.rounds,

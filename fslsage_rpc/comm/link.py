@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.measure.clock import clock
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes
-from fslsage_rpc.measure.timeline import clock
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request, SmashedData
 
@@ -30,6 +30,10 @@ class ServerLink(ABC):
     @abstractmethod
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         """Tell the server at which steps each of this rank's participants will make requests."""
+
+    @abstractmethod
+    def server_clock(self) -> float:
+        """A reading of the server's clock, in seconds, to draw traces by."""
 
     @abstractmethod
     def _echo(self, payload: Tensor, down_bytes: int) -> None:

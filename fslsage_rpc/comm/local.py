@@ -13,6 +13,7 @@ from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World, choose_device
 from fslsage_rpc.config import Config
+from fslsage_rpc.measure.clock import clock
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Request
@@ -68,6 +69,9 @@ class LocalLink(ServerLink):
 
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         self._server.announce(plans, ranking)
+
+    def server_clock(self) -> float:
+        return clock()
 
     def _echo(self, payload: Tensor, down_bytes: int) -> None:
         pass

@@ -27,6 +27,7 @@ from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
 from fslsage_rpc.comm.world import World, choose_device, interfaces
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
+from fslsage_rpc.measure.clock import clock
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request
@@ -242,6 +243,10 @@ class ServerEndpoint:
         """See `Server.announce`."""
         self._server.announce(plans, ranking)
 
+    def clock(self) -> float:
+        """The server's clock, in seconds."""
+        return clock()
+
     def echo(self, payload: torch.Tensor, down_bytes: int) -> torch.Tensor:
         """Bytes up, bytes down: what a link's speed is measured with."""
         return torch.zeros(down_bytes, dtype=torch.uint8)
@@ -278,6 +283,10 @@ class RpcLink(ServerLink):
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         with _peers_may_be_lost():
             self._server.rpc_sync(timeout=NO_TIMEOUT).announce(plans, ranking)
+
+    def server_clock(self) -> float:
+        with _peers_may_be_lost():
+            return self._server.rpc_sync(timeout=NO_TIMEOUT).clock()
 
     def _echo(self, payload: torch.Tensor, down_bytes: int) -> None:
         with _peers_may_be_lost():

@@ -1,34 +1,37 @@
 """Where the host's time went: seconds per phase on one timeline, phases never overlapping."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-clock = time.perf_counter
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for what the host has queued on a GPU, so that the phase that queued it is charged with it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.measure.trace import Arrow, Span, Tracer
 
 
 class Timeline:
-    """Seconds per named phase of one thread.
+    """Seconds per named phase of one thread of the host.
 
     Phases do not nest: entering one while another is open is a mistake in the program, not in the
     measurement.
+
+    Args:
+        row: the row of a trace that its phases are drawn on, unless they name another.
+        tracer: gets every phase as a span; None where there is no trace.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row: str = "", tracer: Tracer | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.row = row
+        self._tracer = tracer
         self._open: str | None = None
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
+    def phase(self, name: str, row: str | None = None, arrow: Arrow | None = None) -> Iterator[None]:
+        """Add the time spent inside to a phase.
+
+        Args:
+            row: of a trace.
+            arrow: begins or ends here.
+        """
         if self._open is not None:
             raise RuntimeError(f"phase {name} opened inside phase {self._open}")
         self._open = name
@@ -37,11 +40,15 @@ class Timeline:
             yield
         finally:
             self._open = None
-            self.add(name, clock() - started)
+            self.add(name, started, clock() - started, row, arrow)
 
-    def add(self, name: str, seconds: float) -> None:
-        """Add measured seconds to a phase."""
+    def add(
+        self, name: str, started: float, seconds: float, row: str | None = None, arrow: Arrow | None = None
+    ) -> None:
+        """Add a measured phase that began at a reading of the clock."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if self._tracer is not None:
+            self._tracer.add(Span(name, row or self.row, started, seconds, arrow))
 
     def take(self) -> dict[str, float]:
         """The seconds so far; the timeline starts again from zero."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,7 +47,7 @@ class Client:
         self.optimizer = optimizer
         self.data = data
         self._keys = keys
-        self._timeline = timeline
+        self._phase = partial(timeline.phase, row=f"client {id}")
         self._auxiliary = auxiliary
         self._auxiliary_optimizer = auxiliary_optimizer
         self.losses = LossSum()  # of a client that trains the whole model
@@ -65,7 +66,7 @@ class Client:
         keys = self._keys
         batches = self.data.shuffled(keys.seed, round, self.id, keys.local_epochs, keys.augment)
         while True:
-            with self._timeline.phase("data"):
+            with self._phase("data"):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -73,13 +74,13 @@ class Client:
 
     def forward(self, x: Tensor) -> Tensor:
         """Smashed data z `[B, ...]` of images x `[B, C, H, W]`, with its autograd graph."""
-        with self._timeline.phase("forward_backward"):
+        with self._phase("forward_backward"):
             return self.model(x)
 
     def estimate(self, z: Tensor, y: Tensor) -> Tensor:
         """The auxiliary model's estimate ĝ `[B, ...]` of the cut-layer gradient."""
         assert self._auxiliary is not None, "the algorithm has no auxiliary model"
-        with self._timeline.phase("estimate"):
+        with self._phase("estimate"):
             return cut_layer_gradient(self._auxiliary, z, y)
 
     def train_auxiliary(self, z: Tensor, y: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class Client:
         """
         assert self._auxiliary is not None
         assert self._auxiliary_optimizer is not None
-        with self._timeline.phase("estimate"):
+        with self._phase("estimate"):
             z = z.detach().requires_grad_()
             F.cross_entropy(self._auxiliary(z), y).backward()
             self._auxiliary_optimizer.step()
@@ -99,7 +100,7 @@ class Client:
 
     def train_whole_model(self, x: Tensor, y: Tensor) -> None:
         """One optimizer step of a client whose model is the whole model."""
-        with self._timeline.phase("forward_backward"):
+        with self._phase("forward_backward"):
             loss = F.cross_entropy(self.model(x), y)
             loss.backward()
             self.optimizer.step()
@@ -109,7 +110,7 @@ class Client:
         """Back-propagate a cut-layer gradient `[B, ...]` through the client model and take one optimizer
         step.
         """
-        with self._timeline.phase("forward_backward"):
+        with self._phase("forward_backward"):
             z.backward(gradient)
             self.optimizer.step()
 

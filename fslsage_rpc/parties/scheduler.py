@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from fslsage_rpc.measure.timeline import Timeline, clock, synchronise
+from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.parties.requests import Align, ClientRound, Exchange, Push, Request
 
 Send = Callable[[Request, Callable[[Any], None]], None]
@@ -88,13 +90,13 @@ class Scheduler:
 
     def _wait(self) -> None:
         """Wait until some client can go on, and enter the time under what that client waited for."""
-        waited = 0.0
+        waited, began = 0.0, clock()
         while not self._ready:
             started = clock()
             reply = self._replies.get()
             waited += clock() - started
             self._settle(*reply)
-        self._timeline.add(self._ready[0][-1].waited_as, waited)
+        self._timeline.add(self._ready[0][-1].waited_as, began, waited)
 
     def _resume(self, progress: ClientProgress, answer: Any) -> None:
         progress.answer = answer
@@ -114,9 +116,9 @@ class Scheduler:
         self._in_flight += 1
         with self._timeline.phase("forward_backward"):  # what is sent must be there; on a CPU it is
             synchronise(self._device)
-        with self._timeline.phase(
-            body.waits_as
-        ):  # handing over: serialising, and in the local transport the server
+        row, arrow = f"client {request.client}", Arrow("request", request.client, request.number)
+        # Handing over: serialising, and in the local transport the server's work too.
+        with self._timeline.phase(body.waits_as, row, arrow):
             self._send(request, lambda answer: self._replies.put((progress, body, answer)))
         if isinstance(body, Push):
             self._resume(progress, None)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.measure.timeline import Timeline, clock, synchronise
+from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, cut_layer_gradient
 from fslsage_rpc.parties.losses import LossSum
@@ -24,14 +26,14 @@ Reply = Callable[[Answer], None]
 class Lane:
     """One server-model instance; it executes one request at a time, in the order of its mailbox."""
 
-    def __init__(self, model: nn.Module, optimizer: ScheduledOptimizer, order: str):
+    def __init__(self, model: nn.Module, optimizer: ScheduledOptimizer, order: str, timeline: Timeline):
         self.model = model
         self.weights = flatten(model)
         self.optimizer = optimizer
         self.mailbox = Mailbox(order)
         self.released: deque[Request] = deque()
         self.busy = False
-        self.timeline = Timeline()
+        self.timeline = timeline
         self.losses = LossSum()
 
     def train(self, z: Tensor, y: Tensor, gradient: bool) -> Tensor | None:
@@ -69,6 +71,7 @@ class Server:
         fits: per client its auxiliary model, where the server aligns them.
         measure_drift: compare estimate and true gradient on every upload; may change between rounds.
         start: runs a piece of work; on a thread pool (real transport) or at once (local).
+        timeline: of the main thread, which averages.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Server:
         measure_drift: bool,
         device: torch.device,
         start: Callable[[Callable[[], None]], Any],
+        timeline: Timeline,
     ):
         self.initial = initial
         self.averaged = averaged
@@ -92,7 +96,7 @@ class Server:
         self._start = start
         self._arrived: dict[tuple[int, int], tuple[float, Reply]] = {}
         self._changed = threading.Condition()  # guards mailboxes, arrivals and the lanes' queues
-        self._timeline = Timeline()  # of the main thread: averaging
+        self._timeline = timeline
         self._failure: BaseException | None = None
         self._plans: dict[int, Sequence[int]] = {}
         self._alignments: dict[int, dict[str, float]] = {}
@@ -191,22 +195,23 @@ class Server:
     def _execute(self, lane: Lane, request: Request) -> Any:
         """What the request asks for; on the lane's turn, on one thread at a time per lane."""
         body = request.body.to(self._device)
+        arrow = Arrow("execution", request.client, request.number)
         match body:
             case Align():
-                with lane.timeline.phase("alignment"):
+                with lane.timeline.phase("alignment", arrow=arrow):
                     weights, record = self.fits[request.client].align(lane.model)
                     synchronise(self._device)
                 if record:
                     self._alignments[request.client] = record
                 return weights
             case Exchange():
-                with lane.timeline.phase("step"):
+                with lane.timeline.phase("step", arrow=arrow):
                     gradient = lane.train(body.z, body.y, gradient=True)
                     synchronise(self._device)
                 return gradient
             case Push():
                 fit = self.fits.get(request.client)
-                with lane.timeline.phase("step"):
+                with lane.timeline.phase("step", arrow=arrow):
                     gradient = lane.train(body.z, body.y, gradient=fit is not None and self.measure_drift)
                     if fit is not None:
                         fit.buffer.add(body.z, body.y)

@@ -8,6 +8,7 @@ from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.measure.trace import Tracer
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
@@ -16,7 +17,7 @@ from fslsage_rpc.parties.server import Lane, Server
 from fslsage_rpc.training.experiment import Experiment
 
 
-def build_server(experiment: Experiment, world: World) -> Server:
+def build_server(experiment: Experiment, world: World, tracer: Tracer | None) -> Server:
     """The server with its lanes and, where it aligns them, every client's auxiliary model."""
     config, algorithm, split = experiment.config, experiment.algorithm, experiment.split
     clients = range(len(experiment.parts))
@@ -24,10 +25,10 @@ def build_server(experiment: Experiment, world: World) -> Server:
     def fresh(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(world.device)
 
-    def lane() -> Lane:
+    def lane(row: str) -> Lane:
         model = fresh(split.server)
         optimizer = ScheduledOptimizer(config.optimizer.server, model.parameters())
-        return Lane(model, optimizer, config.server.order)
+        return Lane(model, optimizer, config.server.order, Timeline(row, tracer))
 
     def fit() -> AuxiliaryFit:
         keys = config.algorithm.alignment
@@ -44,9 +45,9 @@ def build_server(experiment: Experiment, world: World) -> Server:
     if algorithm.client_holds_whole_model:
         lanes: dict[int, Lane] = {}
     elif algorithm.server_replicas:
-        lanes = {client: lane() for client in clients}
+        lanes = {client: lane(f"lane of client {client}") for client in clients}
     else:
-        lanes = dict.fromkeys(clients, lane())
+        lanes = dict.fromkeys(clients, lane("lane"))
     auxiliary = None if algorithm.auxiliary == "none" else flatten(fresh(split.auxiliary))
     return Server(
         initial=(flatten(fresh(experiment.client_model())), auxiliary),
@@ -56,6 +57,7 @@ def build_server(experiment: Experiment, world: World) -> Server:
         measure_drift=config.algorithm.measure_drift,
         device=world.device,
         start=world.start_work,
+        timeline=Timeline("averaging", tracer),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fslsage_rpc.comm.ledger import KINDS, RANK
 from fslsage_rpc.measure.requests import ByClient, by_kind
+from fslsage_rpc.measure.trace import Span
 from fslsage_rpc.parties.server import ServerReport
 from fslsage_rpc.training.evaluation import Score
 
@@ -39,6 +40,7 @@ class RankReport:
     samples: int
     wire: WireBytes
     requests: ByClient
+    spans: list[Span]
 
 
 def round_seconds(reports: Sequence[RankReport]) -> float:

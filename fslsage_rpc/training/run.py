@@ -10,7 +10,7 @@ from fslsage_rpc.config import AlgorithmKeys, Config
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.records import RankReport
-from fslsage_rpc.training.run_folder import RunFolder, rank_environment, versions
+from fslsage_rpc.training.run_folder import RunFolder, emulated_links, rank_environment, versions
 from fslsage_rpc.training.trainer import Trainer
 
 
@@ -54,7 +54,7 @@ def _train(experiment: Experiment, world: World, folder: RunFolder | None, scree
         trainer.train(on_round=lambda line, reports: None)
         return
     folder.start(
-        environment={"versions": versions(), **world.describe(), "ranks": ranks},
+        environment={"versions": versions(), **world.describe(), "ranks": ranks, **emulated_links()},
         partition=experiment.partition_summary,
     )
     if folder.replaces_unfinished:
@@ -67,6 +67,8 @@ def _train(experiment: Experiment, world: World, folder: RunFolder | None, scree
         screen.show_round(line)
 
     trainer.train(on_round)
+    if trainer.trace:
+        folder.add_trace(trainer.trace.text())
     summary = trainer.recorder.summary(experiment.algorithm.name, experiment.algorithm.interval)
     folder.finish(summary, trainer.final_model())
     screen.show_summary(summary, folder.path)

@@ -28,6 +28,7 @@ WRITTEN = (
     "metrics.jsonl",
     "summary.json",
     "model.pt",
+    "trace.json",
 )
 EVENTS = "tensorboard"
 
@@ -66,6 +67,10 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._tensorboard.add_round(line)
+
+    def add_trace(self, text: str) -> None:
+        """Write `trace.json`."""
+        self._write("trace.json", text)
 
     def finish(self, summary: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
         """Write the final model and, last, the summary that marks the run as complete."""
@@ -132,6 +137,21 @@ def versions() -> dict[str, str | None]:
         "numpy": np.__version__,
         "cuda": torch.version.cuda,
     }
+
+
+def emulated_links() -> dict[str, Any]:
+    """The key `links` with what `launch/wan.py` asked of the links and measured; nothing without it.
+
+    Raises:
+        InputError: FSLSAGE_LINKS names no JSON file.
+    """
+    path = os.environ.get("FSLSAGE_LINKS")
+    if path is None:
+        return {}
+    try:
+        return {"links": json.loads(Path(path).read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        raise InputError(f"FSLSAGE_LINKS: got {path!r}, expected a JSON file") from None
 
 
 def _json(value: Any) -> str:

@@ -13,8 +13,10 @@ from fslsage_rpc.comm.world import World
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
+from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.requests import RequestLog
-from fslsage_rpc.measure.timeline import Timeline, clock, synchronise
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training.assembly import build_clients, build_server
@@ -32,6 +34,7 @@ class Trainer:
         server: the server, on the rank that hosts it; else None.
         clients: the clients that this rank hosts, by id.
         recorder: on the server's rank, the lines of the rounds so far.
+        trace: on the server's rank, where the configuration asks for one.
     """
 
     def __init__(self, experiment: Experiment, world: World):
@@ -41,13 +44,15 @@ class Trainer:
         self._config = experiment.config
         self._algorithm = experiment.algorithm
         self._sizes = experiment.sizes()
-        self._timeline = Timeline()
+        self._tracer = Tracer() if experiment.config.trace else None
+        self._timeline = Timeline("rank", self._tracer)
         self._ledger = WireLedger()
-        self.server = build_server(experiment, world) if world.hosts_server else None
+        self.server = build_server(experiment, world, self._tracer) if world.hosts_server else None
         self._log = RequestLog()
         self._link = world.connect(self.server, self._ledger, self._log)
         self.clients = build_clients(experiment, world, self._link, self._timeline) if self._link else {}
         experiment.train = None  # a rank keeps only what its clients need
+        self.trace = self._open_trace() if self._tracer else None
         self._test_data = self._load_test_data() if self.server else None
 
     def measure_links(self) -> dict[int, LinkSpeed]:
@@ -70,7 +75,7 @@ class Trainer:
         """
         paper_bytes_total = 0
         for round in range(self._config.rounds):
-            seconds = self._train_round(round)
+            seconds = self.train_round(round)
             paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
             paper_bytes_total += paper_bytes
             last = round == self._config.rounds - 1 or self._paper_limit_reached(paper_bytes_total)
@@ -87,6 +92,7 @@ class Trainer:
                 samples=sum(samples for _, samples in losses),
                 wire=self._ledger.take(),
                 requests=self._log.take(),
+                spans=self._tracer.take() if self._tracer else [],
             )
             reports = self.world.gather(report)
             if self.server and reports:
@@ -100,19 +106,14 @@ class Trainer:
                     paper_bytes=paper_bytes,
                     participants=self.experiment.federation.participants(round),
                 )
+                if self.trace:
+                    self.trace.add_round(round, [report.spans for report in reports])
                 on_round(line, reports)
                 last = last or self._accuracy_reached(score)
             if self.world.broadcast(last):
                 return
 
-    def final_model(self) -> dict[str, torch.Tensor]:
-        """The whole model's state_dict on the CPU, under the uncut model's names; on the server's rank."""
-        assert self.server is not None
-        return {
-            name: t.cpu().clone() for half in self.server.halves() for name, t in half.state_dict().items()
-        }
-
-    def _train_round(self, round: int) -> float:
+    def train_round(self, round: int) -> float:
         """One round on the training clock: client rounds and server steps, then averaging.
 
         Returns:
@@ -157,6 +158,22 @@ class Trainer:
         with self._timeline.phase("drain_wait"):
             self.world.barrier()
         return clock() - started
+
+    def final_model(self) -> dict[str, torch.Tensor]:
+        """The whole model's state_dict on the CPU, under the uncut model's names; on the server's rank."""
+        assert self.server is not None
+        return {
+            name: t.cpu().clone() for half in self.server.halves() for name, t in half.state_dict().items()
+        }
+
+    def _open_trace(self) -> TraceFile | None:
+        """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""
+        offset = ClockOffset(0.0, 0.0)
+        if self.server is None and self._link:
+            offset = estimate_offset(self._link.server_clock)
+        hosts = [hosts for hosts, here in (("server", self.server), ("clients", self._link)) if here]
+        places = self.world.gather((" and ".join(hosts), offset))
+        return TraceFile(*zip(*places, strict=True)) if places else None
 
     def _average_clients(self, shares: dict[int, float], auxiliary: bool) -> None:
         """Give every client of this rank, absent ones too, the weighted mean over all participants of all

@@ -1,0 +1,80 @@
+"""What the measuring costs: rounds with the timelines and the request log, and without, side by side.
+
+    python benchmarks/instrument_cost.py
+
+One process trains digits twice with `transport: local`, where nothing else takes time, round by round in
+turn: once as it is, once with instruments that do nothing. Prints the median of the paired ratios (on / off) per
+algorithm; about two minutes on one core.
+"""
+
+import contextlib
+import statistics
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fslsage_rpc.comm.world import open_world
+from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.trainer import Trainer
+
+PAIRS = 40
+
+
+@contextlib.contextmanager
+def nothing(*arguments: Any, **keys: Any) -> Iterator[None]:
+    """A phase that is not measured."""
+    yield
+
+
+@contextlib.contextmanager
+def instruments_off() -> Iterator[None]:
+    """Phases and requests are not measured inside."""
+    with (
+        mock.patch.object(Timeline, "phase", nothing),
+        mock.patch.object(Timeline, "add"),
+        mock.patch.object(RequestLog, "add"),
+    ):
+        yield
+
+
+def cost(algorithm: str) -> tuple[float, float]:
+    """The median of on / off, and the seconds of a round."""
+    tree = {
+        "transport": "local",
+        "device": "cpu",
+        "rounds": PAIRS + 1,
+        "clients": {"count": 4, "batch_size": 64},
+        "data": {"partition": "iid"},
+        "algorithm": {"name": algorithm, "align_every": None, "measure_drift": False},
+    }
+    config = from_tree(tree)
+    on = Trainer(Experiment.prepare(config), open_world(config))
+    with instruments_off():
+        off = Trainer(Experiment.prepare(config), open_world(config))
+    seconds: dict[Trainer, list[float]] = {on: [], off: []}
+    for round in range(config.rounds):
+        for trainer in (on, off) if round % 2 == 0 else (off, on):  # a drift of the machine weighs on both
+            with contextlib.nullcontext() if trainer is on else instruments_off():
+                started = clock()
+                trainer.train_round(round)
+                seconds[trainer].append(clock() - started)
+    pairs = list(zip(seconds[on], seconds[off], strict=True))[1:]
+    return statistics.median(a / b for a, b in pairs), statistics.median(seconds[on])
+
+
+def main() -> None:
+    """One line per algorithm."""
+    torch.set_num_threads(1)
+    for algorithm in ("fsl_sage", "splitfed_v1", "fedavg"):
+        ratio, seconds = cost(algorithm)
+        print(f"{algorithm}: on / off {ratio:.4f}, {1000 * seconds:.0f} ms a round, {PAIRS} pairs")
+
+
+if __name__ == "__main__":
+    main()
