@@ -3,8 +3,8 @@
     python benchmarks/instrument_cost.py
 
 One process trains digits twice with `transport: local`, where nothing else takes time, round by round in
-turn: once as it is, once with instruments that do nothing. Prints the median of the paired ratios (on / off) per
-algorithm; about two minutes on one core.
+turn: once as it is, once with instruments that do nothing. Prints the median of the paired ratios (on / off)
+of each algorithm; about two minutes on one core.
 """
 
 import contextlib

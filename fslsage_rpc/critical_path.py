@@ -80,6 +80,48 @@ class RoundPieces:
         """All that the server computed for the round's requests."""
         return sum(c.server_seconds + c.alignment_seconds for c in self.clients.values())
 
+    def longest_exchange_chain(self) -> float:
+        """A SplitFed client's steps, of which nothing can overlap: forward pass, smashed data up, server
+        step, gradient down, backward pass; the longest over the clients.
+        """
+        chains = []
+        for client in self.clients.values():
+            link = self.links[client.rank]
+            up = client.up_bytes / link.up_bytes_per_second
+            down = client.down_bytes / link.down_bytes_per_second
+            wire = client.requests * link.round_trip_seconds + up + down
+            chains.append(client.compute_seconds + wire + client.server_seconds)
+        return max(chains)
+
+    def longest_aligned_chain(self) -> float:
+        """An aligned client's first upload and its server step, its alignment, the auxiliary model's way down
+        (one round trip in all), and its compute; the longest over the clients.
+        """
+        chains = []
+        for client in self._aligned():
+            link = self.links[client.rank]
+            upload = client.up_bytes / client.requests / link.up_bytes_per_second
+            step = client.server_seconds / client.requests
+            down = client.auxiliary_bytes / link.down_bytes_per_second
+            wait = link.round_trip_seconds + upload + step + client.alignment_seconds + down
+            chains.append(wait + client.compute_seconds)
+        return max(chains)
+
+    def aligning_lane(self) -> float:
+        """The first upload's arrival, all alignments one after the other, then for the client that is served
+        last at least the auxiliary model's way down and all its steps but the first.
+        """
+        rests = [
+            client.auxiliary_bytes / self.links[client.rank].down_bytes_per_second
+            + client.compute_seconds * (client.steps - 1) / client.steps
+            for client in self._aligned()
+        ]
+        alignments = sum(client.alignment_seconds for client in self._aligned())
+        return self.first_arrival() + alignments + min(rests)
+
+    def _aligned(self) -> list[ClientPieces]:
+        return [client for client in self.clients.values() if client.alignment_seconds]
+
     def _by_rank(self, name: str) -> dict[int, float]:
         sums: dict[int, float] = {}
         for client in self.clients.values():

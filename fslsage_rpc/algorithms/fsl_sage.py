@@ -37,9 +37,8 @@ class FslSage(Algorithm):
             if step % self.keys.upload_every == 0:
                 yield Push(z, y)  # one way: waits only for room in the upload window
             if step == 0 and self.aligns(client.id, round):
-                client.auxiliary_weights.load(
-                    (yield Align())
-                )  # the only blocking remote forward and backward
+                fitted = yield Align()  # the only blocking remote forward and backward
+                client.auxiliary_weights.load(fitted)
             client.backward(z, client.estimate(z, y))  # ĝ in place of g
 
     def request_steps(self, client: int, round: int) -> list[int]:
@@ -75,28 +74,14 @@ class FslSage(Algorithm):
         return models + sizes.smashed * uploaded
 
     def bound_seconds(self, pieces: RoundPieces) -> float:
-        """That of CSE-FSL, and in a round with alignments two chains more, each with averaging behind it:
-
-        - one client: its first upload and its server step, its alignment, the auxiliary model's way down (one
-          round trip in all), and the client's compute;
-        - the lane: the first upload's arrival, all alignments, then for the client served last at least
-          the auxiliary model's way down and all its steps but the first.
+        """That of CSE-FSL; in a round with alignments also the longest aligned client's chain, and the lane
+        that aligns one client after the other, each with averaging behind it.
         """
         bound = self._warm_start.bound_seconds(pieces)
-        aligned = [client for client in pieces.clients.values() if client.alignment_seconds]
-        if not aligned:
+        if not any(client.alignment_seconds for client in pieces.clients.values()):
             return bound
-        chains, rests = [], []
-        for client in aligned:
-            link = pieces.links[client.rank]
-            down = client.auxiliary_bytes / link.down_bytes_per_second
-            first_upload = client.up_bytes / client.requests / link.up_bytes_per_second
-            first_step = client.server_seconds / client.requests
-            wait = link.round_trip_seconds + first_upload + first_step + client.alignment_seconds + down
-            chains.append(wait + client.compute_seconds)
-            rests.append(down + client.compute_seconds * (client.steps - 1) / client.steps)
-        lane = pieces.first_arrival() + sum(client.alignment_seconds for client in aligned) + min(rests)
-        return max(bound, max(*chains, lane) + pieces.averaging_seconds)
+        aligned = max(pieces.longest_aligned_chain(), pieces.aligning_lane())
+        return max(bound, aligned + pieces.averaging_seconds)
 
     @property
     def interval(self) -> int:

@@ -26,19 +26,6 @@ class SplitFed(Algorithm):
         return 2 * sizes.client * len(participants) + 2 * sizes.smashed * samples
 
 
-def longest_chain(pieces: RoundPieces) -> float:
-    """A client's steps, of which nothing can overlap: forward pass, smashed data up, server step, gradient
-    down, backward pass; the longest over the clients.
-    """
-    chains = []
-    for client in pieces.clients.values():
-        link = pieces.links[client.rank]
-        up, down = client.up_bytes / link.up_bytes_per_second, client.down_bytes / link.down_bytes_per_second
-        wire = client.requests * link.round_trip_seconds + up + down
-        chains.append(client.compute_seconds + wire + client.server_seconds)
-    return max(chains)
-
-
 class SplitFedV1(SplitFed):
     """Every client trains against a server-model replica of its own; client models and replicas are averaged.
 
@@ -54,7 +41,7 @@ class SplitFedV1(SplitFed):
         """
         workers = min(pieces.server_workers, len(pieces.clients))
         return max(
-            longest_chain(pieces),
+            pieces.longest_exchange_chain(),
             pieces.busiest_rank(),
             pieces.busiest_link(),
             pieces.first_arrival() + pieces.server_seconds() / workers,
@@ -73,7 +60,7 @@ class SplitFedV2(SplitFed):
     def bound_seconds(self, pieces: RoundPieces) -> float:
         """That of SplitFedV1, with one lane that takes all steps one after the other."""
         return pieces.averaging_seconds + max(
-            longest_chain(pieces),
+            pieces.longest_exchange_chain(),
             pieces.busiest_rank(),
             pieces.busiest_link(),
             pieces.first_arrival() + pieces.server_seconds(),
