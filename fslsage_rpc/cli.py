@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("config", help="YAML configuration file with a `bench` section")
     bench.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
     bench.set_defaults(command=_bench)
+    report = commands.add_parser("report", help="compare runs and benches in one page with figures")
+    report.add_argument("folders", nargs="+", metavar="RUN", help="run folder, or folder of a bench")
+    report.add_argument("--out", required=True, metavar="DIR", help="folder for report.html, .md and figures")
+    report.set_defaults(command=_compare)
     evaluate = commands.add_parser("evaluate", help="evaluate the finished model of a run folder again")
     evaluate.add_argument("run", help="run folder")
     evaluate.set_defaults(command=_evaluate)
@@ -98,6 +102,17 @@ def _launch(config: Config, arguments: list[str]) -> int:
     from fslsage_rpc.comm.launching import launch  # not everywhere to be had: check says so by name
 
     return launch(config.ranks, arguments)
+
+
+def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
+    try:
+        import matplotlib  # noqa: F401 (an optional extra)
+    except ImportError:
+        raise InputError("report: needs matplotlib: pip install 'fslsage_rpc[plots]'") from None
+    from fslsage_rpc.report.comparison import write_report
+
+    print(f"Report: {write_report(options.folders, options.out)}")
+    return 0
 
 
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:

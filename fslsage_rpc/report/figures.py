@@ -1,14 +1,28 @@
-"""Figures of runs, by matplotlib (the `plots` extra). An algorithm has the same colour in all of them."""
+"""Figures of runs and benches, by matplotlib (the `plots` extra). An algorithm has the same colour in all of
+them.
+"""
 
+import io
+import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 Line = dict[str, Any]
 """one line of metrics.jsonl"""
+Measure = Callable[[Line], float | None]
+"""what is drawn of a line; None leaves the round out"""
 
 ALGORITHMS = {
     "fsl_sage": ("FSL-SAGE", "#0072B2"),
@@ -18,6 +32,25 @@ ALGORITHMS = {
     "fedavg": ("FedAvg", "#CC79A7"),
 }
 """names, and colours that colour-blind readers can tell apart (Okabe and Ito)"""
+UNKNOWN_COLOR = "#666666"
+STYLES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)))
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+
+TEXTURES = {
+    "compute": (1.0, ""),
+    "wait": (0.15, "////"),
+    "averaging": (0.6, "...."),
+    "alignment": (0.35, "xxxx"),
+    "other": (0.0, ""),
+}
+"""how much of its algorithm's colour a part of a bar has, and its hatch"""
+
+WIDTH = 9.5
+"""inches"""
+BAR_LABEL_LETTERS = 42
+"""in a line beside a bar"""
+LOG_RATIO = 10
+"""the longest curve is so many times as long as the shortest: a linear axis would squeeze that one"""
 
 
 @dataclass(frozen=True)
@@ -27,22 +60,92 @@ class Curve:
     label: str
     color: str
     runs: Sequence[Sequence[Line]]
-    style: str = "-"
+    style: Any = "-"
     marker: str | None = None
+    finished: bool = True
 
 
-def draw(axes: Axes, curve: Curve, x: Callable[[Line], float], y: Callable[[Line], float | None]) -> None:
-    """The mean over seeds of y against x, and a band from the lowest to the highest seed.
+@dataclass(frozen=True)
+class Bar:
+    """Seconds per round by part, and the lower bound of their sum where it is known."""
 
-    Lines in which y is None (rounds that were not evaluated) are left out. x must not depend on the seed.
+    label: str
+    color: str
+    parts: dict[str, float | None]
+    bound_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: what is drawn against what."""
+
+    x: Measure
+    y: Measure
+    x_label: str
+    y_label: str
+    title: str = ""
+    whole_numbers: bool = False
+    """x is a count"""
+    y_over_decades: bool = False
+    """y has no upper limit"""
+
+
+def display_name(algorithm: str) -> str:
+    """The algorithm as its paper writes it."""
+    return ALGORITHMS.get(algorithm, (algorithm, ""))[0]
+
+
+def color_of(algorithm: str) -> str:
+    """Its colour, grey for one that is not known here."""
+    return ALGORITHMS.get(algorithm, ("", UNKNOWN_COLOR))[1]
+
+
+def curve_of(
+    label: str, algorithm: str, setting: int, finished: bool, runs: Sequence[Sequence[Line]]
+) -> Curve:
+    """A curve in its algorithm's colour, and in the line style of its setting (0, 1, ...).
+
+    Each algorithm has another marker for the same setting. Runs that are not finished have hollow markers
+    and thin lines.
     """
-    lines = [[line for line in run if y(line) is not None] for run in curve.runs]
-    xs = [x(line) for line in lines[0]]
-    ys = np.array([[y(line) for line in run] for run in lines])  # [seeds, points]
-    axes.fill_between(xs, ys.min(0), ys.max(0), color=curve.color, alpha=0.18, linewidth=0)
-    axes.plot(
-        xs, ys.mean(0), curve.style, color=curve.color, label=curve.label, marker=curve.marker, markersize=4
-    )
+    marker = MARKERS[(list(ALGORITHMS).index(algorithm) + setting) % len(MARKERS)]
+    return Curve(label, color_of(algorithm), runs, STYLES[setting % len(STYLES)], marker, finished)
+
+
+def draw(
+    axes: Axes, curve: Curve, x: Measure, y: Measure, mark: Callable[[Line], bool] | None = None
+) -> None:
+    """The mean over seeds of y against that of x, round by round, and a band from the lowest to the highest
+    y.
+
+    Rounds in which y is None (those that were not evaluated) are left out. Beyond the last round that all
+    seeds have, each goes on as a thin line of its own. Markers stand at the rounds that `mark` picks, else
+    at some twenty.
+    """
+    runs = [{line["round"]: line for line in run if y(line) is not None} for run in curve.runs]
+    runs = [run for run in runs if run]
+    if not runs:
+        return
+    shared = [round for round in runs[0] if all(round in run for run in runs)]
+    xs = [fmean(_drawn(x, run[round]) for run in runs) for round in shared]
+    ys = np.array([[_drawn(y, run[round]) for round in shared] for run in runs])  # [seeds, rounds]
+    if len(runs) > 1:
+        axes.fill_between(xs, ys.min(0), ys.max(0), color=curve.color, alpha=0.18, linewidth=0)
+    if mark is None:
+        marked: Any = max(1, len(shared) // 20)
+    else:
+        marked = [i for i, round in enumerate(shared) if any(mark(run[round]) for run in runs)]
+    axes.plot(xs, ys.mean(0), **_look(curve), markevery=marked)
+    for run in runs:
+        rest = [line for round, line in run.items() if not shared or round >= shared[-1]]
+        if len(rest) > 1 or not shared:
+            axes.plot(
+                [_drawn(x, line) for line in rest],
+                [_drawn(y, line) for line in rest],
+                linestyle=curve.style,
+                color=curve.color,
+                linewidth=0.8,
+            )
 
 
 def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
@@ -51,4 +154,169 @@ def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(color="0.9")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def curves_figure(
+    curves: Sequence[Curve], panels: Sequence[Panel], mark: Callable[[Line], bool] | None = None
+) -> Figure:
+    """All curves in each panel, the legend below; panels of the same y share its axis.
+
+    An axis is logarithmic where a linear one would squeeze a curve, and says so.
+    """
+    handles = [Line2D([], [], **_look(curve)) for curve in curves]
+    same_y = len({panel.y_label for panel in panels}) == 1
+    figure = _figure(4.2, handles)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=same_y)[0]
+    for number, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
+        for curve in curves:
+            draw(axes, curve, panel.x, panel.y, mark)
+        y_label = "" if same_y and number else panel.y_label
+        tidy(axes, panel.title, panel.x_label, y_label)
+        lengths = [_longest(curve, panel) for curve in curves]
+        if not panel.whole_numbers and max(lengths) >= LOG_RATIO * min(lengths) > 0:
+            _make_logarithmic(axes, panel.x_label)
+        else:
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=panel.whole_numbers))
+        low, high = axes.dataLim.intervaly
+        if panel.y_over_decades and high >= LOG_RATIO**2 * low > 0:
+            axes.set_yscale("log")
+            axes.set_ylabel(f"{y_label} (log scale)")
+    return figure
+
+
+def bars_figure(bars: Sequence[Bar], x_label: str) -> Figure:
+    """One stacked bar for each of `bars`, from top to bottom, its sum beside it, and a tick at its lower
+    bound.
+    """
+    handles: list[Artist] = [_patch("#444444", part) for part in TEXTURES]
+    if any(bar.bound_seconds is not None for bar in bars):
+        handles.append(
+            Line2D([], [], color="black", marker="|", markersize=12, mew=3, linestyle="", label="lower bound")
+        )
+    labels = [_in_lines(bar.label) for bar in bars]
+    lines = sum(max(2, label.count("\n") + 1) for label in labels)
+    figure = _figure(1.0 + 0.26 * lines, handles)
+    axes = figure.subplots()
+    tidy(axes, "", x_label, "")
+    axes.grid(visible=False, axis="y")
+    for position, bar in enumerate(bars):
+        _draw_bar(axes, position, bar)
+    axes.set_yticks(range(len(bars)), labels, fontsize="small")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.margins(x=0.1)
+    axes.set_xlim(left=0)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _draw_bar(axes: Axes, position: int, bar: Bar) -> None:
+    left = 0.0
+    for part in TEXTURES:
+        seconds = bar.parts.get(part) or 0.0
+        if seconds <= 0:  # a remainder can be a rounding error below it
+            continue
+        patch = _patch(bar.color, part)
+        axes.barh(
+            position,
+            seconds,
+            left=left,
+            height=0.62,
+            facecolor=patch.get_facecolor(),
+            edgecolor=patch.get_edgecolor(),
+            hatch=patch.get_hatch(),
+            linewidth=0.8,
+        )
+        left += seconds
+    end = max(left, bar.bound_seconds or 0.0)
+    axes.annotate(
+        f"{left:#.3g} s",
+        (end, position),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize="small",
+    )
+    if bar.bound_seconds is not None:
+        ends = [position - 0.4, position + 0.4]
+        axes.plot([bar.bound_seconds] * 2, ends, color="white", linewidth=5, solid_capstyle="butt", zorder=3)
+        axes.plot([bar.bound_seconds] * 2, ends, color="black", linewidth=3, solid_capstyle="butt", zorder=4)
+
+
+def _patch(color: str, part: str) -> Patch:
+    """A part of a bar in its algorithm's colour, mixed with white."""
+    share, hatch = TEXTURES[part]
+    red, green, blue = (share * channel + 1 - share for channel in to_rgb(color))
+    return Patch(facecolor=(red, green, blue), edgecolor=color, hatch=hatch, linewidth=0.8, label=part)
+
+
+def _figure(height: float, handles: Sequence[Artist]) -> Figure:
+    """A figure of so many inches above a legend, which lies outside the axes in as many rows as it needs."""
+    for handle in handles:
+        handle.set_label(_wrap(str(handle.get_label()), 110))
+    widest = max((len(line) for handle in handles for line in str(handle.get_label()).split("\n")), default=0)
+    columns = max(1, min(len(handles), 132 // (widest + 10)))
+    lines = max((str(handle.get_label()).count("\n") + 1 for handle in handles), default=0)
+    rows = math.ceil(len(handles) / columns) * lines
+    figure = Figure(figsize=(WIDTH, height + 0.2 * rows), layout="constrained")
+    figure.legend(
+        handles=list(handles), loc="outside lower center", ncols=columns, fontsize="small", handlelength=3
+    )
+    return figure
+
+
+def _look(curve: Curve) -> dict[str, Any]:
+    """The curve's line, for matplotlib."""
+    return {
+        "label": curve.label,
+        "color": curve.color,
+        "linestyle": curve.style,
+        "marker": curve.marker,
+        "markersize": 4.5,
+        "linewidth": 1.6 if curve.finished else 0.9,
+        "markerfacecolor": curve.color if curve.finished else "white",
+    }
+
+
+def _make_logarithmic(axes: Axes, x_label: str) -> None:
+    """A logarithmic x axis that says so, with plain numbers beside its ticks."""
+    axes.set_xscale("log")
+    axes.set_xlabel(f"{x_label} (log scale)")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _in_lines(label: str) -> str:
+    """A label beside a bar: where it is long, each setting on a line of its own."""
+    parts = [label] if len(label) <= BAR_LABEL_LETTERS else label.replace(", ", ",\n").split("\n")
+    return "\n".join(_wrap(part, BAR_LABEL_LETTERS) for part in parts)
+
+
+def _wrap(label: str, width: int) -> str:
+    """In lines of so many letters, with dollar signs as they are: matplotlib reads formulas between two."""
+    return "\n".join(textwrap.wrap(label, width, break_on_hyphens=False)).replace("$", r"\$")
+
+
+def _longest(curve: Curve, panel: Panel) -> float:
+    """How far a curve reaches along x."""
+    return max(
+        (_drawn(panel.x, line) for run in curve.runs for line in run if panel.y(line) is not None),
+        default=0.0,
+    )
+
+
+def _drawn(measure: Measure, line: Line) -> float:
+    """The measure of a line that is drawn, in which it is known."""
+    value = measure(line)
+    return float("nan") if value is None else value

@@ -1,0 +1,289 @@
+"""The report: runs and benches side by side, as `report.html`, the same as `report.md`, and its figures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.report import tables
+from fslsage_rpc.report.figures import (
+    Bar,
+    Curve,
+    Panel,
+    bars_figure,
+    color_of,
+    curve_of,
+    curves_figure,
+    png,
+)
+from fslsage_rpc.report.page import Block, Heading, Page, Picture, to_html, to_markdown
+from fslsage_rpc.report.series import Series, assignment, group, value_of
+from fslsage_rpc.report.sources import Bench, Line, Tree, read
+from fslsage_rpc.version import __version__
+
+SETTING = ("data.name", "data.partition", "model.name", "model.cut", "clients.count", "clients.batch_size")
+"""keys that say what was trained, named where all runs agree on them"""
+BAR_LABEL = "seconds per round, mean over the client ranks"
+BAR_TEXT = (
+    "Compute is data, forward and backward passes and gradient estimates; wait is waiting for room in the "
+    "upload window, for gradients and for the end of the round; alignment is waiting for an alignment; "
+    "averaging is that of the client weights."
+)
+BENCH_TEXT = (
+    "A sample is a whole alignment interval, its value the mean seconds per round within it. A ratio below 1 "
+    "is faster than the reference. The lower bound is what the same measured pieces would take with perfect "
+    "overlap."
+)
+UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
+
+
+def write_report(paths: Sequence[str], out: str) -> Path:
+    """Compare the runs and benches in these folders; write the report into the folder `out`.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        InputError: a folder is neither of a run nor of a bench, or `out` cannot be written.
+    """
+    runs, benches = read(paths)
+    page = compose(group(runs), benches)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for picture in page.pictures:
+            (folder / picture.file).write_bytes(picture.png)
+        for name, text in (("report.md", to_markdown(page)), ("report.html", to_html(page))):
+            (folder / name).write_text(
+                text, encoding="utf-8", errors="replace"
+            )  # of a path that is not UTF-8
+    except OSError as error:
+        raise InputError(
+            f"--out: got {out!r}, expected a folder that can be written ({error.strerror})"
+        ) from None
+    return folder / "report.html"
+
+
+def compose(series: Sequence[Series], benches: Sequence[Bench]) -> Page:
+    """The page with all its figures drawn."""
+    blocks: list[Block] = []
+    if series:
+        blocks += _runs(series)
+    for number, bench in enumerate(benches, start=1):
+        blocks += _bench(bench, f"latency-bench-{number}.png" if len(benches) > 1 else "latency-bench.png")
+    blocks += [Heading("Where it was measured"), *_environments(series, benches)]
+    blocks += [Heading("What was read"), tables.folders_table(series, benches)]
+    return Page(f"Report of fslsage_rpc {__version__}", blocks)
+
+
+def _runs(series: Sequence[Series]) -> list[Block]:
+    bars = [Bar(one.label, color_of(one.algorithm), tables.mean_parts(one)) for one in series]
+    caption = f"Where a round's time goes. {BAR_TEXT} Lower bounds come from a bench."
+    blocks: list[Block] = [Heading("Runs"), tables.runs_table(series), _reading(series)]
+    return [
+        *blocks,
+        *_accuracy(series),
+        Heading("Seconds per round", 3),
+        Picture("latency.png", png(bars_figure(bars, BAR_LABEL)), caption),
+        tables.parts_table(bars),
+        *_drift(series),
+    ]
+
+
+def _reading(series: Sequence[Series]) -> str:
+    """How to read the table of runs."""
+    common = [
+        assignment(series[0].config, key)
+        for key in SETTING
+        if len({repr(value_of(one.config, key)) for one in series}) == 1
+    ]
+    trained = f"The same in all: {', '.join(common)}. " if common else ""
+    seeds = "Over several seeds: the mean (lowest to highest). "
+    median = (
+        "The median is over whole alignment intervals, the first left out, of the mean seconds per round in "
+        f"each; {tables.UNKNOWN} where there are too few of them or the run is unfinished. "
+    )
+    ledgers = (
+        "Wire bytes are those of all kinds, evaluation's too; the paper ledger is a model, not a measurement."
+    )
+    return trained + seeds + median + ledgers
+
+
+def _accuracy(series: Sequence[Series]) -> list[Block]:
+    heading = Heading("Accuracy", 3)
+    scored = [one for one in series if any(map(tables.accuracies, one.runs))]
+    if not scored:
+        return [heading, "No run has been evaluated yet."]
+    curves = _curves(scored, series)
+    seeds = "Mean over seeds, round by round; the band runs from the lowest to the highest."
+    if any(len({len(run.lines) for run in one.runs}) > 1 for one in scored):
+        seeds += " Beyond the last round that all seeds have, each goes on as a thin line."
+    wire, wire_unit = _unit(scored, "wire_bytes_total")
+    paper, paper_unit = _unit(scored, "paper_bytes_total")
+    panels = {
+        "rounds": [Panel(_round, _test_accuracy, "round", "test accuracy", whole_numbers=True)],
+        "seconds": [
+            Panel(
+                lambda line: line["elapsed_seconds"],
+                _test_accuracy,
+                "training clock, seconds",
+                "test accuracy",
+            )
+        ],
+        "bytes": [
+            Panel(
+                lambda line: line["wire_bytes_total"] / wire,
+                _test_accuracy,
+                f"bytes on the wire, {wire_unit}",
+                "test accuracy",
+                "measured",
+            ),
+            Panel(
+                lambda line: line["paper_bytes_total"] / paper,
+                _test_accuracy,
+                f"paper ledger, {paper_unit}",
+                "test accuracy",
+                "modelled",
+            ),
+        ],
+    }
+    return [
+        heading,
+        *_coinciding(scored),
+        *(
+            Picture(
+                f"accuracy-{name}.png", png(curves_figure(curves, what)), f"Accuracy against {name}. {seeds}"
+            )
+            for name, what in panels.items()
+        ),
+    ]
+
+
+def _coinciding(series: Sequence[Series]) -> list[str]:
+    """A sentence for each set of series that have the same accuracy in all rounds and seeds."""
+    labels: dict[str, list[str]] = {}
+    for one in series:
+        scores = [
+            json.dumps([run.config["seed"], [(line["round"], line["test_accuracy"]) for line in run.lines]])
+            for run in one.runs
+        ]
+        labels.setdefault("".join(sorted(scores)), []).append(one.label)
+    return [
+        f"The same accuracy in every round, so that one curve hides the other: {'; '.join(group)}."
+        for group in labels.values()
+        if len(group) > 1
+    ]
+
+
+def _drift(series: Sequence[Series]) -> list[Block]:
+    drifting = [
+        one
+        for one in series
+        if any(_drift_of(line, "cosine") is not None for run in one.runs for line in run.lines)
+    ]
+    if not drifting:
+        return []
+    panels = [
+        Panel(
+            _round,
+            lambda line: _drift_of(line, "cosine"),
+            "round",
+            "cosine of estimate and true gradient",
+            "direction: 1 is perfect",
+            whole_numbers=True,
+        ),
+        Panel(
+            _round,
+            lambda line: _drift_of(line, "nmse"),
+            "round",
+            "squared error / squared true gradient",
+            "error: 0 is perfect",
+            whole_numbers=True,
+            y_over_decades=True,
+        ),
+    ]
+    figure = curves_figure(
+        _curves(drifting, series), panels, mark=lambda line: line.get("alignment") is not None
+    )
+    caption = (
+        "Drift of the gradient estimate, mean over clients and over seeds, with a band from the lowest to "
+        "the highest seed. Markers: rounds with an alignment."
+    )
+    return [Heading("Drift of the estimate", 3), Picture("drift.png", png(figure), caption)]
+
+
+def _bench(bench: Bench, file: str) -> list[Block]:
+    title = f"Bench {bench.folder.name}"
+    blocks: list[Block] = [Heading(title), tables.bench_table(bench), BENCH_TEXT]
+    bars = [
+        Bar(
+            tables.variant_label(bench, variant),
+            color_of(variant.algorithm),
+            variant.parts,
+            variant.bound_seconds,
+        )
+        for variant in bench.variants
+        if any(seconds is not None for seconds in variant.parts.values())
+    ]
+    if bars:
+        caption = f"Mean seconds per round of {title} against the lower bound. {BAR_TEXT}"
+        blocks += [Picture(file, png(bars_figure(bars, BAR_LABEL)), caption), tables.parts_table(bars)]
+    if target := tables.target_table(bench):
+        reached = f"{tables.UNKNOWN} where a variant did not reach it in every repeat."
+        blocks += [Heading("To the target accuracy", 3), target, reached]
+    return blocks
+
+
+def _environments(series: Sequence[Series], benches: Sequence[Bench]) -> list[Block]:
+    """Each environment once, with what was measured in it."""
+    measured: dict[str, tuple[Tree, list[str]]] = {}
+    same = len({json.dumps(run.environment, sort_keys=True) for one in series for run in one.runs}) == 1
+    for label, environment in [
+        *(("All runs" if same else one.label, run.environment) for one in series for run in one.runs),
+        *((f"bench {bench.folder.name}", bench.environment) for bench in benches),
+    ]:
+        _, labels = measured.setdefault(json.dumps(environment, sort_keys=True), (environment, []))
+        if label not in labels:
+            labels.append(label)
+    blocks: list[Block] = []
+    for environment, labels in measured.values():
+        if len(measured) > 1:
+            blocks.append(f"{'; '.join(labels)}:")
+        blocks.append(
+            tables.environment_table(environment) if environment else "The environment is not recorded."
+        )
+    return blocks
+
+
+def _curves(drawn: Sequence[Series], series: Sequence[Series]) -> list[Curve]:
+    """The curves of the series that are drawn; of all `series`, those with the same settings look alike."""
+    settings = list(dict.fromkeys(one.settings for one in series))
+    return [
+        curve_of(
+            one.label,
+            one.algorithm,
+            settings.index(one.settings),
+            one.finished,
+            [run.lines for run in one.runs],
+        )
+        for one in drawn
+    ]
+
+
+def _unit(series: Sequence[Series], key: str) -> tuple[int, str]:
+    """The largest unit of bytes of which the longest curve has at least ten, else MiB."""
+    largest = max(run.lines[-1][key] for one in series for run in one.runs)
+    return next((unit for unit in UNITS if largest >= 10 * unit[0]), UNITS[-1])
+
+
+def _round(line: Line) -> float:
+    return line["round"] + 1
+
+
+def _test_accuracy(line: Line) -> float | None:
+    return line["test_accuracy"]
+
+
+def _drift_of(line: Line, key: str) -> Any:
+    return (line.get("drift") or {}).get(key)

@@ -1,0 +1,285 @@
+"""What a report is made of: run folders and bench results, read from disk and checked."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fslsage_rpc.bench.table import COMPUTE, WAIT
+from fslsage_rpc.configuration import load, to_tree
+from fslsage_rpc.errors import InputError
+
+Tree = dict[str, Any]
+Line = dict[str, Any]
+"""one line of metrics.jsonl, and in it `wire_bytes_total`: bytes on the wire of all rounds so far"""
+
+PARTS = {
+    "compute": COMPUTE,
+    "wait": WAIT,
+    "averaging": ("averaging",),
+    "alignment": ("alignment_wait",),
+}
+"""the parts of a client's round, and the phases that make up each; `other` is every phase that is left"""
+
+EXPECTED = "expected a run folder (config.yaml, metrics.jsonl) or the folder of a bench (bench.json)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder; `summary` is None where the run is not finished."""
+
+    folder: Path
+    config: Tree
+    environment: Tree
+    lines: list[Line]
+    summary: Tree | None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of `n` samples; None where not measured."""
+
+    median: float | None
+    q1: float | None
+    q3: float | None
+    n: float | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What it took to reach a test accuracy; None where not measured."""
+
+    accuracy: float | None = None
+    rounds: float | None = None
+    seconds: float | None = None
+    wire_bytes: float | None = None
+    paper_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One variant of a bench: seconds and bytes per round, None where not measured."""
+
+    name: str
+    algorithm: str
+    round_seconds: Spread
+    ratio_to_reference: Spread
+    parts: dict[str, float | None]
+    wire_bytes: float | None
+    paper_bytes: float | None
+    bound_seconds: float | None
+    efficiency: float | None
+    target: Target | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The `bench.json` of a folder."""
+
+    folder: Path
+    reference: str | None
+    environment: Tree
+    variants: list[Variant]
+
+
+def read(paths: Sequence[str]) -> tuple[list[Run], list[Bench]]:
+    """The runs and the benches in these folders; a folder that is named twice is read once.
+
+    Raises:
+        InputError: a folder is missing, is neither of a run nor of a bench, or what it holds is damaged.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        folder = Path(path)
+        try:
+            names = {file.name for file in folder.iterdir()}
+            folders.setdefault(folder.resolve(), folder)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or "a loop of links"
+            raise InputError(f"RUN: got {path!r}, which cannot be read ({reason}); {EXPECTED}") from None
+        if not names & {"config.yaml", "bench.json"}:
+            raise InputError(f"RUN: got {path!r}, which has neither config.yaml nor bench.json; {EXPECTED}")
+    benches = [folder for folder in folders.values() if (folder / "bench.json").exists()]
+    runs = [folder for folder in folders.values() if folder not in benches]
+    return [_read_run(folder) for folder in runs], [_read_bench(folder) for folder in benches]
+
+
+def parts_of(phases: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Seconds by part of a client's round, `other` last, from seconds by phase.
+
+    Phases that were not measured (None) are left out of the sums; a part of which none was is None.
+    """
+    named = {phase for group in PARTS.values() for phase in group}
+    groups = {**PARTS, "other": tuple(phase for phase in phases if phase not in named)}
+    return {part: known_sum([phases.get(phase) for phase in group]) for part, group in groups.items()}
+
+
+def known_sum(values: Sequence[float | None]) -> float | None:
+    """The sum without what is not known (None); None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _read_run(folder: Path) -> Run:
+    try:
+        config = to_tree(load(folder / "config.yaml"))
+    except InputError as error:
+        raise InputError(
+            f"RUN: got {str(folder)!r}, whose config.yaml is not of this version ({error})"
+        ) from None
+    if not (folder / "metrics.jsonl").exists():
+        raise InputError(
+            f"RUN: got {str(folder)!r}, which has no metrics.jsonl; expected a run with rounds in it"
+        )
+    finished = (folder / "summary.json").exists()
+    return Run(
+        folder,
+        config,
+        _checked_environment(folder / "environment.json"),
+        _read_lines(folder / "metrics.jsonl"),
+        _read_json(folder / "summary.json") if finished else None,
+    )
+
+
+def _checked_environment(path: Path) -> Tree:
+    """Empty where there is no such file."""
+    environment = _read_json(path) if path.exists() else {}
+    ranks = environment.get("ranks", [])
+    if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):
+        raise InputError(f"{path}: ranks is damaged, expected a list of mappings")
+    return environment
+
+
+def _read_lines(path: Path) -> list[Line]:
+    texts = _read_text(path).splitlines(keepends=True)
+    if texts and not texts[-1].endswith("\n"):
+        texts.pop()  # a run that is under way, or was cut off, in the middle of a line
+    lines: list[Line] = []
+    wire_bytes = 0
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+        if not _is_round(line):
+            raise InputError(f"{path}: line {number} is damaged, expected the figures of a round")
+        wire_bytes += sum(line["wire_bytes"].values())
+        lines.append({**line, "wire_bytes_total": wire_bytes})
+    if not lines:
+        raise InputError(f"RUN: got {str(path.parent)!r}, which has no finished round; expected one or more")
+    return lines
+
+
+def _is_round(line: Any) -> bool:
+    """Is this a metrics line, as far as a report needs it?"""
+    if not isinstance(line, dict) or not isinstance(line.get("phases"), dict):
+        return False
+    drift, accuracy = line.get("drift"), line.get("test_accuracy")
+    return (
+        all(_is_number(line.get(key)) for key in ("round", "elapsed_seconds", "paper_bytes_total"))
+        and _are_numbers(line.get("wire_bytes"))
+        and _are_numbers(line["phases"].get("client"))
+        and (accuracy is None or _is_number(accuracy))
+        and (drift is None or isinstance(drift, dict))
+        and all(value is None or _is_number(value) for value in (drift or {}).values())
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_numbers(tree: Any) -> bool:
+    return isinstance(tree, dict) and all(_is_number(value) for value in tree.values())
+
+
+def _read_bench(folder: Path) -> Bench:
+    path = folder / "bench.json"
+    tree = _read_json(path)
+    variants = tree.get("variants")
+    if not isinstance(variants, dict) or not variants:
+        raise InputError(f"{path}: got no variants, expected a mapping of one or more")
+    try:
+        read = [_read_variant(name, variant) for name, variant in variants.items()]
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    environment, reference = tree.get("environment"), tree.get("reference")
+    return Bench(
+        folder,
+        reference if isinstance(reference, str) else None,
+        environment if isinstance(environment, dict) else {},
+        read,
+    )
+
+
+def _read_variant(name: str, tree: Any) -> Variant:
+    def mapping(*keys: str) -> dict[str, float | None]:
+        found = _find(tree, name, *keys)
+        return {key: _number(tree, name, *keys, key) for key in found or {}}
+
+    def spread(key: str) -> Spread:
+        return Spread(*(_number(tree, name, key, statistic) for statistic in ("median", "q1", "q3", "n")))
+
+    algorithm = _find(tree, name, "algorithm")
+    if not isinstance(algorithm, str):
+        raise ValueError(f"variants.{name}.algorithm is {algorithm!r}, expected the name of an algorithm")
+    target = None
+    if _find(tree, name, "target") is not None:
+        keys = ("accuracy", "rounds", "seconds", "wire_bytes", "paper_bytes")
+        target = Target(*(_number(tree, name, "target", key) for key in keys))
+    return Variant(
+        name,
+        algorithm,
+        spread("round_seconds"),
+        spread("ratio_to_reference"),
+        parts_of(mapping("phases", "client")),
+        known_sum(list(mapping("wire_bytes").values())),
+        _number(tree, name, "paper_bytes"),
+        _number(tree, name, "bound_seconds"),
+        _number(tree, name, "efficiency"),
+        target,
+    )
+
+
+def _find(tree: Any, name: str, *keys: str) -> Any:
+    """The value under these keys of a variant; None where one of them is missing or null."""
+    for depth, key in enumerate(keys):
+        if tree is None:
+            return None
+        if not isinstance(tree, dict):
+            where = ".".join(("variants", name, *keys[:depth]))
+            raise ValueError(f"{where} is {type(tree).__name__}, expected a mapping")
+        tree = tree.get(key)
+    return tree
+
+
+def _number(tree: Any, name: str, *keys: str) -> float | None:
+    """The number under these keys of a variant; None where it was not measured or is not finite."""
+    value = _find(tree, name, *keys)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if not _is_number(value):
+        raise ValueError(f"variants.{name}.{'.'.join(keys)} is {value!r}, expected a number or null")
+    return value
+
+
+def _read_json(path: Path) -> Tree:
+    try:
+        tree = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read as JSON, expected what the program wrote") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: got {type(tree).__name__}, expected a mapping")
+    return tree
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(f"{path}: cannot be read ({reason}), expected what the program wrote") from None
