@@ -117,13 +117,17 @@ class Experiment:
 
     def sizes(self) -> Sizes:
         """The sizes that the paper ledger counts with."""
-        element = torch.empty((), dtype=self.dtype).element_size()
-        return Sizes(
-            client=module_bytes(self.split.client),
-            server=module_bytes(self.split.server),
-            auxiliary=module_bytes(self.split.auxiliary),
-            smashed=torch.Size(self.split.smashed_shape).numel() * element,
-        )
+        return model_sizes(self.split, self.dtype)
+
+
+def model_sizes(split: SplitModel, dtype: torch.dtype) -> Sizes:
+    """The sizes of a model that the paper ledger counts with."""
+    return Sizes(
+        client=module_bytes(split.client),
+        server=module_bytes(split.server),
+        auxiliary=module_bytes(split.auxiliary),
+        smashed=torch.Size(split.smashed_shape).numel() * torch.empty((), dtype=dtype).element_size(),
+    )
 
 
 def _check_alignment_batches(config: Config, federation: Federation, algorithm: Algorithm) -> None:

@@ -1,0 +1,1 @@
+"""What `launch/wan.py` is made of: machines and links that exist only inside this one."""
