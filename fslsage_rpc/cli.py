@@ -57,6 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("config", help="YAML configuration file with a `bench` section")
     bench.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
     bench.set_defaults(command=_bench)
+    plan = commands.add_parser("plan", help="predict rounds over other links and with more clients")
+    plan.add_argument("config", help="YAML configuration file")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
+    plan.add_argument("--bandwidth", metavar="RATE", help="of each client rank's link, as 100mbit")
+    plan.add_argument("--rtt", metavar="TIME", help="round trip of each link, as 20ms")
+    plan.add_argument("--clients", metavar="N[,N...]", help="numbers of clients; else the configuration's")
+    plan.add_argument("--client-ranks", metavar="N", help="ranks that host them; else one for each client")
+    plan.add_argument(
+        "--calibrate", metavar="RUN", help="folder of a benchmark; else this machine is measured"
+    )
+    plan.set_defaults(command=_plan)
     report = commands.add_parser("report", help="compare runs and benches in one page with figures")
     report.add_argument("folders", nargs="+", metavar="RUN", help="run folder, or folder of a bench")
     report.add_argument("--out", required=True, metavar="DIR", help="folder for report.html, .md and figures")
@@ -87,6 +98,23 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
 
     bench(config, BenchScreen(config))
     return 0
+
+
+def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
+    config = load(options.config, options.overrides)
+    clients = _counts("--clients", options.clients or str(config.clients.count))
+    ranks = _counts("--client-ranks", options.client_ranks)[0] if options.client_ranks else None
+    from fslsage_rpc.plan.run import plan
+
+    plan(config, clients, options.bandwidth, options.rtt, ranks, options.calibrate)
+    return 0
+
+
+def _counts(option: str, text: str) -> list[int]:
+    counts = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if min(counts) < 1:
+        raise InputError(f"{option}: got {text!r}, expected whole numbers from 1 on, as 10,100")
+    return counts
 
 
 def _needs_ranks(config: Config) -> bool:

@@ -26,6 +26,7 @@ def line(seconds: float, elapsed: float = 0.0, accuracy: float | None = None) ->
             "push": {
                 "count": 2,
                 "round_trip_seconds": 1.0,
+                "send_seconds": 0.1,
                 "queue_seconds": 0.2,
                 "compute_seconds": 0.4,
                 "wire_seconds": 0.4,
@@ -68,6 +69,7 @@ def test_requests_are_means_of_one_and_bytes_over_wire_seconds() -> None:
     assert push == {
         "per_round": 2,
         "round_trip_seconds": 0.5,
+        "send_seconds": pytest.approx(0.05),
         "queue_seconds": pytest.approx(0.1),
         "compute_seconds": pytest.approx(0.2),
         "wire_seconds": pytest.approx(0.2),

@@ -97,7 +97,7 @@ def _per_request(lines: Sequence[Line]) -> dict[str, dict[str, float | None]]:
     result: dict[str, dict[str, float | None]] = {}
     for kind, sums in kinds.items():
         result[kind] = {"per_round": sums["count"] / len(lines)}
-        for key in ("round_trip_seconds", "queue_seconds", "compute_seconds", "wire_seconds"):
+        for key in ("round_trip_seconds", "send_seconds", "queue_seconds", "compute_seconds", "wire_seconds"):
             result[kind][key] = sums[key] / sums["count"]
         moved = sums["up_bytes"] + sums["down_bytes"]
         result[kind]["bytes_per_second"] = moved / sums["wire_seconds"] if sums["wire_seconds"] > 0 else None

@@ -119,6 +119,7 @@ class ServerLink(ABC):
 
         started = clock()
         self._submit(request, counted)
+        self.log.add(client, body.kind, RequestTimes(send_seconds=clock() - started))
 
     def deposit_average(self, weights: Weights) -> None:
         """Give the server the averaged client model, to evaluate it and keep it."""

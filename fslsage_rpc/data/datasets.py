@@ -31,6 +31,7 @@ class Spec:
     `mean` and `std` per channel apply to pixels divided by `pixel_maximum`. `files` are below `data.root`.
     """
 
+    train_samples: int
     classes: int
     image_shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -62,6 +63,7 @@ MNIST_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 CIFAR10 = Spec(
+    train_samples=50_000,
     classes=10,
     image_shape=(3, 32, 32),
     mean=CIFAR_MEAN,
@@ -73,6 +75,7 @@ CIFAR10 = Spec(
     ),
 )
 MNIST = Spec(
+    train_samples=60_000,
     classes=10,
     image_shape=(1, 28, 28),
     mean=(0.1307,),
@@ -83,6 +86,7 @@ MNIST = Spec(
 )
 SPECS = {
     "digits": Spec(
+        train_samples=1437,
         classes=10,
         image_shape=(1, 8, 8),
         mean=(0.305,),

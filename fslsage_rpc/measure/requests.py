@@ -12,13 +12,15 @@ from dataclasses import dataclass
 class RequestTimes:
     """Sums over requests of one kind.
 
-    `round_trip_seconds` run from handing a request to the transport to having its answer; `queue_seconds` of
-    them it waited for its turn at the server and `compute_seconds` it was executed. `up_bytes` and
-    `down_bytes` are those of its tensors.
+    `round_trip_seconds` run from handing a request to the transport to having its answer. Of them the caller
+    was kept `send_seconds` until the transport had taken the request over; at the server it waited
+    `queue_seconds` for its turn and was executed for `compute_seconds`. `up_bytes` and `down_bytes` are those
+    of its tensors.
     """
 
     count: int = 0
     round_trip_seconds: float = 0.0
+    send_seconds: float = 0.0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
     up_bytes: int = 0

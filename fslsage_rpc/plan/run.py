@@ -1,0 +1,132 @@
+"""`fslsage plan`: what rounds would take over other links and with more clients. Predicted, not measured."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.comm.world import open_world
+from fslsage_rpc.config import Config
+from fslsage_rpc.configuration import from_tree, to_tree
+from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.plan.costs import Calibration, Line, measure_costs, read_calibration
+from fslsage_rpc.plan.prediction import Prediction, predict
+from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.report.screen import SteadyCursorConsole
+from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.trainer import Trainer
+
+MIB = 2**20
+NO_LINK = LinkSpeed(0.0, float("inf"), float("inf"))
+BIT_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+SECOND_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+CALIBRATION_BATCHES = 6
+"""of each client, in the rounds that calibrate this machine"""
+
+
+def plan(
+    config: Config,
+    clients: Sequence[int],
+    bandwidth: str | None,
+    rtt: str | None,
+    client_ranks: int | None,
+    calibration: str | None,
+) -> None:
+    """Print the predicted seconds and bytes of a round, for each algorithm and number of clients.
+
+    Args:
+        bandwidth: of each client rank's link, both ways, as tc writes it (100mbit).
+        rtt: its round trip (20ms).
+        client_ranks: ranks that host the clients; None for one rank per client.
+        calibration: folder of a benchmark; None measures costs on this machine, in one process.
+
+    Raises:
+        InputError: a value is not one of these, or there is nothing to know the links from.
+    """
+    if calibration is None:
+        if bandwidth is None or rtt is None:
+            raise InputError("--bandwidth, --rtt: got none, expected both, or --calibrate with a benchmark")
+        measured = calibrate_here(config)
+    else:
+        measured = read_calibration(Path(calibration))
+    link = link_speed(measured.link, bandwidth, rtt)
+    rows = []
+    for name in (name for name in ALGORITHMS if name in measured.costs):
+        for count in clients:
+            keys = ["algorithm.name=" + name, f"clients.count={count}"]
+            scenario = Scenario(from_tree(to_tree(config), keys), link, min(client_ranks or count, count))
+            rows.append((name, count, predict(scenario, measured.costs[name], measured.server_cores)))
+    _show(rows, link, calibration or "this machine, in one process")
+
+
+def link_speed(measured: LinkSpeed, bandwidth: str | None, rtt: str | None) -> LinkSpeed:
+    """The measured link, with what is asked for in its place.
+
+    Raises:
+        InputError: not a rate or a time.
+    """
+    if bandwidth is not None:
+        rate = _quantity("--bandwidth", bandwidth, BIT_UNITS, "100mbit") / 8
+        measured = replace(measured, up_bytes_per_second=rate, down_bytes_per_second=rate)
+    if rtt is not None:
+        measured = replace(measured, round_trip_seconds=_quantity("--rtt", rtt, SECOND_UNITS, "20ms"))
+    return measured
+
+
+def calibrate_here(config: Config) -> Calibration:
+    """The costs of every algorithm on this machine: two rounds of two clients, in one process."""
+    batch = config.clients.batch_size
+    keys = [
+        *("transport=local", "rounds=2", "trace=false", "evaluation.every=1000", "data.test_limit=1"),
+        *("clients.count=2", "clients.participation=1.0", "data.partition=iid"),
+        f"data.train_limit={2 * CALIBRATION_BATCHES * batch}",
+        *([] if config.algorithm.align_every is None else ["algorithm.align_every=1"]),
+    ]
+    costs = {}
+    for name in ALGORITHMS:
+        variant = from_tree(to_tree(config), [*keys, f"algorithm.name={name}"])
+        check(variant, ranks=1)
+        lines: list[Line] = []
+        trainer = Trainer(Experiment.prepare(variant), open_world(variant))
+        trainer.train(lambda line, _, lines=lines: lines.append(line))
+        costs[name] = measure_costs(lines[1:], Scenario(variant, NO_LINK, client_ranks=1))
+    return Calibration(costs, NO_LINK, os.cpu_count() or 1)
+
+
+def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
+    parts = re.fullmatch(r"([0-9.]+)([a-z]+)", text)
+    try:
+        value = float(parts[1]) * units[parts[2]] if parts else 0.0
+    except (ValueError, KeyError):
+        value = 0.0
+    if value <= 0:
+        raise InputError(f"{option}: got {text!r}, expected a number with {', '.join(units)}, as {example}")
+    return value
+
+
+def _show(rows: Sequence[tuple[str, int, Prediction]], link: LinkSpeed, calibration: str) -> None:
+    table = Table(title="PREDICTED rounds (nothing here was measured)", box=box.SIMPLE_HEAD)
+    for header in ("algorithm", "clients", "seconds", "wire MiB", "paper-ledger MiB"):
+        table.add_column(header, justify="left" if header == "algorithm" else "right")
+    for name, count, predicted in rows:
+        table.add_row(
+            name,
+            str(count),
+            f"{predicted.round_seconds:.3f}",
+            f"{predicted.wire_bytes / MIB:,.2f}",
+            f"{predicted.paper_bytes / MIB:,.2f}",
+        )
+    console = SteadyCursorConsole(highlight=False)
+    console.print(table)
+    rates = [rate * 8 / 1e6 for rate in (link.up_bytes_per_second, link.down_bytes_per_second)]
+    console.print(
+        f"Predicted for links of {rates[0]:,.0f} mbit up, {rates[1]:,.0f} mbit down and "
+        f"{1000 * link.round_trip_seconds:g} ms round trip, from costs measured on {calibration}.",
+        soft_wrap=True,
+    )

@@ -1,0 +1,172 @@
+"""One round of the real scheduler, mailbox and links in simulated time.
+
+Ranks, links and lanes take one thing at a time; clients and requests wait for them by the program's own rules
+(`parties/scheduler.py`, and `parties/mailbox.py` with `round_robin`). All times are in seconds.
+"""
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fslsage_rpc.critical_path import LinkSpeed
+
+
+@dataclass(frozen=True)
+class Step:
+    """Client compute, and the request that follows it; the last one of a round has none."""
+
+    compute_seconds: float
+    kind: str | None = None
+    turn: int = 0
+    """the local step at which the request is made: its place in the server's order"""
+    server_seconds: float = 0.0
+    up_bytes: float = 0.0
+    down_bytes: float = 0.0
+
+
+@dataclass
+class Progress:
+    """How far a client is."""
+
+    client: int
+    rank: int
+    steps: Sequence[Step]
+    at: int = 0
+    in_flight: int = 0
+    held: int | None = None
+    """the place of an upload that waits for room in the window"""
+
+
+@dataclass
+class SimulatedLane:
+    """What a lane has still to do in this round, in order, and what has arrived of it."""
+
+    turns: deque[tuple[int, int, int]]
+    arrived: dict[tuple[int, int, int], tuple[Progress, Step]] = field(default_factory=dict)
+    busy: bool = False
+
+
+class RoundSimulation:
+    """Runs the clients' steps through ranks, links and lanes.
+
+    Args:
+        steps: per client what it does; clients are on rank `client % ranks`.
+        lane_of: per client the lane that takes its requests; empty where there is no server model.
+        workers: lanes that are executed at the same time.
+        window: uploads of one client that the server may still have to train on.
+        sending_seconds: for which a request keeps its client's rank busy.
+        handling_seconds: what it takes beside that, its link, its queue and its compute.
+    """
+
+    def __init__(
+        self,
+        steps: Mapping[int, Sequence[Step]],
+        lane_of: Mapping[int, int],
+        ranks: int,
+        link: LinkSpeed,
+        workers: int,
+        window: int,
+        sending_seconds: float,
+        handling_seconds: float,
+    ):
+        self._link, self._window, self._delay = link, window, (link.round_trip_seconds + handling_seconds) / 2
+        self._sending = sending_seconds
+        self._now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._number = itertools.count()
+        self._ready: list[list[tuple[int, int, Progress]]] = [[] for _ in range(ranks)]
+        self._rank_busy = [False] * ranks
+        self._link_free = {"up": [0.0] * ranks, "down": [0.0] * ranks}
+        self._free_workers = workers
+        self._lane_of = lane_of
+        turns: dict[int, list[tuple[int, int, int]]] = {}
+        for client, mine in steps.items():
+            for place, step in enumerate(mine):
+                if step.kind is not None:
+                    turns.setdefault(lane_of[client], []).append((step.turn, client, place))
+        self._lanes = {lane: SimulatedLane(deque(sorted(mine))) for lane, mine in turns.items()}
+        for client, mine in steps.items():
+            self._make_ready(Progress(client, client % ranks, mine))
+
+    def run(self) -> float:
+        """Seconds until every client has ended and the server has executed every request."""
+        while self._events:
+            self._now, _, happen = heapq.heappop(self._events)
+            happen()
+        return self._now
+
+    def _after(self, seconds: float, happen: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (self._now + seconds, next(self._number), happen))
+
+    def _make_ready(self, progress: Progress) -> None:
+        heapq.heappush(self._ready[progress.rank], (progress.at, progress.client, progress))
+        self._compute(progress.rank)
+
+    def _compute(self, rank: int) -> None:
+        """The rank takes its next ready client, if it is free and there is one."""
+        if self._rank_busy[rank] or not self._ready[rank]:
+            return
+        self._rank_busy[rank] = True
+        *_, progress = heapq.heappop(self._ready[rank])
+        place, step = progress.at, progress.steps[progress.at]
+
+        def done() -> None:
+            progress.at += 1
+            self._rank_busy[rank] = False
+            if step.kind == "push" and progress.in_flight == self._window:
+                progress.held = place
+            elif step.kind is not None:
+                self._send(progress, place)
+            self._compute(rank)
+
+        self._after(step.compute_seconds + (self._sending if step.kind else 0.0), done)
+
+    def _send(self, progress: Progress, place: int) -> None:
+        step = progress.steps[place]
+        key = (step.turn, progress.client, place)
+        lane = self._lanes[self._lane_of[progress.client]]
+
+        def arrive() -> None:
+            lane.arrived[key] = progress, step
+            self._execute(lane)
+
+        seconds = self._transfer("up", progress.rank, step.up_bytes / self._link.up_bytes_per_second)
+        self._after(seconds, arrive)
+        if step.kind == "push":
+            progress.in_flight += 1
+            self._make_ready(progress)
+
+    def _execute(self, lane: SimulatedLane) -> None:
+        """The lane takes its next turn, if it is free, a worker is, and the request has arrived."""
+        if lane.busy or not self._free_workers or not lane.turns or lane.turns[0] not in lane.arrived:
+            return
+        progress, step = lane.arrived.pop(lane.turns.popleft())
+        lane.busy = True
+        self._free_workers -= 1
+
+        def done() -> None:
+            lane.busy = False
+            self._free_workers += 1
+            down = step.down_bytes / self._link.down_bytes_per_second
+            self._after(self._transfer("down", progress.rank, down), lambda: self._answer(progress, step))
+            for waiting in self._lanes.values():
+                self._execute(waiting)
+
+        self._after(step.server_seconds, done)
+
+    def _answer(self, progress: Progress, step: Step) -> None:
+        if step.kind != "push":
+            self._make_ready(progress)
+            return
+        progress.in_flight -= 1
+        if progress.held is not None:
+            held, progress.held = progress.held, None
+            self._send(progress, held)
+
+    def _transfer(self, way: str, rank: int, seconds: float) -> float:
+        """How long until bytes that need so long are over the rank's link, one transfer at a time."""
+        free = self._link_free[way]
+        free[rank] = max(free[rank], self._now) + seconds
+        return free[rank] - self._now + self._delay

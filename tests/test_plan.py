@@ -1,0 +1,204 @@
+"""Predictions: simulated rounds that can be followed with a pencil, exact bytes, and the command."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rank_program import train_locally
+from test_bench import fslsage
+from user_input import mistake
+
+from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.plan.costs import Costs, measure_costs
+from fslsage_rpc.plan.prediction import predict
+from fslsage_rpc.plan.run import NO_LINK, link_speed
+from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.plan.simulation import RoundSimulation, Step
+
+LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
+
+
+def simulate(
+    *clients: list[Step], ranks: int = 1, replicas: bool = False, workers: int = 1, window: int = 4
+) -> float:
+    return RoundSimulation(
+        steps=dict(enumerate(clients)),
+        lane_of={client: client if replicas else 0 for client in range(len(clients))},
+        ranks=ranks,
+        link=LINK,
+        workers=workers,
+        window=window,
+        sending_seconds=0.0,
+        handling_seconds=0.0,
+    ).run()
+
+
+def exchange(compute: float, turn: int = 0, server: float = 0.5) -> Step:
+    return Step(compute, "exchange", turn, server, up_bytes=10, down_bytes=20)
+
+
+def push(compute: float, turn: int = 0, server: float = 0.5) -> Step:
+    return Step(compute, "push", turn, server, up_bytes=10)
+
+
+TRIP = 0.1 + 0.1 + 0.5 + 0.1 + 0.1  # half a round trip and 10 bytes up, the server, 20 bytes down
+
+
+def test_a_client_alone_waits_for_every_answer() -> None:
+    assert simulate([exchange(1.0), exchange(2.0, turn=1), Step(1.0)]) == pytest.approx(4.0 + 2 * TRIP)
+
+
+def test_two_clients_of_a_rank_use_each_others_waits() -> None:
+    clients = [[exchange(1.0), Step(1.0)], [exchange(1.0), Step(1.0)]]
+    assert simulate(*clients, replicas=True, workers=2) == pytest.approx(
+        4.0
+    )  # 1's trip is over before 0 ends
+    assert simulate(*clients, ranks=2, replicas=True, workers=2) == pytest.approx(2.0 + TRIP)
+
+
+def test_one_lane_or_one_worker_takes_requests_one_by_one() -> None:
+    clients = [[exchange(1.0, server=5.0), Step(1.0)] for _ in range(3)]
+    one_by_one = 1.0 + 0.2 + 15.0 + 0.2 + 1.0
+    assert simulate(*clients, ranks=3) == pytest.approx(one_by_one)
+    assert simulate(*clients, ranks=3, replicas=True, workers=1) == pytest.approx(one_by_one)
+    assert simulate(*clients, ranks=3, replicas=True, workers=3) == pytest.approx(one_by_one - 10.0)
+
+
+def test_a_lane_waits_for_the_turn_that_is_due() -> None:
+    late, early = [exchange(9.0), Step(0.0)], [exchange(1.0), Step(0.0)]
+    assert simulate(late, early, ranks=2) == pytest.approx(9.0 + 0.2 + 0.5 + 0.5 + 0.2)  # client 0 is first
+
+
+def test_uploads_overlap_until_the_window_is_full() -> None:
+    steps = [push(1.0, turn) for turn in range(3)] + [Step(1.0)]
+    assert simulate(steps) == pytest.approx(4.0)  # the last is trained on before the client ends
+    slow = [push(1.0, turn, server=10.0) for turn in range(3)] + [Step(1.0)]
+    assert simulate(slow) == pytest.approx(1.0 + 0.2 + 30.0 + 0.1)
+    # A window of one: each upload leaves when the one before it is trained on, and takes a trip of its own.
+    assert simulate(slow, window=1) == pytest.approx(1.0 + 3 * (0.2 + 10.0 + 0.1))
+
+
+def test_a_link_carries_one_transfer_at_a_time() -> None:
+    big = [Step(0.0, "push", 0, 0.0, up_bytes=100), Step(0.0)]
+    assert simulate(big, big) == pytest.approx(2.0 + 0.2)
+    assert simulate(big, big, ranks=2) == pytest.approx(1.0 + 0.2)
+
+
+def tree(name: str, **keys: Any) -> dict[str, Any]:
+    return {
+        "rounds": 4,
+        "device": "cpu",
+        "clients": {"count": 3, "batch_size": 16},
+        "data": {"test_limit": 20, "partition": "iid"},
+        "algorithm": {"name": name, "upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}, **keys},
+    }
+
+
+@pytest.mark.parametrize("name", ["fsl_sage", "cse_fsl", "splitfed_v1", "splitfed_v2", "fedavg"])
+def test_bytes_are_those_that_a_run_moves(name: str) -> None:
+    lines = train_locally(tree(name)).lines[2:]
+    scenario = Scenario(from_tree(tree(name)), NO_LINK, client_ranks=1)
+    predicted = predict(scenario, measure_costs(lines, scenario), server_cores=2)
+    kinds = ("smashed_up", "labels_up", "gradient_down", "auxiliary_down", "weights_allreduce")
+    interval = lines if name == "fsl_sage" else lines[:1]
+    moved = sum(line["wire_bytes"][kind] for line in interval for kind in kinds) / len(interval)
+    assert predicted.wire_bytes == moved
+    assert predicted.paper_bytes == sum(line["paper_bytes"] for line in interval) / len(interval)
+
+
+def test_costs_are_per_sample_and_request() -> None:
+    scenario = Scenario(from_tree(tree("fsl_sage", average_auxiliary="never")), LINK, client_ranks=2)
+    samples = 1437
+    uploaded = sum(sum(sizes[::2]) for sizes in scenario.federation.batch_sizes)
+    buffered = sum(scenario.round(2).aligned.values())
+    size = scenario.sizes.smashed + 8
+    line = {
+        "round": 2,
+        "phases": {
+            "client": {"data": 1.0, "forward_backward": 2.0, "estimate": 3.0, "other": 0.5, "averaging": 0.0}
+        },
+        "requests": {
+            "push": {
+                "count": 10,
+                "compute_seconds": 4.0,
+                "wire_seconds": 10 * 0.5 + uploaded * size / 100 + 10 * 0.2,
+                "send_seconds": 10 * 0.2,
+                "up_bytes": uploaded * size,
+                "down_bytes": 0,
+            },
+            "align": {
+                "count": 3,
+                "compute_seconds": 6.0,
+                "wire_seconds": 3 * 0.5 + 3 * 0.2 + 1.0,
+                "send_seconds": 3 * 0.2,
+                "up_bytes": 0,
+                "down_bytes": 200,
+            },
+        },
+    }
+    costs = measure_costs([line], scenario)
+    assert costs.client_per_sample == pytest.approx(2 * 6.5 / samples)
+    assert costs.server_per_sample == pytest.approx(4.0 / uploaded)
+    assert costs.alignment_per_sample == pytest.approx(6.0 / buffered)
+    assert (costs.sending, costs.handling) == pytest.approx((0.2, 0.3))
+
+
+def test_a_slow_link_is_what_splitfed_waits_for() -> None:
+    costs = Costs(1e-4, 1e-4, 1e-4, 0.0, 0.0, 0.0)
+    slow = LinkSpeed(0.04, 2.5e6, 2.5e6)
+    seconds = {
+        name: predict(Scenario(from_tree(tree(name)), slow, client_ranks=3), costs, 2).round_seconds
+        for name in ("fsl_sage", "splitfed_v1", "splitfed_v2")
+    }
+    batches = 30  # of each client
+    wire = batches * 0.04 + 2 * 479 * 2 * 2 * 64 * 4 / 2.5e6 + 479 * 8 / 2.5e6
+    ring = 4 * (0.02 + 103_232 * 4 / 3 / 2.5e6)
+    assert seconds["splitfed_v1"] == pytest.approx(wire + 479 * 2e-4 + ring, rel=0.05)
+    assert seconds["fsl_sage"] < seconds["splitfed_v1"] / 2
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "rtt", "message"),
+    [
+        ("fast", None, "--bandwidth: got 'fast', expected a number with kbit, mbit, gbit, as 100mbit"),
+        ("100mb", None, "--bandwidth: got '100mb', "),
+        (None, "20", "--rtt: got '20', expected a number with us, ms, s, as 20ms"),
+        (None, "0ms", "--rtt: got '0ms', "),
+        (None, "1.2.3ms", "--rtt: got '1.2.3ms', "),
+    ],
+)
+def test_a_wrong_link_is_refused(bandwidth: str | None, rtt: str | None, message: str) -> None:
+    assert mistake(link_speed, LINK, bandwidth, rtt).startswith(message)
+
+
+def test_a_link_is_as_measured_but_for_what_is_asked() -> None:
+    assert link_speed(LINK, None, "30ms") == LinkSpeed(0.03, 100.0, 200.0)
+    assert link_speed(LINK, "8mbit", None) == LinkSpeed(0.2, 1e6, 1e6)
+
+
+def test_the_command_calibrates_this_machine_and_says_that_it_predicts(tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text("device: cpu\nclients: {batch_size: 16}\nalgorithm: {alignment: {epochs: 2}}\n")
+    done = fslsage("plan", config, "--bandwidth", "100mbit", "--rtt", "20ms", "--clients", "10,100")
+    assert done.returncode == 0, done.stderr
+    assert "PREDICTED" in done.stdout
+    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.strip().startswith(("f", "s", "c"))]
+    names = ("fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg")
+    assert sorted(map(tuple, rows)) == sorted((name, count) for name in names for count in ("10", "100"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--clients", "ten"], "--clients: got 'ten', expected whole numbers from 1 on"),
+        (["--rtt", "20ms"], "--bandwidth, --rtt: got none, expected both, or --calibrate with a benchmark"),
+        (["--calibrate", "nowhere"], "--calibrate: got nowhere, expected the folder of a complete benchmark"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "small.yaml").write_text("")
+    done = fslsage("plan", tmp_path / "small.yaml", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"fslsage_rpc: {message}")
+    assert len(done.stderr.splitlines()) == 1
