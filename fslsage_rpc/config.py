@@ -229,7 +229,9 @@ class Stop:
 
 @dataclass(kw_only=True)
 class Bench:
-    """What `fslsage bench` compares; `train` does not look at it."""
+    """What `fslsage bench` compares; `train` does not look at it. A benchmark runs all its rounds, whatever
+    `stop` says, and writes no trace.
+    """
 
     variants: dict[str, list[str]] = field(default_factory=dict)
     """per name the keys that it changes, as on the command line: [algorithm.name=splitfed_v1]"""

@@ -20,6 +20,8 @@ from fslsage_rpc.errors import InputError
 
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 """what PyYAML raises: its own errors, and those of its constructors on tags such as `!!int ''`"""
+WHOLE = ("arguments", "variants")
+"""mappings with names of the user's own: a file's replaces its base file's, or nothing could be taken away"""
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -116,7 +118,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+        if key not in WHOLE and isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merge(merged[key], value)
         else:
             merged[key] = value

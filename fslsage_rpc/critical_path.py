@@ -4,6 +4,7 @@ An algorithm's lower bound (`Algorithm.bound_seconds`) is the longest of the cha
 dependencies make of them: what a perfect overlap of the same pieces would reach.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ class LinkSpeed:
     """of a call with next to nothing in it"""
     up_bytes_per_second: float
     down_bytes_per_second: float
+
+
+NO_LINK = LinkSpeed(0.0, math.inf, math.inf)
+"""of a process that talks to itself"""
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def _run_ranks(
     moved = [now.since(then) for now, then in zip(network.counters(), before, strict=True)]
     traffic = compare(moved, ledger.bytes())
     print(summary(traffic), flush=True)
-    if job.folder.is_dir():
+    if traffic["ledger_bytes"] is not None:
         text = json.dumps({**stamp, "traffic": traffic}, indent=2) + "\n"
         (job.folder / "links.json").write_text(text, encoding="utf-8")
     return status

@@ -198,3 +198,32 @@ def test_wrong_input_is_one_line_before_anything_is_run(config: Path) -> None:
     assert done.returncode == 2
     wrong = "bench.variants.fsl_sage: rounds: got 3, expected a whole alignment interval (2) or more"
     assert done.stderr.strip() == f"fslsage_rpc: {wrong} behind bench.warmup_rounds (2)"
+
+
+def test_a_benchmark_runs_all_rounds_whatever_stop_says_in_one_process_too(tmp_path: Path) -> None:
+    keys = {**SMALL, "transport": "local", "output": str(tmp_path), "stop": {"accuracy": 0.01}}
+    keys["clients"] = {"count": 3, "batch_size": 16, "participation": 0.3}
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(keys, sort_keys=False))
+    done = fslsage("bench", config)
+    assert done.returncode == 0, done.stderr
+    assert "no links: one process" in done.stdout
+    text = (tmp_path / "small" / "bench.json").read_text()
+    assert "Infinity" not in text
+    assert json.loads(text)["variants"]["fedavg"]["round_seconds"]["n"] == 6
+
+
+def test_a_run_and_a_benchmark_keep_out_of_each_others_folder(config: Path, tmp_path: Path) -> None:
+    assert fslsage("train", config, "transport=local").returncode == 0
+    done = fslsage("bench", config, "transport=local")
+    assert done.returncode == 2
+    assert "holds a training run; choose another name" in done.stderr
+    again = fslsage("train", config, "transport=local", "bench.repeats=3")
+    assert again.returncode == 0  # training does not look at that section
+    assert "complete already" in again.stdout
+    folder = tmp_path / "runs" / "other"
+    folder.mkdir()
+    (folder / "bench.json").write_text("{}")
+    done = fslsage("train", config, "transport=local", "name=other")
+    assert done.returncode == 2
+    assert "holds a benchmark; choose another" in done.stderr

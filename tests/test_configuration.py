@@ -157,3 +157,12 @@ def test_changed_keys_are_dotted_with_old_and_new_value() -> None:
         "gone": (3, None),
         "fresh": (None, {"y": 4}),
     }
+
+
+def test_a_files_own_names_replace_its_base_files(tmp_path: Path) -> None:
+    scheduler = "optimizer: {client: {scheduler: {name: %s, arguments: {%s: 5}}}}\n"
+    write(tmp_path, scheduler % ("StepLR", "step_size") + "bench: {variants: {x: []}}\n", "base.yaml")
+    above = "base: base.yaml\n" + scheduler % ("CosineAnnealingLR", "T_max") + "bench: {variants: {y: []}}\n"
+    config = load(write(tmp_path, above))
+    assert config.optimizer.client.scheduler.arguments == {"T_max": 5}
+    assert config.bench.variants == {"y": []}

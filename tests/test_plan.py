@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rank_program import train_locally
+from test_bench import SMALL as BENCH
 from test_bench import fslsage
 from user_input import mistake
 
 from fslsage_rpc.configuration import from_tree
-from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.plan.costs import Costs, measure_costs
 from fslsage_rpc.plan.prediction import predict
-from fslsage_rpc.plan.run import NO_LINK, link_speed
+from fslsage_rpc.plan.run import calibrate_here, link_speed
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 
@@ -22,7 +24,7 @@ LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_p
 def simulate(
     *clients: list[Step], ranks: int = 1, replicas: bool = False, workers: int = 1, window: int = 4
 ) -> float:
-    return RoundSimulation(
+    simulation = RoundSimulation(
         steps=dict(enumerate(clients)),
         lane_of={client: client if replicas else 0 for client in range(len(clients))},
         ranks=ranks,
@@ -31,7 +33,8 @@ def simulate(
         window=window,
         sending_seconds=0.0,
         handling_seconds=0.0,
-    ).run()
+    )
+    return max(simulation.run())
 
 
 def exchange(compute: float, turn: int = 0, server: float = 0.5) -> Step:
@@ -74,15 +77,15 @@ def test_uploads_overlap_until_the_window_is_full() -> None:
     steps = [push(1.0, turn) for turn in range(3)] + [Step(1.0)]
     assert simulate(steps) == pytest.approx(4.0)  # the last is trained on before the client ends
     slow = [push(1.0, turn, server=10.0) for turn in range(3)] + [Step(1.0)]
-    assert simulate(slow) == pytest.approx(1.0 + 0.2 + 30.0 + 0.1)
+    assert simulate(slow) == pytest.approx(1.0 + 0.2 + 30.0)
     # A window of one: each upload leaves when the one before it is trained on, and takes a trip of its own.
-    assert simulate(slow, window=1) == pytest.approx(1.0 + 3 * (0.2 + 10.0 + 0.1))
+    assert simulate(slow, window=1) == pytest.approx(1.0 + 3 * (0.2 + 10.0) + 2 * 0.1)
 
 
 def test_a_link_carries_one_transfer_at_a_time() -> None:
     big = [Step(0.0, "push", 0, 0.0, up_bytes=100), Step(0.0)]
-    assert simulate(big, big) == pytest.approx(2.0 + 0.2)
-    assert simulate(big, big, ranks=2) == pytest.approx(1.0 + 0.2)
+    assert simulate(big, big) == pytest.approx(2.0 + 0.1)
+    assert simulate(big, big, ranks=2) == pytest.approx(1.0 + 0.1)
 
 
 def tree(name: str, **keys: Any) -> dict[str, Any]:
@@ -202,3 +205,33 @@ def test_a_wrong_plan_is_refused_in_one_line(tmp_path: Path, arguments: list[str
     assert done.returncode == 2
     assert done.stderr.startswith(f"fslsage_rpc: {message}")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_costs_of_this_machine_hold_no_transport_and_each_partys_own_seconds() -> None:
+    config = from_tree(
+        {"device": "cpu", "clients": {"batch_size": 16}, "algorithm": {"alignment": {"epochs": 5}}}
+    )
+    calibration = calibrate_here(config)
+    for costs in calibration.costs.values():
+        assert costs.sending == costs.handling == 0  # the call that sends holds the server's own work here
+        assert 0 < costs.client_per_sample < 0.1
+    assert calibration.costs["fsl_sage"].alignment_per_sample > 0
+    assert calibration.costs["fedavg"].server_per_sample == 0
+
+
+def test_a_benchmark_calibrates_its_own_model_only(tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump({**BENCH, "output": str(tmp_path)}, sort_keys=False))
+    assert fslsage("bench", config).returncode == 0
+    folder = tmp_path / "small"
+    planned = fslsage("plan", config, "--calibrate", folder, "--clients", "2,8")
+    assert planned.returncode == 0, planned.stderr
+    assert sum(line.split()[:1] == ["fsl_sage"] for line in planned.stdout.splitlines()) == 2
+    other = fslsage("plan", config, "model.name=resnet18", "--calibrate", folder)
+    assert other.returncode == 2
+    assert f"--calibrate: {folder} measured model.name=simple_conv, expected resnet18" in other.stderr
+    many = fslsage("plan", config, "--calibrate", folder, "--clients", "97")
+    assert "--clients: got 97, expected at most 96, the training samples" in many.stderr
+    (folder / "rounds" / "fsl_sage-0.jsonl").unlink()
+    broken = fslsage("plan", config, "--calibrate", folder)
+    assert "expected the folder of a complete benchmark" in broken.stderr

@@ -36,16 +36,13 @@ class SplitFedV1(SplitFed):
     server_replicas = True
 
     def bound_seconds(self, pieces: RoundPieces) -> float:
-        """The longest of a client's chain, the busiest rank's compute, the busiest link's bytes, and the
-        steps of all replicas on the server's cores; then averaging, of clients and replicas at the same time.
+        """The longer of two, each with its averaging behind it: the clients (the longest chain, the busiest
+        rank's compute, the busiest link's bytes), and the steps of all replicas on the server's cores.
         """
+        clients = max(pieces.longest_exchange_chain(), pieces.busiest_rank(), pieces.busiest_link())
         workers = min(pieces.server_workers, len(pieces.clients))
-        return max(
-            pieces.longest_exchange_chain(),
-            pieces.busiest_rank(),
-            pieces.busiest_link(),
-            pieces.first_arrival() + pieces.server_seconds() / workers,
-        ) + max(pieces.averaging_seconds, pieces.server_averaging_seconds)
+        server = pieces.first_arrival() + pieces.server_seconds() / workers
+        return max(clients + pieces.averaging_seconds, server + pieces.server_averaging_seconds)
 
 
 class SplitFedV2(SplitFed):
@@ -58,13 +55,10 @@ class SplitFedV2(SplitFed):
     name = "splitfed_v2"
 
     def bound_seconds(self, pieces: RoundPieces) -> float:
-        """That of SplitFedV1, with one lane that takes all steps one after the other."""
-        return pieces.averaging_seconds + max(
-            pieces.longest_exchange_chain(),
-            pieces.busiest_rank(),
-            pieces.busiest_link(),
-            pieces.first_arrival() + pieces.server_seconds(),
-        )
+        """That of SplitFedV1, with one lane that takes all steps, and nothing to average there."""
+        clients = max(pieces.longest_exchange_chain(), pieces.busiest_rank(), pieces.busiest_link())
+        server = pieces.first_arrival() + pieces.server_seconds()
+        return max(clients + pieces.averaging_seconds, server)
 
     def ranking(self, round: int) -> list[int]:
         drawn = numpy_stream(self.federation.seed, "server order", round)

@@ -8,6 +8,7 @@ import gc
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from fslsage_rpc.training.records import RankReport
 from fslsage_rpc.training.run_folder import emulated_links, rank_environment, versions, write_whole
 from fslsage_rpc.training.trainer import Trainer
 
+RESULTS = ("bench.json", "bench.md", "config.yaml", "links.json")
+
 
 def bench(config: Config, screen: BenchScreen) -> Path:
     """Run and compare the variants, as one rank of a job or (`transport: local`) alone.
@@ -46,12 +49,15 @@ def bench(config: Config, screen: BenchScreen) -> Path:
             check(variant, 1 if local else int(os.environ.get("WORLD_SIZE", 1)))
             _check_rounds(variant, Experiment.prepare(variant).algorithm.interval)
         except InputError as error:
-            raise InputError(f"bench.variants.{name}: {error}") from None
+            raise type(error)(f"bench.variants.{name}: {error}") from None
     folder = Path(config.output) / config.name
+    links = emulated_links()
+    if local or int(os.environ.get("RANK", 0)) == 0:
+        _make(folder)
     world = open_world(config)
     try:
         with screen:
-            _bench(config, variants, world, folder, screen)
+            _bench(config, variants, world, folder, links, screen)
         world.close()
     except BaseException as error:
         world.fail(error)
@@ -68,14 +74,17 @@ def _check_rounds(config: Config, interval: int) -> None:
 
 
 def _bench(
-    config: Config, variants: Mapping[str, Config], world: World, folder: Path, screen: BenchScreen
+    config: Config,
+    variants: Mapping[str, Config],
+    world: World,
+    folder: Path,
+    emulated: Mapping[str, Any],
+    screen: BenchScreen,
 ) -> None:
     """All repeats; on the server's rank, the results are shown and written."""
     runs: list[BenchRun] = []
     links: list[dict[int, LinkSpeed]] = []
     ranks = world.gather(rank_environment(world.device))
-    if world.hosts_server:
-        _make(folder)
     for repeat in range(config.bench.repeats):
         names = list(variants)[:: 1 if repeat % 2 == 0 else -1]
         for name in names:
@@ -98,7 +107,7 @@ def _bench(
                 "versions": versions(),
                 **world.describe(),
                 "ranks": ranks,
-                **emulated_links(),
+                **emulated,
                 "link_speeds": [_speed_records(each) for each in links],
             },
             "rounds": config.rounds,
@@ -135,15 +144,29 @@ def _train(trainer: Trainer, run: BenchRun, links: Mapping[int, LinkSpeed], scre
 def _speed_records(links: Mapping[int, LinkSpeed]) -> dict[str, dict[str, float]]:
     """By client rank; without those of a process that talks to itself, which are infinite."""
     return {
-        str(rank): vars(speed) for rank, speed in links.items() if math.isfinite(speed.up_bytes_per_second)
+        str(rank): vars(speed) for rank, speed in links.items() if math.isfinite(sum(vars(speed).values()))
     }
 
 
 def _make(folder: Path) -> None:
+    """The folder, without what an earlier benchmark left in it.
+
+    Raises:
+        InputError: it cannot be made, or holds a training run.
+    """
+    if (folder / "metrics.jsonl").exists():
+        raise InputError(
+            f"name: got {folder.name!r}, where {folder} holds a training run; choose another name"
+        )
     try:
-        (folder / "rounds").mkdir(parents=True, exist_ok=True)
+        for name in RESULTS:
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "rounds", ignore_errors=True)
+        (folder / "rounds").mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"output: {folder} cannot be made ({error.strerror})") from None
+        raise InputError(
+            f"output: got {str(folder.parent)!r}, where {folder} cannot be made ({error.strerror})"
+        ) from None
 
 
 def _write_rounds(folder: Path, run: BenchRun) -> None:

@@ -4,7 +4,7 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import FOLDER_NAME, from_tree, to_tree
 from fslsage_rpc.errors import InputError
 
-SHARED = ("name", "ranks", "transport", "device", "output", "resume", "trace", "bench")
+SHARED = ("name", "ranks", "transport", "device", "output", "resume", "trace", "stop", "bench")
 SHARED_COMM = ("averaging", "interface", "transports", "timeout_seconds")
 """what belongs to the processes, not to a variant"""
 
@@ -36,6 +36,6 @@ def _variant(config: Config, name: str, overrides: list[str]) -> Config:
                 f"bench.variants.{name}: got {override}, expected keys that processes do not share"
             )
     try:
-        return from_tree({**to_tree(config), "trace": False}, overrides)
+        return from_tree({**to_tree(config), "trace": False, "stop": {}}, overrides)
     except InputError as error:
-        raise InputError(f"bench.variants.{name}: {error}") from None
+        raise type(error)(f"bench.variants.{name}: {error}") from None

@@ -13,6 +13,7 @@ from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World, choose_device
 from fslsage_rpc.config import Config
+from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.measure.clock import clock
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
@@ -72,6 +73,9 @@ class LocalLink(ServerLink):
 
     def server_clock(self) -> float:
         return clock()
+
+    def measure_speed(self) -> LinkSpeed:
+        return NO_LINK
 
     def _echo(self, payload: Tensor, down_bytes: int) -> None:
         pass

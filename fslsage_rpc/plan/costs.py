@@ -40,8 +40,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The costs by algorithm, the links that they were measured over, and the server's cores."""
+    """What was measured, the costs by algorithm, the links it was measured over, and the server's cores."""
 
+    config: Config
     costs: Mapping[str, Costs]
     link: LinkSpeed
     server_cores: int
@@ -54,9 +55,15 @@ def read_calibration(folder: Path) -> Calibration:
         InputError: it is not the folder of a complete benchmark over a real transport.
     """
     try:
-        environment = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["environment"]
-    except (OSError, ValueError, KeyError):
+        return _read(folder)
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError):
         raise InputError(f"--calibrate: got {folder}, expected the folder of a complete benchmark") from None
+
+
+def _read(folder: Path) -> Calibration:
+    environment = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["environment"]
     speeds = [LinkSpeed(**speed) for each in environment["link_speeds"] for speed in each.values()]
     if not speeds:
         raise InputError(f"--calibrate: got {folder}, expected a benchmark with transport: rpc")
@@ -68,7 +75,7 @@ def read_calibration(folder: Path) -> Calibration:
             scenario = Scenario(variant, link, client_ranks=len(environment["ranks"]) - 1)
             lines = _measured_lines(folder, name, config, scenario)
             costs[variant.algorithm.name] = measure_costs(lines, scenario)
-    return Calibration(costs, link, environment["ranks"][0]["cores"])
+    return Calibration(config, costs, link, environment["ranks"][0]["cores"])
 
 
 def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:

@@ -33,7 +33,7 @@ def predict(scenario: Scenario, costs: Costs, server_cores: int) -> Prediction:
 
 
 def _seconds(scenario: Scenario, costs: Costs, server_cores: int, round: int) -> float:
-    """The simulated round, then averaging."""
+    """The simulated round; clients average when they have ended, whatever the server has still to do."""
     planned, algorithm = scenario.round(round), scenario.algorithm
     lanes = {client: client if algorithm.server_replicas else 0 for client in planned.participants}
     simulation = RoundSimulation(
@@ -46,7 +46,9 @@ def _seconds(scenario: Scenario, costs: Costs, server_cores: int, round: int) ->
         sending_seconds=costs.sending,
         handling_seconds=costs.handling,
     )
-    return simulation.run() + costs.averaging + scenario.ring_seconds(planned.averaged_bytes)
+    clients_ended, server_ended = simulation.run()
+    averaging = costs.averaging + scenario.ring_seconds(planned.averaged_bytes)
+    return max(clients_ended + averaging, server_ended)
 
 
 def client_steps(scenario: Scenario, costs: Costs, client: int, planned: PlannedRound) -> list[Step]:

@@ -12,18 +12,17 @@ from rich.table import Table
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, to_tree
-from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.configuration import changed_keys, from_tree, to_tree
+from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.plan.costs import Calibration, Line, measure_costs, read_calibration
+from fslsage_rpc.plan.costs import Calibration, Costs, Line, measure_costs, read_calibration
 from fslsage_rpc.plan.prediction import Prediction, predict
-from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.plan.scenario import Scenario, training_samples
 from fslsage_rpc.report.screen import SteadyCursorConsole
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
 
 MIB = 2**20
-NO_LINK = LinkSpeed(0.0, float("inf"), float("inf"))
 BIT_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 SECOND_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 CALIBRATION_BATCHES = 6
@@ -55,6 +54,10 @@ def plan(
         measured = calibrate_here(config)
     else:
         measured = read_calibration(Path(calibration))
+        _check_same(config, measured, calibration)
+    samples = training_samples(config)
+    if max(clients) > samples:
+        raise InputError(f"--clients: got {max(clients)}, expected at most {samples}, the training samples")
     link = link_speed(measured.link, bandwidth, rtt)
     rows = []
     for name in (name for name in ALGORITHMS if name in measured.costs):
@@ -84,19 +87,35 @@ def calibrate_here(config: Config) -> Calibration:
     batch = config.clients.batch_size
     keys = [
         *("transport=local", "rounds=2", "trace=false", "evaluation.every=1000", "data.test_limit=1"),
+        *("stop.paper_gib=null", "stop.accuracy=null"),
         *("clients.count=2", "clients.participation=1.0", "data.partition=iid"),
         f"data.train_limit={2 * CALIBRATION_BATCHES * batch}",
         *([] if config.algorithm.align_every is None else ["algorithm.align_every=1"]),
     ]
-    costs = {}
+    costs: dict[str, Costs] = {}
     for name in ALGORITHMS:
         variant = from_tree(to_tree(config), [*keys, f"algorithm.name={name}"])
         check(variant, ranks=1)
-        lines: list[Line] = []
-        trainer = Trainer(Experiment.prepare(variant), open_world(variant))
-        trainer.train(lambda line, _, lines=lines: lines.append(line))
-        costs[name] = measure_costs(lines[1:], Scenario(variant, NO_LINK, client_ranks=1))
-    return Calibration(costs, NO_LINK, os.cpu_count() or 1)
+        lines = _train_here(variant)
+        here = measure_costs(lines[1:], Scenario(variant, NO_LINK, client_ranks=1))
+        costs[name] = replace(here, sending=0.0, handling=0.0)  # a call of the server, which holds its work
+    return Calibration(config, costs, NO_LINK, os.cpu_count() or 1)
+
+
+def _train_here(config: Config) -> list[Line]:
+    """The metrics lines of a run in this process, of which nothing else is kept."""
+    lines: list[Line] = []
+    trainer = Trainer(Experiment.prepare(config), open_world(config))
+    trainer.train(lambda line, _: lines.append(line))
+    return lines
+
+
+def _check_same(config: Config, measured: Calibration, calibration: str) -> None:
+    """Seconds per sample mean nothing for another model, data, precision or device."""
+    now, then = to_tree(config), to_tree(measured.config)
+    for key, (was, is_now) in changed_keys(then, now).items():
+        if key.startswith("model.") or key in ("data.name", "precision", "device"):
+            raise InputError(f"--calibrate: {calibration} measured {key}={was}, expected {is_now} as planned")
 
 
 def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
@@ -127,6 +146,7 @@ def _show(rows: Sequence[tuple[str, int, Prediction]], link: LinkSpeed, calibrat
     rates = [rate * 8 / 1e6 for rate in (link.up_bytes_per_second, link.down_bytes_per_second)]
     console.print(
         f"Predicted for links of {rates[0]:,.0f} mbit up, {rates[1]:,.0f} mbit down and "
-        f"{1000 * link.round_trip_seconds:g} ms round trip, from costs measured on {calibration}.",
+        f"{1000 * link.round_trip_seconds:g} ms round trip, from costs measured on {calibration}; "
+        "for clients of equal size and server.order: round_robin.",
         soft_wrap=True,
     )

@@ -1,6 +1,5 @@
 """A configuration on given links and ranks: what each round has to do, without data and without training."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,17 +28,20 @@ class PlannedRound:
     """of the models that the clients average"""
 
 
+def training_samples(config: Config) -> int:
+    """How many training samples the clients divide among them."""
+    known = SPECS[config.data.name].train_samples
+    return min(config.data.train_limit or known, known)
+
+
 class Scenario:
     """A configuration whose clients all have the same number of samples."""
 
     def __init__(self, config: Config, link: LinkSpeed, client_ranks: int):
         self.config, self.link, self.client_ranks = config, link, client_ranks
         spec, clients = SPECS[config.data.name], config.clients
-        samples = min(config.data.train_limit or math.inf, spec.train_samples)
-        shares = [
-            int(samples * (i + 1) // clients.count - samples * i // clients.count)
-            for i in range(clients.count)
-        ]
+        samples, count = training_samples(config), clients.count
+        shares = [samples * (i + 1) // count - samples * i // count for i in range(count)]
         self.federation = Federation(
             shares, clients.participation, clients.batch_size, clients.local_epochs, config.seed
         )

@@ -73,7 +73,7 @@ class RoundSimulation:
     ):
         self._link, self._window, self._delay = link, window, (link.round_trip_seconds + handling_seconds) / 2
         self._sending = sending_seconds
-        self._now = 0.0
+        self._now = self._clients_ended = self._server_ended = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
         self._ready: list[list[tuple[int, int, Progress]]] = [[] for _ in range(ranks)]
@@ -90,12 +90,12 @@ class RoundSimulation:
         for client, mine in steps.items():
             self._make_ready(Progress(client, client % ranks, mine))
 
-    def run(self) -> float:
-        """Seconds until every client has ended and the server has executed every request."""
+    def run(self) -> tuple[float, float]:
+        """Seconds until every client has ended, and until the server has executed every request."""
         while self._events:
             self._now, _, happen = heapq.heappop(self._events)
             happen()
-        return self._now
+        return self._clients_ended, self._server_ended
 
     def _after(self, seconds: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self._now + seconds, next(self._number), happen))
@@ -115,6 +115,7 @@ class RoundSimulation:
         def done() -> None:
             progress.at += 1
             self._rank_busy[rank] = False
+            self._clients_ended = self._now
             if step.kind == "push" and progress.in_flight == self._window:
                 progress.held = place
             elif step.kind is not None:
@@ -149,6 +150,7 @@ class RoundSimulation:
         def done() -> None:
             lane.busy = False
             self._free_workers += 1
+            self._server_ended = self._now
             down = step.down_bytes / self._link.down_bytes_per_second
             self._after(self._transfer("down", progress.rank, down), lambda: self._answer(progress, step))
             for waiting in self._lanes.values():

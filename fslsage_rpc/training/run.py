@@ -1,7 +1,7 @@
 """One run from its configuration to its folder: check, prepare, train, write."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,29 @@ def run(config: Config, screen: Screen) -> Path:
     local = config.transport == "local"
     first = local or int(os.environ.get("RANK", 0)) == 0
     check(config, 1 if local else int(os.environ.get("WORLD_SIZE", 1)))
+    links = emulated_links()
     folder = RunFolder(config) if first else None
     experiment = Experiment.prepare(config)
     world = open_world(config)
     try:
         if folder is None:
-            _train(experiment, world, None, screen)
+            _train(experiment, world, None, links, screen)
         else:
             with screen:
-                _train(experiment, world, folder, screen)
+                _train(experiment, world, folder, links, screen)
         world.close()
     except BaseException as error:
         world.fail(error)
     return Path(config.output) / config.name
 
 
-def _train(experiment: Experiment, world: World, folder: RunFolder | None, screen: Screen) -> None:
+def _train(
+    experiment: Experiment,
+    world: World,
+    folder: RunFolder | None,
+    links: Mapping[str, Any],
+    screen: Screen,
+) -> None:
     """Train; on the server's rank, which has the folder and the screen, show and write what comes of it."""
     finished = world.broadcast(folder and folder.finished_summary)
     if finished:
@@ -54,7 +61,7 @@ def _train(experiment: Experiment, world: World, folder: RunFolder | None, scree
         trainer.train(on_round=lambda line, reports: None)
         return
     folder.start(
-        environment={"versions": versions(), **world.describe(), "ranks": ranks, **emulated_links()},
+        environment={"versions": versions(), **world.describe(), "ranks": ranks, **links},
         partition=experiment.partition_summary,
     )
     if folder.replaces_unfinished:

@@ -19,7 +19,18 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.tensorboard import TensorBoard
 from fslsage_rpc.version import __version__
 
-FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
+FREE_KEYS = {
+    "rounds",
+    "ranks",
+    "output",
+    "resume",
+    "stop",
+    "comm",
+    "checkpoint",
+    "evaluation",
+    "trace",
+    "bench",
+}
 """what may differ between a run and the run whose folder it finds"""
 WRITTEN = (
     "config.yaml",
@@ -29,6 +40,7 @@ WRITTEN = (
     "summary.json",
     "model.pt",
     "trace.json",
+    "links.json",
 )
 EVENTS = "tensorboard"
 
@@ -37,7 +49,7 @@ class RunFolder:
     """The folder of one run. Files appear whole or not at all; `metrics.jsonl` grows by whole lines.
 
     Raises:
-        InputError: the folder cannot be made, or holds a run of another configuration.
+        InputError: the folder cannot be made, or holds a benchmark or a run of another configuration.
     """
 
     def __init__(self, config: Config):
@@ -49,6 +61,10 @@ class RunFolder:
             raise InputError(
                 f"output: got {config.output!r}, where {self.path} cannot be made ({error.strerror})"
             ) from None
+        if (self.path / "bench.json").exists():
+            raise InputError(
+                f"name: got {config.name!r}, where {self.path} holds a benchmark; choose another"
+            )
         self.replaces_unfinished = False
         self.finished_summary = self._read_finished() if config.resume == "auto" else None
 
