@@ -185,47 +185,54 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def figures(results: Results, out: Path) -> None:
-    """accuracy-cpu.png and drift-cpu.png."""
-    import matplotlib
+    """accuracy-cpu-PARTITION.png and drift-cpu.png."""
+    from fslsage_rpc.report.figures import Curve, Panel, color_of, curve_of, curves_figure, display_name, png
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    def runs(algorithm: str, partition: str, **keys: Any) -> list[Lines]:
+        return [results[Piece(algorithm, partition, seed, **keys)] for seed in SEEDS]
 
-    from fslsage_rpc.report.figures import ALGORITHMS as LOOK
-    from fslsage_rpc.report.figures import Curve, draw, tidy
+    def accuracy(line: dict[str, Any]) -> float | None:
+        return line["test_accuracy"]
 
-    markers = dict(zip(ALGORITHMS, "osD^v", strict=True))
-    figure, grid = plt.subplots(2, 2, figsize=(9.5, 7.5), sharey=True, layout="constrained")
-    for row, (partition, title) in zip(grid, PARTITIONS.items(), strict=True):
-        for algorithm in ALGORITHMS:
-            runs = [results[Piece(algorithm, partition, seed)] for seed in SEEDS]
-            curve = Curve(*LOOK[algorithm], runs, marker=markers[algorithm])
-            draw(row[0], curve, lambda line: line["round"] + 1, lambda line: line["test_accuracy"])
-            draw(
-                row[1],
-                curve,
-                lambda line: line["paper_bytes_total"] / 2**30,
-                lambda line: line["test_accuracy"],
-            )
-        row[1].set_xscale("log")
-        tidy(row[0], title, "round", "test accuracy")
-        tidy(row[1], title, "paper-ledger communication, GiB (log scale)", "")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ALGORITHMS))
-    figure.savefig(out / "accuracy-cpu.png", dpi=130)
+    def round(line: dict[str, Any]) -> float:
+        return line["round"] + 1
 
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
-    styles = dict(
-        zip(INTERVALS, (("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", ":", "D")), strict=True)
+    for partition, title in PARTITIONS.items():
+        curves = [curve_of(display_name(a), a, 0, True, runs(a, partition)) for a in ALGORITHMS]
+        if partition == "dirichlet":
+            personal = runs("fsl_sage", partition, average_auxiliary="never")
+            curves.append(curve_of("FSL-SAGE, average_auxiliary: never", "fsl_sage", 1, True, personal))
+        panels = [
+            Panel(round, accuracy, "round", "test accuracy", title, whole_numbers=True),
+            Panel(
+                lambda line: line["paper_bytes_total"] / MIB, accuracy, "paper ledger, MiB", "test accuracy"
+            ),
+        ]
+        (out / f"accuracy-cpu-{partition}.png").write_bytes(png(curves_figure(curves, panels)))
+
+    looks = zip(
+        INTERVALS, ("-", "--", ":"), ("o", "s", "D"), ("fsl_sage", "splitfed_v1", "cse_fsl"), strict=True
     )
-    for interval, (color, style, marker) in styles.items():
-        runs = [results[Piece("fsl_sage", "dirichlet", seed, align_every=interval)] for seed in SEEDS]
-        curve = Curve(f"alignment every {interval} rounds", color, runs, style, marker)
-        for axes, key in zip(panels, ("cosine", "nmse"), strict=True):
-            draw(axes, curve, lambda line: line["round"] + 1, lambda line, key=key: line["drift"][key])
-    tidy(panels[0], "direction: 1 is perfect", "round", "cosine of estimate and true gradient")
-    tidy(panels[1], "error: 0 is perfect", "round", "normalised squared error")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(INTERVALS))
-    figure.savefig(out / "drift-cpu.png", dpi=130)
+    curves = [
+        Curve(
+            f"l = {interval}",
+            color_of(like),
+            runs("fsl_sage", "dirichlet", align_every=interval),
+            style,
+            marker,
+        )
+        for interval, style, marker, like in looks
+    ]
+    panels = [
+        Panel(
+            round, lambda line: line["drift"]["cosine"], "round", "cosine", "direction: 1 is perfect", True
+        ),
+        Panel(
+            round, lambda line: line["drift"]["nmse"], "round", "squared error", "error: 0 is perfect", True
+        ),
+    ]
+    drift = curves_figure(curves, panels, mark=lambda line: line["alignment"] is not None)
+    (out / "drift-cpu.png").write_bytes(png(drift))
 
 
 def write(results: Results, out: Path) -> None:

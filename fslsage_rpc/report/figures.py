@@ -49,7 +49,7 @@ WIDTH = 9.5
 """inches"""
 BAR_LABEL_LETTERS = 42
 """in a line beside a bar"""
-LOG_RATIO = 10
+LOG_RATIO = 5
 """the longest curve is so many times as long as the shortest: a linear axis would squeeze that one"""
 
 
@@ -181,7 +181,7 @@ def curves_figure(
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=panel.whole_numbers))
         low, high = axes.dataLim.intervaly
-        if panel.y_over_decades and high >= LOG_RATIO**2 * low > 0:
+        if panel.y_over_decades and high >= 100 * low > 0:
             axes.set_yscale("log")
             axes.set_ylabel(f"{y_label} (log scale)")
     return figure
