@@ -7,7 +7,7 @@ import pytest
 import yaml
 from rank_program import train_locally
 from test_bench import SMALL as BENCH
-from test_bench import fslsage
+from test_bench import fslsage, said
 from user_input import mistake
 
 from fslsage_rpc.configuration import from_tree
@@ -180,10 +180,12 @@ def test_a_link_is_as_measured_but_for_what_is_asked() -> None:
     assert link_speed(LINK, "8mbit", None) == LinkSpeed(0.2, 1e6, 1e6)
 
 
-def test_the_command_calibrates_this_machine_and_says_that_it_predicts(tmp_path: Path) -> None:
+def test_the_command_calibrates_this_machine_and_says_that_it_predicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "small.yaml"
     config.write_text("device: cpu\nclients: {batch_size: 16}\nalgorithm: {alignment: {epochs: 2}}\n")
-    done = fslsage("plan", config, "--bandwidth", "100mbit", "--rtt", "20ms", "--clients", "10,100")
+    done = said(capsys, "plan", config, "--bandwidth", "100mbit", "--rtt", "20ms", "--clients", "10,100")
     assert done.returncode == 0, done.stderr
     assert "PREDICTED" in done.stdout
     rows = [line.split()[:2] for line in done.stdout.splitlines() if line.strip().startswith(("f", "s", "c"))]
@@ -199,9 +201,11 @@ def test_the_command_calibrates_this_machine_and_says_that_it_predicts(tmp_path:
         (["--calibrate", "nowhere"], "--calibrate: got nowhere, expected the folder of a complete benchmark"),
     ],
 )
-def test_a_wrong_plan_is_refused_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_wrong_plan_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     (tmp_path / "small.yaml").write_text("")
-    done = fslsage("plan", tmp_path / "small.yaml", *arguments)
+    done = said(capsys, "plan", tmp_path / "small.yaml", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"fslsage_rpc: {message}")
     assert len(done.stderr.splitlines()) == 1
@@ -219,19 +223,21 @@ def test_costs_of_this_machine_hold_no_transport_and_each_partys_own_seconds() -
     assert calibration.costs["fedavg"].server_per_sample == 0
 
 
-def test_a_benchmark_calibrates_its_own_model_only(tmp_path: Path) -> None:
+def test_a_benchmark_calibrates_its_own_model_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump({**BENCH, "output": str(tmp_path)}, sort_keys=False))
     assert fslsage("bench", config).returncode == 0
     folder = tmp_path / "small"
-    planned = fslsage("plan", config, "--calibrate", folder, "--clients", "2,8")
+    planned = said(capsys, "plan", config, "--calibrate", folder, "--clients", "2,8")
     assert planned.returncode == 0, planned.stderr
     assert sum(line.split()[:1] == ["fsl_sage"] for line in planned.stdout.splitlines()) == 2
-    other = fslsage("plan", config, "model.name=resnet18", "--calibrate", folder)
+    other = said(capsys, "plan", config, "model.name=resnet18", "--calibrate", folder)
     assert other.returncode == 2
     assert f"--calibrate: {folder} measured model.name=simple_conv, expected resnet18" in other.stderr
-    many = fslsage("plan", config, "--calibrate", folder, "--clients", "97")
+    many = said(capsys, "plan", config, "--calibrate", folder, "--clients", "97")
     assert "--clients: got 97, expected at most 96, the training samples" in many.stderr
     (folder / "rounds" / "fsl_sage-0.jsonl").unlink()
-    broken = fslsage("plan", config, "--calibrate", folder)
+    broken = said(capsys, "plan", config, "--calibrate", folder)
     assert "expected the folder of a complete benchmark" in broken.stderr
