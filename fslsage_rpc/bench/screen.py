@@ -2,45 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
 from fslsage_rpc.bench import table as tables
 from fslsage_rpc.bench.statistics import BenchRun, typical_seconds
 from fslsage_rpc.config import Config
-from fslsage_rpc.report.screen import SteadyCursorConsole
+from fslsage_rpc.report.screen import ProgressScreen
 
 
-class BenchScreen:
-    """Shows one benchmark; a context that closes the progress bar."""
+class BenchScreen(ProgressScreen):
+    """Shows one benchmark."""
 
     def __init__(self, config: Config):
-        self._console = SteadyCursorConsole(highlight=False)
+        super().__init__([TextColumn("rounds")])
         self._warmup_rounds = config.bench.warmup_rounds
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rounds"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
         total = len(config.bench.variants) * config.bench.repeats * config.rounds
         self._task = self._progress.add_task(config.name, total=total)
-
-    def __enter__(self) -> "BenchScreen":
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def show_round(self, run: BenchRun) -> None:
         """One round more."""

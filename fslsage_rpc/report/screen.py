@@ -2,12 +2,20 @@
 end.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from fslsage_rpc.config import Config
@@ -23,29 +31,26 @@ class SteadyCursorConsole(Console):
         return False
 
 
-class Screen:
-    """Shows one run; a context that closes the progress bar."""
+class ProgressScreen:
+    """A progress bar where there is a terminal; a context that closes it.
 
-    def __init__(self, config: Config, console: Console | None = None):
+    Args:
+        columns: of the bar, between its description and the time remaining.
+    """
+
+    def __init__(self, columns: Sequence[ProgressColumn], console: Console | None = None):
         self._console = console or SteadyCursorConsole(highlight=False)
-        self._name = config.name
-        self._rounds = config.rounds
-        self._wire_bytes = 0
-        self._accuracy: float | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("accuracy {task.fields[accuracy]}  {task.fields[bytes]}"),
+            *columns,
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task(
-            self._name, total=self._rounds, accuracy="   - ", bytes=_mib(0), start=True
-        )
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -53,6 +58,20 @@ class Screen:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+class Screen(ProgressScreen):
+    """Shows one run."""
+
+    def __init__(self, config: Config, console: Console | None = None):
+        super().__init__([TextColumn("accuracy {task.fields[accuracy]}  {task.fields[bytes]}")], console)
+        self._name = config.name
+        self._rounds = config.rounds
+        self._wire_bytes = 0
+        self._accuracy: float | None = None
+        self._task = self._progress.add_task(
+            self._name, total=self._rounds, accuracy="   - ", bytes=_mib(0), start=True
+        )
 
     def warn(self, message: str) -> None:
         """One line above the progress."""
