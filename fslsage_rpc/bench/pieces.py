@@ -4,12 +4,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fslsage_rpc.bench.table import COMPUTE
 from fslsage_rpc.critical_path import ClientPieces, LinkSpeed, RoundPieces
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.measure.requests import RequestTimes
 from fslsage_rpc.training.records import RankReport
-
-COMPUTE = ("data", "forward_backward", "estimate")
 
 
 def round_pieces(

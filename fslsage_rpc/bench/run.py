@@ -7,7 +7,6 @@ drifts for all of them.
 import gc
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from fslsage_rpc.bench.screen import BenchScreen
 from fslsage_rpc.bench.statistics import BenchRun, summarise
 from fslsage_rpc.bench.table import markdown
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.comm.world import World, open_world
+from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import to_tree
 from fslsage_rpc.critical_path import LinkSpeed
@@ -42,17 +41,16 @@ def bench(config: Config, screen: BenchScreen) -> Path:
     Raises:
         InputError: the variants cannot run here; found before ranks meet.
     """
-    local = config.transport == "local"
     variants = variant_configs(config)
     for name, variant in variants.items():
         try:
-            check(variant, 1 if local else int(os.environ.get("WORLD_SIZE", 1)))
+            check(variant, job_ranks(config))
             _check_rounds(variant, Experiment.prepare(variant).algorithm.interval)
         except InputError as error:
             raise type(error)(f"bench.variants.{name}: {error}") from None
     folder = Path(config.output) / config.name
     links = emulated_links()
-    if local or int(os.environ.get("RANK", 0)) == 0:
+    if is_first_rank(config):
         _make(folder)
     world = open_world(config)
     try:

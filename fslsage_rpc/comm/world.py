@@ -1,5 +1,6 @@
 """The ranks of a job and what they do together; `rpc.py` and `local.py` are its two kinds."""
 
+import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -108,6 +109,16 @@ def choose_device(keys_device: str, index: int) -> torch.device:
     if keys_device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", index % torch.cuda.device_count())
+
+
+def job_ranks(config: Config) -> int:
+    """The ranks of the job that this process is one of; 1 with `transport: local`."""
+    return 1 if config.transport == "local" else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first_rank(config: Config) -> bool:
+    """Is this the rank that hosts the server and writes the folder? Known before the ranks meet."""
+    return config.transport == "local" or int(os.environ.get("RANK", 0)) == 0
 
 
 def open_world(config: Config) -> World:

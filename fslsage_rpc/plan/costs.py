@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.bench.statistics import BenchRun
+from fslsage_rpc.bench.table import COMPUTE
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
@@ -15,7 +16,7 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.scenario import LABEL_BYTES, Scenario
 
-CLIENT = ("data", "forward_backward", "estimate", "other")
+CLIENT = (*COMPUTE, "other")
 """the phases in which a client rank computes"""
 Line = Mapping[str, Any]
 

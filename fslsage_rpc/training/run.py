@@ -1,11 +1,10 @@
 """One run from its configuration to its folder: check, prepare, train, write."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.comm.world import World, open_world
+from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.config import AlgorithmKeys, Config
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.training.experiment import Experiment, check
@@ -23,11 +22,9 @@ def run(config: Config, screen: Screen) -> Path:
     Raises:
         InputError: the configuration cannot run here; found before ranks meet.
     """
-    local = config.transport == "local"
-    first = local or int(os.environ.get("RANK", 0)) == 0
-    check(config, 1 if local else int(os.environ.get("WORLD_SIZE", 1)))
+    check(config, job_ranks(config))
     links = emulated_links()
-    folder = RunFolder(config) if first else None
+    folder = RunFolder(config) if is_first_rank(config) else None
     experiment = Experiment.prepare(config)
     world = open_world(config)
     try:
