@@ -62,7 +62,7 @@ class Clients:
 class Data:
     """The dataset and how its training samples are divided among the clients."""
 
-    name: Literal["digits", "cifar10", "cifar100", "mnist", "fashion_mnist"] = "digits"
+    name: Literal["digits", "synthetic", "cifar10", "cifar100", "mnist", "fashion_mnist"] = "digits"
     root: str = "data"
     """the folder that holds (or will hold) torchvision's files; digits needs none"""
     download: bool = True

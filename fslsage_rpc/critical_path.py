@@ -52,11 +52,13 @@ class RoundPieces:
     links: Mapping[int, LinkSpeed]
     """per client rank"""
     server_workers: int
-    """lanes that the server's host can execute at the same time: its cores"""
+    """lanes that the server executes at the same time, and fits likewise"""
     averaging_seconds: float
     """of the client models (and whatever travels with them) among the client ranks"""
     server_averaging_seconds: float
     """of replicas, on the server"""
+    targets_seconds: float
+    """the part of all alignments that its lane must execute itself"""
 
     def busiest_rank(self) -> float:
         """The client compute of the rank that has most of it: a rank computes for one client at a time."""
@@ -82,8 +84,8 @@ class RoundPieces:
         )
 
     def server_seconds(self) -> float:
-        """All that the server computed for the round's requests."""
-        return sum(c.server_seconds + c.alignment_seconds for c in self.clients.values())
+        """What the lanes computed for the round's requests."""
+        return self.targets_seconds + sum(client.server_seconds for client in self.clients.values())
 
     def longest_exchange_chain(self) -> float:
         """A SplitFed client's steps, of which nothing can overlap: forward pass, smashed data up, server
@@ -112,17 +114,17 @@ class RoundPieces:
             chains.append(wait + client.compute_seconds)
         return max(chains)
 
-    def aligning_lane(self) -> float:
-        """The first upload's arrival, all alignments one after the other, then for the client that is served
-        last at least the auxiliary model's way down and all its steps but the first.
+    def all_alignments(self) -> float:
+        """The first upload's arrival, all fits, as many at a time as the server has workers, then for
+        the client that is served last at least the auxiliary model's way down and all steps but the first.
         """
         rests = [
             client.auxiliary_bytes / self.links[client.rank].down_bytes_per_second
             + client.compute_seconds * (client.steps - 1) / client.steps
             for client in self._aligned()
         ]
-        alignments = sum(client.alignment_seconds for client in self._aligned())
-        return self.first_arrival() + alignments + min(rests)
+        fits = sum(client.alignment_seconds for client in self._aligned()) - self.targets_seconds
+        return self.first_arrival() + fits / self.server_workers + min(rests)
 
     def _aligned(self) -> list[ClientPieces]:
         return [client for client in self.clients.values() if client.alignment_seconds]

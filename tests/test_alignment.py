@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fslsage_rpc.config import Model, OptimizerKeys
+from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.models.splitting import build
 from fslsage_rpc.parties.alignment import (
@@ -46,6 +47,7 @@ def make_fit(auxiliary: nn.Module, epochs: int = 20, batch_size: int = 8) -> Aux
         buffer=AlignmentBuffer(24),
         epochs=epochs,
         batch_size=batch_size,
+        timeline=Timeline(),
     )
 
 
@@ -57,7 +59,7 @@ def test_alignment_lowers_its_objective_and_leaves_the_server_as_it_was(model: s
     before = {name: tensor.clone() for name, tensor in server.state_dict().items()}
     fit = make_fit(split.auxiliary)
     fit.buffer.add(*smashed(split.smashed_shape, 20))
-    weights, record = fit.align(server)
+    weights, record = fit.fit(fit.targets(server))
     assert all(torch.equal(tensor, before[name]) for name, tensor in server.state_dict().items())
     assert all(parameter.grad is None for parameter in server.parameters())
     assert server.training
@@ -73,7 +75,7 @@ def test_running_statistics_still_move_in_training_after_an_alignment() -> None:
     split = build(Model(name="resnet18"), 10, (3, 32, 32), 0, torch.float64)
     fit = make_fit(split.auxiliary, epochs=1)
     fit.buffer.add(*smashed(split.smashed_shape, 8))
-    fit.align(split.server)
+    fit.fit(fit.targets(split.server))
     counters = [b.clone() for b in split.server.buffers()]
     split.server(smashed(split.smashed_shape, 8)[0])
     assert not any(torch.equal(a, b) for a, b in zip(counters, split.server.buffers(), strict=True))
@@ -85,8 +87,8 @@ def test_a_second_alignment_goes_on_with_the_optimizer_of_the_first() -> None:
     once, twice = (make_fit(copy.deepcopy(split.auxiliary), epochs=n) for n in (6, 3))
     for fit in (once, twice):
         fit.buffer.add(*data)
-        fit.align(split.server)
-    twice.align(split.server)
+        fit.fit(fit.targets(split.server))
+    twice.fit(twice.targets(split.server))
     assert torch.equal(once.weights.floats, twice.weights.floats)
 
 

@@ -39,7 +39,7 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("comm.transports", TRANSPORTS, ["'uv'", "[]", "[uv, tcp]", "[uv, 3]"]),
     ("clients", "a mapping of keys", ["4", "null"]),
     ("algorithm.alignment", "a mapping of keys", ["[1]"]),
-    ("data.name", "one of digits, cifar10, cifar100, mnist, fashion_mnist", ["'imagenet'"]),
+    ("data.name", "one of digits, synthetic, cifar10, cifar100, mnist, fashion_mnist", ["'imagenet'"]),
     ("data.partition", "one of iid, dirichlet, shards, file", ["'IID'"]),
     ("algorithm.average_auxiliary", "one of never, alignment, round", ["false"]),
     ("transport", "one of rpc, local", ["[rpc]"]),

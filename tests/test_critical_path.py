@@ -25,13 +25,16 @@ CLIENT = ClientPieces(
 )
 
 
-def pieces(*clients: ClientPieces, link: LinkSpeed = LINK, workers: int = 2) -> RoundPieces:
+def pieces(
+    *clients: ClientPieces, link: LinkSpeed = LINK, workers: int = 2, targets: float = 0.0
+) -> RoundPieces:
     return RoundPieces(
         clients=dict(enumerate(clients)),
         links=dict.fromkeys(range(len(clients)), link),
         server_workers=workers,
         averaging_seconds=0.5,
         server_averaging_seconds=0.7,
+        targets_seconds=targets,
     )
 
 
@@ -76,14 +79,18 @@ def test_uploads_overlap_with_compute(name: str) -> None:
     assert bound(name, pieces(CLIENT, link=slow)) == pytest.approx(10.0)  # the link
 
 
-def test_an_alignment_blocks_its_client_and_the_lane_takes_them_one_by_one() -> None:
+def test_an_alignment_blocks_its_client_and_each_worker_takes_one_at_a_time() -> None:
     aligned = other(alignment_seconds=1.0, auxiliary_bytes=100)
     # round trip 0.2, a quarter of the bytes 0.1, a quarter of the server's steps 0.1, alignment 1, down 0.5
     alone = 0.2 + 0.1 + 0.1 + 1.0 + 0.5 + 2.0 + 0.5
     assert bound("fsl_sage", pieces(aligned)) == pytest.approx(alone)
     # behind the first arrival five alignments; then the last one's model down, 3 of its 4 steps, averaging
     five = [other(aligned, rank=rank) for rank in range(5)]
-    assert bound("fsl_sage", pieces(*five)) == pytest.approx(0.2 + 5.0 + 0.5 + 1.5 + 0.5)
+    assert bound("fsl_sage", pieces(*five, workers=1)) == pytest.approx(0.2 + 5.0 + 0.5 + 1.5 + 0.5)
+    assert bound("fsl_sage", pieces(*five, workers=2)) == pytest.approx(0.2 + 2.5 + 0.5 + 1.5 + 0.5)
+    # of which the lane computes 1.0 itself, whatever else runs
+    assert bound("fsl_sage", pieces(*five, targets=1.0)) == pytest.approx(0.2 + 2.0 + 0.5 + 1.5 + 0.5)
+    assert bound("fsl_sage", pieces(*five, targets=4.9)) == pytest.approx(0.2 + 4.9 + 5 * 0.4)
 
 
 def test_a_bound_is_at_least_its_longest_single_load() -> None:
@@ -135,5 +142,5 @@ def test_no_schedule_of_the_same_pieces_is_below_the_bound(name: str, seed: int)
     lanes = {client: client if name == "splitfed_v1" else 0 for client in clients}
     clients_ended, server_ended = RoundSimulation(steps, lanes, ranks, link, 2, 4, 0.0, 0.0).run()
     ended = max(clients_ended + 0.5, server_ended + (0.7 if name == "splitfed_v1" else 0.0))
-    round = RoundPieces(clients, dict.fromkeys(range(ranks), link), 2, 0.5, 0.7)
+    round = RoundPieces(clients, dict.fromkeys(range(ranks), link), 2, 0.5, 0.7, 0.0)
     assert bound(name, round) <= ended + 1e-9

@@ -102,7 +102,7 @@ def tree(name: str, **keys: Any) -> dict[str, Any]:
 def test_bytes_are_those_that_a_run_moves(name: str) -> None:
     lines = train_locally(tree(name)).lines[2:]
     scenario = Scenario(from_tree(tree(name)), NO_LINK, client_ranks=1)
-    predicted = predict(scenario, measure_costs(lines, scenario), server_cores=2)
+    predicted = predict(scenario, measure_costs(lines, scenario), server_workers=2)
     kinds = ("smashed_up", "labels_up", "gradient_down", "auxiliary_down", "weights_allreduce")
     interval = lines if name == "fsl_sage" else lines[:1]
     moved = sum(line["wire_bytes"][kind] for line in interval for kind in kinds) / len(interval)

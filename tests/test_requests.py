@@ -74,8 +74,10 @@ def test_a_round_trip_is_queue_and_compute_and_wire(lines: dict[str, list[dict[s
             computed = sum(times["compute_seconds"] for times in line["requests"].values())
             server = line["phases"]["server"]
             lanes = 3 if name == "splitfed_v1" else 1
-            executed = lanes * (server["step"] + server["alignment"] + server["drift"])
-            assert computed == pytest.approx(executed, rel=0.2, abs=0.01)
+            executed = lanes * (server["step"] + server["targets"] + server["alignment"] + server["drift"])
+            if not line["alignment"]:  # clients are aligned side by side
+                assert computed == pytest.approx(executed, rel=0.2, abs=0.01)
+            assert computed > 0.8 * executed - 0.01
 
 
 def test_the_record_is_json_and_local_runs_have_it_too() -> None:

@@ -10,9 +10,10 @@ from torch import nn
 
 from fslsage_rpc.config import OptimizerKeys
 from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.models.flat import Weights, flatten
+from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.parties.requests import Exchange, Request
+from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
 from fslsage_rpc.parties.server import Lane, Server
 
 TIMEOUT = 20
@@ -32,14 +33,23 @@ class Meeting(nn.Module):
         return self.linear(z)
 
 
-def make_server(models: dict[int, nn.Module], pool: ThreadPoolExecutor) -> Server:
-    lanes = {
-        c: Lane(m, ScheduledOptimizer(SGD, m.parameters()), "round_robin", Timeline())
-        for c, m in models.items()
-    }
-    averaged = nn.Linear(2, 4)
-    initial = flatten(nn.Linear(2, 4))
-    return Server((initial, None), averaged, lanes, {}, False, torch.device("cpu"), pool.submit, Timeline())
+def lane_of(model: nn.Module) -> Lane:
+    return Lane(model, ScheduledOptimizer(SGD, model.parameters()), "round_robin", Timeline())
+
+
+def make_server(
+    lanes: dict[int, Lane], pool: ThreadPoolExecutor, fits: dict[int, AuxiliaryFit] | None = None
+) -> Server:
+    return Server(
+        initial=(flatten(nn.Linear(2, 4)), None),
+        averaged=nn.Linear(2, 4),
+        lanes=lanes,
+        fits=fits or {},
+        measure_drift=False,
+        device=torch.device("cpu"),
+        start=lambda kind, work: pool.submit(work),
+        timeline=Timeline(),
+    )
 
 
 def exchange(client: int, number: int = 0) -> Request:
@@ -51,7 +61,7 @@ def test_replicas_are_trained_at_the_same_time() -> None:
     barrier = threading.Barrier(2)
     replies: list[Any] = []
     with ThreadPoolExecutor(2) as pool:
-        server = make_server({c: Meeting(barrier) for c in (0, 1)}, pool)
+        server = make_server({c: lane_of(Meeting(barrier)) for c in (0, 1)}, pool)
         server.announce({0: [0], 1: [0]}, [0, 1])
         for client in (0, 1):  # each forward pass returns only once the other lane is in its own
             server.submit(exchange(client), replies.append)
@@ -62,7 +72,7 @@ def test_replicas_are_trained_at_the_same_time() -> None:
 
 def test_replicas_are_averaged_by_weight_and_counted() -> None:
     with ThreadPoolExecutor(2) as pool:
-        server = make_server({c: nn.Linear(4, 3) for c in (0, 1, 2)}, pool)
+        server = make_server({c: lane_of(nn.Linear(4, 3)) for c in (0, 1, 2)}, pool)
         before = [lane.weights.floats.clone() for lane in server.lanes.values()]
         server.average(
             {0: 0.25, 1: 0.75}, auxiliaries=False
@@ -88,18 +98,8 @@ def test_a_lane_takes_one_request_at_a_time_in_order() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         model = Alone(4, 3)
-        lane = Lane(model, ScheduledOptimizer(SGD, model.parameters()), "round_robin", Timeline())
-        server = make_server({}, pool)
-        server = Server(
-            server.initial,
-            nn.Linear(2, 4),
-            {0: lane, 1: lane},
-            {},
-            False,
-            torch.device("cpu"),
-            pool.submit,
-            Timeline(),
-        )
+        lane = lane_of(model)
+        server = make_server({0: lane, 1: lane}, pool)
         server.announce({0: [0, 1, 2]}, [0, 1])
         server.announce({1: [0, 1, 2]}, [0, 1])  # each rank announces its own clients
         for number in (2, 1, 0):
@@ -117,8 +117,51 @@ def test_a_request_that_fails_reaches_whoever_waits_for_the_round() -> None:
             raise ZeroDivisionError("broken lane")
 
     with ThreadPoolExecutor(1) as pool:
-        server = make_server({0: Broken(4, 3)}, pool)
+        server = make_server({0: lane_of(Broken(4, 3))}, pool)
         server.announce({0: [0]}, [0])
         server.submit(exchange(0), lambda answer: None)
         with pytest.raises(ZeroDivisionError, match="broken lane"):
             server.wait()
+
+
+def test_auxiliary_models_are_fitted_side_by_side_while_the_lane_goes_on() -> None:
+    together = threading.Barrier(3)  # the fits of two clients, and the lane's next step
+
+    class LaneModel(nn.Linear):
+        passes = 0
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            self.passes += 1
+            if self.passes > 4:  # two uploads, and the targets of two alignments
+                together.wait(TIMEOUT)
+            return super().forward(z)
+
+    fits = {}
+    for client in range(2):
+        model = Meeting(together)
+        optimizer = ScheduledOptimizer(SGD, model.parameters())
+        fits[client] = AuxiliaryFit(model, flatten(model), optimizer, AlignmentBuffer(8), 0, 8, Timeline())
+    answers: dict[tuple[int, int], Answer] = {}
+    with ThreadPoolExecutor(3) as pool:
+        lane = lane_of(LaneModel(4, 3))
+        server = make_server(dict.fromkeys(range(3), lane), pool, fits)
+        server.announce({0: [0, 0], 1: [0, 0], 2: [1, 2]}, [0, 1, 2])
+        push = Push(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+
+        def submit(client: int, number: int, body: Push | Align) -> None:
+            server.submit(
+                Request(client, number, body), lambda answer: answers.update({(client, number): answer})
+            )
+
+        for client in range(2):
+            submit(client, 0, push)
+            submit(client, 1, Align())
+        for number in range(2):  # each fit passes its model twice: agreement before and after
+            submit(2, number, push)
+        server.wait()
+    assert len(answers) == 6
+    assert isinstance(answers[0, 1].value, Weights)
+    report = server.report(1.0)
+    assert report.samples == 20
+    assert len(report.alignments) == 2
+    assert report.phases["alignment"] > 0

@@ -74,13 +74,13 @@ class FslSage(Algorithm):
         return models + sizes.smashed * uploaded
 
     def bound_seconds(self, pieces: RoundPieces) -> float:
-        """That of CSE-FSL; in a round with alignments also the longest aligned client's chain, and the lane
-        that aligns one client after the other, each with averaging behind it.
+        """That of CSE-FSL; in a round with alignments also the longest aligned client's chain, and what it
+        takes the server's workers to align all clients, each with averaging behind it.
         """
         bound = self._warm_start.bound_seconds(pieces)
         if not any(client.alignment_seconds for client in pieces.clients.values()):
             return bound
-        aligned = max(pieces.longest_aligned_chain(), pieces.aligning_lane())
+        aligned = max(pieces.longest_aligned_chain(), pieces.all_alignments())
         return max(bound, aligned + pieces.averaging_seconds)
 
     @property

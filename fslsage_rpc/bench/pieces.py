@@ -1,10 +1,10 @@
 """From what the ranks report of a round to the pieces that its lower bound is made of."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fslsage_rpc.bench.table import COMPUTE
+from fslsage_rpc.comm.world import server_workers
 from fslsage_rpc.critical_path import ClientPieces, LinkSpeed, RoundPieces
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.measure.requests import RequestTimes
@@ -40,9 +40,10 @@ def round_pieces(
     return RoundPieces(
         clients=clients,
         links=links,
-        server_workers=os.cpu_count() or 1,
+        server_workers=server_workers(),
         averaging_seconds=phases["client"]["averaging"],
         server_averaging_seconds=phases["server"]["averaging"],
+        targets_seconds=phases["server"]["targets"],
     )
 
 

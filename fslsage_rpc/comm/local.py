@@ -33,7 +33,7 @@ class LocalWorld(World):
         assert server is not None
         return LocalLink(server, ledger, log)
 
-    def start_work(self, work: Callable[[], None]) -> None:
+    def start(self, kind: str, work: Callable[[], None]) -> None:
         work()
 
     def barrier(self) -> None:

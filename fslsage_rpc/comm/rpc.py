@@ -24,7 +24,7 @@ from torch.futures import Future
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
-from fslsage_rpc.comm.world import World, choose_device, interfaces
+from fslsage_rpc.comm.world import World, choose_device, interfaces, server_workers
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
 from fslsage_rpc.measure.clock import clock
@@ -58,7 +58,7 @@ class RpcWorld(World):
             torch.cuda.set_device(self.device)
         self._interface = _bind_interface(config.comm)
         self._transports = config.comm.transports or _default_transports()
-        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lane") if self.rank == 0 else None
+        self._pools: dict[str, ThreadPoolExecutor] = {}
         timeout = timedelta(seconds=config.comm.timeout_seconds)
         self._watchdog: Watchdog | None = None
         try:
@@ -114,9 +114,10 @@ class RpcWorld(World):
                 return None
             return RpcLink(rpc.rpc_sync(_worker(0), _offered_server), ledger, log, self.device)
 
-    def start_work(self, work: Callable[[], None]) -> None:
-        assert self._pool is not None
-        self._pool.submit(work)
+    def start(self, kind: str, work: Callable[[], None]) -> None:
+        if kind not in self._pools:
+            self._pools[kind] = ThreadPoolExecutor(server_workers(), thread_name_prefix=kind)
+        self._pools[kind].submit(work)
 
     def barrier(self) -> None:
         with _peers_may_be_lost():
@@ -186,8 +187,8 @@ class RpcWorld(World):
                 self._watchdog.stop()
             self.barrier()  # the rank that hosts the store leaves it only when nobody's watchdog needs it
             dist.destroy_process_group()
-        if self._pool is not None:
-            self._pool.shutdown()
+        for pool in self._pools.values():
+            pool.shutdown()
 
     def _gpu_index(self) -> int:
         """Clients take the GPUs from the first on; the server takes one of its own where one is left."""

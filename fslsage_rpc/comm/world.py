@@ -41,8 +41,8 @@ class World(ABC):
         """Collective: offer the server (rank 0) and get a link to it (ranks that host clients)."""
 
     @abstractmethod
-    def start_work(self, work: Callable[[], None]) -> None:
-        """Run a piece of the server's work: on a thread of its own pool, or at once."""
+    def start(self, kind: str, work: Callable[[], None]) -> None:
+        """Run a piece of the server's work: on a thread of the pool of its kind, or at once."""
 
     @abstractmethod
     def barrier(self) -> None:
@@ -109,6 +109,11 @@ def choose_device(keys_device: str, index: int) -> torch.device:
     if keys_device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", index % torch.cuda.device_count())
+
+
+def server_workers() -> int:
+    """Lanes that a server here executes at the same time, and fits likewise: cores over threads of each."""
+    return max(1, (os.cpu_count() or 1) // torch.get_num_threads())
 
 
 def job_ranks(config: Config) -> int:

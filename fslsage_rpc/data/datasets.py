@@ -1,4 +1,4 @@
-"""The datasets: the embedded digits, and torchvision's, as uint8 image tensors."""
+"""The datasets: the embedded digits, synthetic images, and torchvision's, as uint8 image tensors."""
 
 import socket
 from collections.abc import Iterator
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fslsage_rpc.config import Data
 from fslsage_rpc.errors import HostError, InputError
-from fslsage_rpc.randomness import numpy_stream
+from fslsage_rpc.randomness import numpy_stream, torch_stream
 
 DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_TEST_SAMPLES = 360
+SYNTHETIC_TEST_SAMPLES = 10_000
 DOWNLOAD_TIMEOUT_SECONDS = 10.0  # of each read: a slow link may take its time, a dead one not
 DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
 """what torchvision raises on files that are missing or not what they should be"""
@@ -95,6 +96,7 @@ SPECS = {
         flip=False,
         pixel_maximum=16,
     ),
+    "synthetic": replace(CIFAR10, files=()),
     "cifar10": CIFAR10,
     "cifar100": replace(CIFAR10, classes=100, files=("cifar-100-python/train", "cifar-100-python/test")),
     "mnist": MNIST,
@@ -166,8 +168,14 @@ def load(keys: Data, train: bool) -> LabelledImages:
     Raises:
         InputError: files are missing or damaged.
     """
-    images, labels = _load_digits(train) if keys.name == "digits" else _load_torchvision(keys, train)
     limit = keys.train_limit if train else keys.test_limit
+    match keys.name:
+        case "digits":
+            images, labels = _load_digits(train)
+        case "synthetic":
+            images, labels = _make_synthetic(train)
+        case _:
+            images, labels = _load_torchvision(keys, train)
     if limit is not None and limit > len(labels):
         which = "train" if train else "test"
         raise InputError(f"data.{which}_limit: got {limit}, expected at most {len(labels)} for {keys.name}")
@@ -190,6 +198,21 @@ def _missing_files(keys: Data, what: str) -> HostError:
     return HostError(
         f"data.root: got {folder}, where files of {keys.name} are {what}; expected there: {files}"
     )
+
+
+def _make_synthetic(train: bool) -> tuple[Tensor, Tensor]:
+    """Images of CIFAR-10's shape for measuring speed where no data is at hand: a coarse pattern for each class
+    under noise, the same in every run.
+    """
+    spec = SPECS["synthetic"]
+    channels, height, width = spec.image_shape
+    patterns = torch.randint(160, (spec.classes, channels, 4, 4), generator=torch_stream(0, "patterns"))
+    patterns = patterns.repeat_interleave(height // 4, 2).repeat_interleave(width // 4, 3).to(torch.uint8)
+    samples = spec.train_samples if train else SYNTHETIC_TEST_SAMPLES
+    drawn = torch_stream(0, "synthetic train" if train else "synthetic test")
+    labels = torch.randint(spec.classes, (samples,), generator=drawn)
+    noise = torch.randint(96, (samples, channels, height, width), dtype=torch.uint8, generator=drawn)
+    return noise.add_(patterns[labels]), labels
 
 
 def _load_digits(train: bool) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 
 Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
+Target = tuple[Tensor, Tensor, Tensor]  # z [B, ...], y [B], g [B, ...]
 
 
 def cut_layer_gradient(model: nn.Module, z: Tensor, y: Tensor, create_graph: bool = False) -> Tensor:
@@ -102,6 +104,8 @@ class Agreement:
 class AuxiliaryFit:
     """What the server keeps for one client: its auxiliary model, that model's optimizer, and the alignment
     buffer.
+
+    `timeline`: of the thread that fits.
     """
 
     model: nn.Module
@@ -110,34 +114,41 @@ class AuxiliaryFit:
     buffer: AlignmentBuffer
     epochs: int
     batch_size: int
+    timeline: Timeline
 
-    def align(self, server_model: nn.Module) -> tuple[Weights, dict[str, float]]:
-        """Fit the auxiliary model to the server model's gradients on the buffer (arXiv 2505.23182).
+    def targets(self, server_model: nn.Module) -> list[Target]:
+        """The buffer in batches, oldest first, with the server model's true gradients on them.
 
-        The targets are computed once, by train-mode passes that leave every parameter and buffer of the
-        server model as it was. Then `epochs` passes of the optimizer over the same batches, unshuffled,
-        minimise sum_samples ||ĝ - g||^2.
+        They are computed by train-mode passes that leave every parameter and buffer of the server model as
+        it was.
+        """
+        with untouched_statistics(server_model):
+            return [
+                (z, y, cut_layer_gradient(server_model, z, y))
+                for z, y in self.buffer.batches(self.batch_size)
+            ]
+
+    def fit(self, targets: list[Target]) -> tuple[Weights, dict[str, float]]:
+        """Fit the auxiliary model to true gradients (arXiv 2505.23182): `epochs` passes of the optimizer over
+        the same batches, unshuffled, minimise sum_samples ||ĝ - g||^2.
 
         Returns:
-            A copy of the fitted weights, and nmse and cosine over the buffer before and after (empty where
+            A copy of the fitted weights, and nmse and cosine over the targets before and after (empty where
             the true gradients are all 0).
         """
-        batches = self.buffer.batches(self.batch_size)
-        with untouched_statistics(server_model):
-            targets = [cut_layer_gradient(server_model, z, y) for z, y in batches]
-        before = self._agreement(batches, targets)
+        before = self._agreement(targets)
         for _ in range(self.epochs):
-            for (z, y), target in zip(batches, targets, strict=True):
+            for z, y, target in targets:
                 estimate = cut_layer_gradient(self.model, z, y, create_graph=True)
                 (estimate - target).square().sum().backward(inputs=list(self.model.parameters()))
                 self.optimizer.step()
-        after = self._agreement(batches, targets)
+        after = self._agreement(targets)
         record = {f"{key}_before": value for key, value in before.items()}
         record |= {f"{key}_after": value for key, value in after.items()}
         return self.weights.clone(), record
 
-    def _agreement(self, batches: list[Batch], targets: list[Tensor]) -> dict[str, float]:
+    def _agreement(self, targets: list[Target]) -> dict[str, float]:
         agreement = Agreement()
-        for (z, y), target in zip(batches, targets, strict=True):
+        for z, y, target in targets:
             agreement.add(cut_layer_gradient(self.model, z, y), target)
         return agreement.read() or {}

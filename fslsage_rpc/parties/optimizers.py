@@ -17,7 +17,8 @@ class ScheduledOptimizer:
     """An optimizer and the course of its learning rate."""
 
     def __init__(self, keys: OptimizerKeys, parameters: Iterable[nn.Parameter]):
-        self.optimizer = OPTIMIZERS[keys.name](parameters, lr=keys.lr, weight_decay=keys.weight_decay)
+        kind = OPTIMIZERS[keys.name]
+        self.optimizer = kind(parameters, lr=keys.lr, weight_decay=keys.weight_decay, fused=True)
         self._scheduler: lr_scheduler.LRScheduler | None = None
         if keys.scheduler.name is not None:
             kind = getattr(lr_scheduler, keys.scheduler.name)

@@ -2,7 +2,8 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
-from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, cut_layer_gradient
+from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, Target, cut_layer_gradient
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -50,9 +51,45 @@ class Lane:
         return z.grad
 
 
+class Activity:
+    """For how long auxiliary models were fitted while no lane executed a request: the lanes' timelines do not
+    know that.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._active = {"lane": 0, "fit": 0}
+        self._since = clock()
+        self._fitting_alone = 0.0
+
+    @contextmanager
+    def of(self, kind: str) -> Iterator[None]:
+        """A lane, or a fit, is at work inside."""
+        self._change(kind, 1)
+        try:
+            yield
+        finally:
+            self._change(kind, -1)
+
+    def take_fitting_alone(self) -> float:
+        """The seconds so far; they start again from zero."""
+        taken, self._fitting_alone = self._fitting_alone, 0.0
+        return taken
+
+    def _change(self, kind: str, by: int) -> None:
+        with self._lock:
+            now = clock()
+            if self._active["fit"] and not self._active["lane"]:
+                self._fitting_alone += now - self._since
+            self._since = now
+            self._active[kind] += by
+
+
 @dataclass
 class ServerReport:
-    """What the server has to say of one round; `phases` are mean seconds per lane."""
+    """What the server has to say of one round; `phases` are mean seconds per lane, and `alignment` those in
+    which nothing but fits of auxiliary models ran.
+    """
 
     loss_sum: float
     samples: int
@@ -70,7 +107,8 @@ class Server:
         lanes: per client the lane that takes its requests; clients may share one.
         fits: per client its auxiliary model, where the server aligns them.
         measure_drift: compare estimate and true gradient on every upload; may change between rounds.
-        start: runs a piece of work; on a thread pool (real transport) or at once (local).
+        start: runs a piece of work of a kind, lane or fit; on a thread pool of that kind (real transport) or
+            at once (local).
         timeline: of the main thread, which averages.
     """
 
@@ -82,7 +120,7 @@ class Server:
         fits: Mapping[int, AuxiliaryFit],
         measure_drift: bool,
         device: torch.device,
-        start: Callable[[Callable[[], None]], Any],
+        start: Callable[[str, Callable[[], None]], Any],
         timeline: Timeline,
     ):
         self.initial = initial
@@ -98,6 +136,8 @@ class Server:
         self._changed = threading.Condition()  # guards mailboxes, arrivals and the lanes' queues
         self._timeline = timeline
         self._failure: BaseException | None = None
+        self._unfitted: set[int] = set()  # clients whose targets are there and whose fit has not ended
+        self._activity = Activity()
         self._plans: dict[int, Sequence[int]] = {}
         self._alignments: dict[int, dict[str, float]] = {}
         self._drifts: dict[int, Agreement] = {}
@@ -131,7 +171,7 @@ class Server:
             self._fail(error)
             raise
         if idle:
-            self._start(lambda: self._work(lane))
+            self._start("lane", lambda: self._work(lane))
 
     def wait(self) -> None:
         """Return when every announced request of the round has been executed.
@@ -140,7 +180,7 @@ class Server:
             Exception: what a request raised.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or all(self._idle(lane) for lane in self._distinct))
+            self._changed.wait_for(lambda: self._failure or self._idle())
             if self._failure:
                 raise self._failure
 
@@ -177,8 +217,9 @@ class Server:
         lanes = [(lane.timeline.take(), *lane.losses.take()) for lane in self._distinct]
         phases = {
             name: sum(seconds.get(name, 0.0) for seconds, _, _ in lanes) / max(len(lanes), 1)
-            for name in ("step", "alignment", "drift")
+            for name in ("step", "targets", "drift")
         }
+        phases["alignment"] = self._activity.take_fitting_alone()
         phases["averaging"] = self._timeline.take().get("averaging", 0.0)
         phases["idle"] = round_seconds - sum(phases.values())
         drifts = [self._drifts[client].read() for client in sorted(self._drifts)]
@@ -193,24 +234,25 @@ class Server:
         return report
 
     def _execute(self, lane: Lane, request: Request) -> Any:
-        """What the request asks for; on the lane's turn, on one thread at a time per lane."""
+        """What the request asks for, an alignment's targets; on the lane's turn, on one thread at a time per
+        lane.
+        """
         body = request.body.to(self._device)
         arrow = Arrow("execution", request.client, request.number)
+        fit = self.fits.get(request.client)
         match body:
             case Align():
-                with lane.timeline.phase("alignment", arrow=arrow):
-                    weights, record = self.fits[request.client].align(lane.model)
+                assert fit is not None, "the algorithm aligns nothing"
+                with lane.timeline.phase("targets", arrow=arrow):
+                    targets = fit.targets(lane.model)
                     synchronise(self._device)
-                if record:
-                    self._alignments[request.client] = record
-                return weights
+                return targets
             case Exchange():
                 with lane.timeline.phase("step", arrow=arrow):
                     gradient = lane.train(body.z, body.y, gradient=True)
                     synchronise(self._device)
                 return gradient
             case Push():
-                fit = self.fits.get(request.client)
                 with lane.timeline.phase("step", arrow=arrow):
                     gradient = lane.train(body.z, body.y, gradient=fit is not None and self.measure_drift)
                     if fit is not None:
@@ -222,8 +264,20 @@ class Server:
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
                 return None
 
-    def _idle(self, lane: Lane) -> bool:
-        return lane.mailbox.finished and not lane.busy
+    def _fit(self, client: int, targets: list[Target]) -> Weights:
+        """The rest of an alignment, on a thread of its own: the lane goes on and clients are fitted side by
+        side.
+        """
+        fit = self.fits[client]
+        with fit.timeline.phase("alignment"):
+            weights, record = fit.fit(targets)
+            synchronise(self._device)
+        if record:
+            self._alignments[client] = record
+        return weights
+
+    def _idle(self) -> bool:
+        return not self._unfitted and all(lane.mailbox.finished and not lane.busy for lane in self._distinct)
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -242,11 +296,38 @@ class Server:
                     request = lane.released.popleft()
                     arrived, reply = self._arrived.pop((request.client, request.number))
                 started = clock()
-                value = self._execute(lane, request)
-                reply(Answer(value, started - arrived, clock() - started))
+                with self._activity.of("lane"):
+                    value = self._execute(lane, request)
+                answer = Answer(value, started - arrived, clock() - started)
+                if isinstance(request.body, Align):
+                    self._begin_fit(request.client, answer, reply)
+                else:
+                    reply(answer)
         except BaseException as error:
             self._fail(error)
             raise
+
+    def _begin_fit(self, client: int, targets: Answer, reply: Reply) -> None:
+        """Have the client's auxiliary model fitted, and the alignment answered, by another thread."""
+        waiting = clock()
+
+        def work() -> None:
+            try:
+                started = clock()
+                with self._activity.of("fit"):
+                    weights = self._fit(client, targets.value)
+                queue, compute = started - waiting, clock() - started
+                reply(Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute))
+                with self._changed:
+                    self._unfitted.remove(client)
+                    self._changed.notify_all()
+            except BaseException as error:
+                self._fail(error)
+                raise
+
+        with self._changed:
+            self._unfitted.add(client)
+        self._start("fit", work)
 
 
 def _average(models: Mapping[int, Weights], shares: Mapping[int, float]) -> None:

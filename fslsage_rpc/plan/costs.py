@@ -41,12 +41,13 @@ class Costs:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, the costs by algorithm, the links it was measured over, and the server's cores."""
+    """What was measured: the costs by algorithm, and the links and server that they were measured with."""
 
     config: Config
     costs: Mapping[str, Costs]
     link: LinkSpeed
-    server_cores: int
+    server_workers: int
+    """lanes that the server executes at the same time, and fits likewise"""
 
 
 def read_calibration(folder: Path) -> Calibration:
@@ -76,7 +77,8 @@ def _read(folder: Path) -> Calibration:
             scenario = Scenario(variant, link, client_ranks=len(environment["ranks"]) - 1)
             lines = _measured_lines(folder, name, config, scenario)
             costs[variant.algorithm.name] = measure_costs(lines, scenario)
-    return Calibration(config, costs, link, environment["ranks"][0]["cores"])
+    server = environment["ranks"][0]
+    return Calibration(config, costs, link, max(1, server["cores"] // server["threads"]))
 
 
 def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:

@@ -21,18 +21,18 @@ class Prediction:
     paper_bytes: float
 
 
-def predict(scenario: Scenario, costs: Costs, server_cores: int) -> Prediction:
+def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction:
     """One alignment interval of the scenario, behind the first."""
     interval = scenario.algorithm.interval
     rounds = range(interval, 2 * interval)
     return Prediction(
-        statistics.fmean(_seconds(scenario, costs, server_cores, round) for round in rounds),
+        statistics.fmean(_seconds(scenario, costs, server_workers, round) for round in rounds),
         statistics.fmean(_wire_bytes(scenario, round) for round in rounds),
         statistics.fmean(scenario.algorithm.paper_bytes(scenario.sizes, round) for round in rounds),
     )
 
 
-def _seconds(scenario: Scenario, costs: Costs, server_cores: int, round: int) -> float:
+def _seconds(scenario: Scenario, costs: Costs, server_workers: int, round: int) -> float:
     """The simulated round; clients average when they have ended, whatever the server has still to do."""
     planned, algorithm = scenario.round(round), scenario.algorithm
     lanes = {client: client if algorithm.server_replicas else 0 for client in planned.participants}
@@ -41,7 +41,7 @@ def _seconds(scenario: Scenario, costs: Costs, server_cores: int, round: int) ->
         lane_of=lanes,
         ranks=scenario.client_ranks,
         link=scenario.link,
-        workers=server_cores,
+        workers=server_workers,
         window=scenario.config.comm.upload_window,
         sending_seconds=costs.sending,
         handling_seconds=costs.handling,

@@ -1,6 +1,5 @@
 """`fslsage plan`: what rounds would take over other links and with more clients. Predicted, not measured."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.comm.world import open_world
+from fslsage_rpc.comm.world import open_world, server_workers
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import changed_keys, from_tree, to_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
@@ -64,7 +63,7 @@ def plan(
         for count in clients:
             keys = ["algorithm.name=" + name, f"clients.count={count}"]
             scenario = Scenario(from_tree(to_tree(config), keys), link, min(client_ranks or count, count))
-            rows.append((name, count, predict(scenario, measured.costs[name], measured.server_cores)))
+            rows.append((name, count, predict(scenario, measured.costs[name], measured.server_workers)))
     _show(rows, link, calibration or "this machine, in one process")
 
 
@@ -99,7 +98,7 @@ def calibrate_here(config: Config) -> Calibration:
         lines = _train_here(variant)
         here = measure_costs(lines[1:], Scenario(variant, NO_LINK, client_ranks=1))
         costs[name] = replace(here, sending=0.0, handling=0.0)  # a call of the server, which holds its work
-    return Calibration(config, costs, NO_LINK, os.cpu_count() or 1)
+    return Calibration(config, costs, NO_LINK, server_workers())
 
 
 def _train_here(config: Config) -> list[Line]:

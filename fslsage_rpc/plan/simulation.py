@@ -54,7 +54,7 @@ class RoundSimulation:
     Args:
         steps: per client what it does; clients are on rank `client % ranks`.
         lane_of: per client the lane that takes its requests; empty where there is no server model.
-        workers: lanes that are executed at the same time.
+        workers: lanes that are executed at the same time, and fits of auxiliary models likewise.
         window: uploads of one client that the server may still have to train on.
         sending_seconds: for which a request keeps its client's rank busy.
         handling_seconds: what it takes beside that, its link, its queue and its compute.
@@ -80,6 +80,8 @@ class RoundSimulation:
         self._rank_busy = [False] * ranks
         self._link_free = {"up": [0.0] * ranks, "down": [0.0] * ranks}
         self._free_workers = workers
+        self._free_fitters = workers
+        self._unfitted: deque[tuple[Progress, Step]] = deque()
         self._lane_of = lane_of
         turns: dict[int, list[tuple[int, int, int]]] = {}
         for client, mine in steps.items():
@@ -144,19 +146,41 @@ class RoundSimulation:
         if lane.busy or not self._free_workers or not lane.turns or lane.turns[0] not in lane.arrived:
             return
         progress, step = lane.arrived.pop(lane.turns.popleft())
+        if step.kind == "align":  # on the lane only the targets are computed, a small part of it
+            self._unfitted.append((progress, step))
+            self._fit()
+            self._execute(lane)
+            return
         lane.busy = True
         self._free_workers -= 1
 
         def done() -> None:
             lane.busy = False
             self._free_workers += 1
-            self._server_ended = self._now
-            down = step.down_bytes / self._link.down_bytes_per_second
-            self._after(self._transfer("down", progress.rank, down), lambda: self._answer(progress, step))
+            self._reply(progress, step)
             for waiting in self._lanes.values():
                 self._execute(waiting)
 
         self._after(step.server_seconds, done)
+
+    def _fit(self) -> None:
+        """The longest waiting client's auxiliary model is fitted, if there is one and a worker is free."""
+        if not self._unfitted or not self._free_fitters:
+            return
+        progress, step = self._unfitted.popleft()
+        self._free_fitters -= 1
+
+        def done() -> None:
+            self._free_fitters += 1
+            self._reply(progress, step)
+            self._fit()
+
+        self._after(step.server_seconds, done)
+
+    def _reply(self, progress: Progress, step: Step) -> None:
+        self._server_ended = self._now
+        down = step.down_bytes / self._link.down_bytes_per_second
+        self._after(self._transfer("down", progress.rank, down), lambda: self._answer(progress, step))
 
     def _answer(self, progress: Progress, step: Step) -> None:
         if step.kind != "push":

@@ -30,7 +30,7 @@ def build_server(experiment: Experiment, world: World, tracer: Tracer | None) ->
         optimizer = ScheduledOptimizer(config.optimizer.server, model.parameters())
         return Lane(model, optimizer, config.server.order, Timeline(row, tracer))
 
-    def fit() -> AuxiliaryFit:
+    def fit(client: int) -> AuxiliaryFit:
         keys = config.algorithm.alignment
         model = fresh(split.auxiliary)
         return AuxiliaryFit(
@@ -40,6 +40,7 @@ def build_server(experiment: Experiment, world: World, tracer: Tracer | None) ->
             buffer=AlignmentBuffer(keys.buffer_size),
             epochs=keys.epochs,
             batch_size=keys.batch_size,
+            timeline=Timeline(f"alignment of client {client}", tracer),
         )
 
     if algorithm.client_holds_whole_model:
@@ -53,10 +54,10 @@ def build_server(experiment: Experiment, world: World, tracer: Tracer | None) ->
         initial=(flatten(fresh(experiment.client_model())), auxiliary),
         averaged=fresh(experiment.client_model()),
         lanes=lanes,
-        fits={client: fit() for client in clients} if algorithm.auxiliary == "aligned" else {},
+        fits={client: fit(client) for client in clients} if algorithm.auxiliary == "aligned" else {},
         measure_drift=config.algorithm.measure_drift,
         device=world.device,
-        start=world.start_work,
+        start=world.start,
         timeline=Timeline("averaging", tracer),
     )
 

@@ -1,0 +1,238 @@
+"""Seconds per round of the five algorithms on CIFAR-10 images: over loopback, and over emulated links.
+
+    pip install -e '.[plots]'
+    sudo .venv/bin/python benchmarks/latency.py --data DIR
+
+About an hour on 2 idle cores; root is for the emulated links (docs/emulated-networks.md). A benchmark that
+is complete in `--runs` is not run again, so an interrupted study goes on with the same command. At the end it
+writes the figures and the tables of docs/results/latency-loopback.md and latency-wan.md; the text around the
+tables stays. Nothing else should run meanwhile.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fslsage_rpc.bench.table import COMPUTE, WAIT
+from fslsage_rpc.bench.variants import variant_configs
+from fslsage_rpc.configuration import load
+from fslsage_rpc.plan.costs import Calibration, read_calibration
+from fslsage_rpc.plan.prediction import predict
+from fslsage_rpc.plan.run import link_speed
+from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.report.figures import Bar, bars_figure, color_of, display_name, png
+from fslsage_rpc.report.sources import Bench, read
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "bench" / "cifar10.yaml"
+CLIENT_RANKS = 2
+MIB = 2**20
+BAR_LABEL = "seconds per round, mean over the client ranks"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Links that the benchmark is run over."""
+
+    title: str
+    bandwidth: str | None = None
+    rtt: str | None = None
+    straggler: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        parts = [self.bandwidth or "loopback", self.rtt, "straggler" if self.straggler else None]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def emulation(self) -> list[str]:
+        """What launch/wan.py is asked for."""
+        rate = self.bandwidth or ""
+        delay = ["--rtt", self.rtt] if self.rtt else []
+        slow = ["--straggler", self.straggler] if self.straggler else []
+        return ["--clients", str(CLIENT_RANKS), "--up", rate, "--down", rate, *delay, *slow]
+
+
+LOOPBACK = Place("Loopback")
+EMULATED = (
+    Place("100 Mbit/s", "100mbit"),
+    Place("100 Mbit/s, 40 ms", "100mbit", "40ms"),
+    Place("20 Mbit/s", "20mbit"),
+    Place("20 Mbit/s, 40 ms", "20mbit", "40ms"),
+    Place("100 Mbit/s, client rank 2 with a quarter of a core", "100mbit", straggler="2:0.25"),
+)
+Result = dict[str, Any]
+"""what bench.json holds"""
+
+
+def measure(place: Place, data: str, runs: Path) -> None:
+    """Run the benchmark over a place's links, unless that is done already."""
+    if (runs / place.name / "bench.json").exists():
+        return
+    print(f"== {place.title} ==", flush=True)
+    command = [
+        *("bench", str(CONFIG), f"name={place.name}", f"output={runs}"),
+        *(f"data.root={data}", "data.download=false", "device=cpu", f"ranks={CLIENT_RANKS + 1}"),
+    ]
+    launcher = (
+        ["-m", "fslsage_rpc"]
+        if place.bandwidth is None
+        else [str(ROOT / "launch" / "wan.py"), *place.emulation, "--"]
+    )
+    threads = str(max(1, (os.cpu_count() or 1) // (CLIENT_RANKS + 1)))
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    subprocess.run([sys.executable, *launcher, *command], check=True, cwd=ROOT, env=environment)
+
+
+def predictions(place: Place, calibration: Calibration) -> dict[str, float]:
+    """Seconds per round that `fslsage plan` gives for these links, by variant; none where ranks differ."""
+    if place.straggler:
+        return {}
+    scenarios = {
+        name: Scenario(config, link_speed(calibration.link, place.bandwidth, place.rtt), CLIENT_RANKS)
+        for name, config in variant_configs(load(CONFIG)).items()
+    }
+    return {
+        name: predict(
+            scenario, calibration.costs[scenario.config.algorithm.name], calibration.server_workers
+        ).round_seconds
+        for name, scenario in scenarios.items()
+    }
+
+
+def table(result: Result, predicted: dict[str, float]) -> str:
+    """The measured rounds of one place beside the predicted ones, in Markdown."""
+    headers = [
+        *(
+            "algorithm",
+            "s / round, median (quartiles)",
+            "ratio to SplitFedV1",
+            "compute",
+            "wait",
+            "alignment",
+        ),
+        *("averaging", "wire MiB", "lower bound", "efficiency"),
+        *(["predicted", "off by"] if predicted else []),
+    ]
+    rows = []
+    for name, record in result["variants"].items():
+        seconds, client = record["round_seconds"], record["phases"]["client"]
+        row = [
+            display_name(record["algorithm"]),
+            f"{seconds['median']:.2f} ({seconds['q1']:.2f} to {seconds['q3']:.2f})",
+            f"{record['ratio_to_reference']['median']:.2f}",
+            f"{sum(client[phase] for phase in COMPUTE):.2f}",
+            f"{sum(client[phase] for phase in WAIT):.2f}",
+            f"{client['alignment_wait']:.2f}",
+            f"{client['averaging']:.2f}",
+            f"{sum(record['wire_bytes'].values()) / MIB:.1f}",
+            f"{record['bound_seconds']:.2f}",
+            f"{record['efficiency']:.0%}",
+        ]
+        if predicted:
+            row += [f"{predicted[name]:.2f}", f"{predicted[name] / measured_seconds(record) - 1:+.0%}"]
+        rows.append(row)
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured_seconds(record: Result) -> float:
+    """Of a variant's rounds, what a prediction is compared with."""
+    return record["round_seconds"]["median"]
+
+
+def described(result: Result) -> str:
+    """Versions, machine, and links as asked and measured."""
+    environment = result["environment"]
+    rank = environment["ranks"][0]
+    links = environment.get("links", {}).get("clients", {})
+    measured = [f"client rank {rank}: {as_measured(link['measured'])}" for rank, link in links.items()]
+    return "; ".join(
+        [
+            f"torch {environment['versions']['torch']}, {rank['cores']} cores ({rank['device_name']}), "
+            f"{rank['threads']} thread per rank, RPC over {', '.join(environment['rpc_transports'])}",
+            *measured,
+        ]
+    )
+
+
+def as_measured(link: dict[str, float]) -> str:
+    """An emulated link as its probe found it."""
+    up, down = (link[way] / 1e6 for way in ("up_bits_per_second", "down_bits_per_second"))
+    return f"{up:.1f} Mbit/s up, {down:.1f} down, round trip {1000 * link['round_trip_seconds']:.1f} ms"
+
+
+def bars(bench: Bench) -> bytes:
+    """The picture of one place."""
+    drawn = [
+        Bar(display_name(v.algorithm), color_of(v.algorithm), v.parts, v.bound_seconds)
+        for v in bench.variants
+    ]
+    return png(bars_figure(drawn, BAR_LABEL))
+
+
+def write(page: Path, measured: str) -> None:
+    """Replace the measured part of a page."""
+    begin, end = "<!-- measured -->", "<!-- end of measured -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{measured}\n\n{end}{after}", encoding="utf-8")
+
+
+def section(place: Place, runs: Path, out: Path, calibration: Calibration) -> str:
+    """A place's figure and table."""
+    result = json.loads((runs / place.name / "bench.json").read_text(encoding="utf-8"))
+    _, benches = read([str(runs / place.name)])
+    file = f"latency-{place.name}.png"
+    (out / file).write_bytes(bars(benches[0]))
+    parts = [
+        f"## {place.title}",
+        f"![Seconds per round, {place.title}]({file})",
+        table(result, predictions(place, calibration)),
+        described(result),
+    ]
+    return "\n\n".join(parts)
+
+
+def accuracy_of_predictions(runs: Path, calibration: Calibration) -> str:
+    """How far the predictions are off over the emulated links, in one sentence."""
+    errors = []
+    for place in EMULATED:
+        result = json.loads((runs / place.name / "bench.json").read_text(encoding="utf-8"))
+        for name, seconds in predictions(place, calibration).items():
+            errors.append(seconds / measured_seconds(result["variants"][name]) - 1)
+    within = sum(abs(error) <= 0.15 for error in errors)
+    return (
+        f"Predictions from the loopback benchmark: {within} of {len(errors)} within 15 %, from "
+        f"{min(errors):+.0%} to {max(errors):+.0%}, {statistics.fmean(map(abs, errors)):.0%} off on average."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing, then write both pages."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", required=True, help="folder that holds cifar-10-batches-py")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "latency-cifar10", help="where runs go")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the pages are")
+    options = parser.parse_args(arguments)
+    for place in (LOOPBACK, *EMULATED):
+        measure(place, str(Path(options.data).resolve()), options.runs.resolve())
+    calibration = read_calibration(options.runs / LOOPBACK.name)
+    write(options.out / "latency-loopback.md", section(LOOPBACK, options.runs, options.out, calibration))
+    parts = [section(place, options.runs, options.out, calibration) for place in EMULATED]
+    parts.append(accuracy_of_predictions(options.runs, calibration))
+    write(options.out / "latency-wan.md", "\n\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

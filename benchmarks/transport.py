@@ -1,0 +1,131 @@
+"""Uploads by RPC against `dist.send` of the same tensors, side by side, and what one small call costs.
+
+    python benchmarks/transport.py [comm.transports=[uv] ...]
+
+Starts two ranks, joined as in any run. For each size the client rank sends smashed data to the server, by turns
+with `dist.send` over Gloo and by the requests of the program, of which four are under way at a time as in
+`comm.upload_window`. A sample begins with a barrier and ends when the last answer is there. About a minute.
+
+Prints MiB/s of both, and last, one a line, the medians of the paired ratios RPC / dist.send.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import rpc
+from torch.futures import Future
+
+from fslsage_rpc.comm.world import open_world
+from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.parties.requests import Answer, Push, Request
+
+SIZES = [2.0**power for power in range(-2, 6)]
+"""of smashed data, in MiB"""
+MIB = 2**20
+SAMPLE_MIB = 128
+PAIRS = 7
+WINDOW = 4
+SMALL_CALLS = 300
+
+
+class Sink:
+    """Takes requests and answers at once, by the way that the server's endpoint does."""
+
+    @rpc.functions.async_execution
+    def submit(self, request: Request) -> Future[Answer]:
+        """The answer to an upload."""
+        future: Future[Answer] = Future()
+        future.set_result(Answer(None, 0.0, 0.0))
+        return future
+
+
+def make_sink() -> Sink:
+    """On the server's rank."""
+    return Sink()
+
+
+def upload(sink: rpc.RRef, body: Push, count: int) -> None:
+    """So many uploads, a few of them under way at a time."""
+    under_way: list[Future[Answer]] = []
+    for number in range(count):
+        if len(under_way) == WINDOW:
+            under_way.pop(0).wait()
+        under_way.append(sink.rpc_async(timeout=0).submit(Request(0, number, body)))
+    for future in under_way:
+        future.wait()
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    """Collective: of one sample."""
+    dist.barrier()
+    started = clock()
+    work()
+    return clock() - started
+
+
+def compare(sink: rpc.RRef | None, size: float) -> tuple[float, float, float]:
+    """Collective: MiB/s by dist.send and by RPC, and the median of the paired ratios (0 on the receiver)."""
+    count = max(4, int(SAMPLE_MIB / size))
+    z = torch.randn(int(size * MIB / 4))
+    body, done = Push(z, torch.zeros(1, dtype=torch.int64)), torch.zeros(1)
+
+    def by_send() -> None:
+        for _ in range(count):
+            dist.send(z, 0) if sink else dist.recv(z, 1)
+        dist.recv(done, 0) if sink else dist.send(done, 1)
+
+    def by_rpc() -> None:
+        if sink:
+            upload(sink, body, count)
+
+    pairs = [(seconds_of(by_send), seconds_of(by_rpc)) for _ in range(PAIRS + 1)][1:]
+    dist.barrier()
+    if sink is None:
+        return 0.0, 0.0, 0.0
+    send, call = (count * size / statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    return send, call, statistics.median(by_send / by_call for by_send, by_call in pairs)
+
+
+def main() -> None:
+    """As one rank of a job; without one, start it."""
+    if "RANK" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        command = [sys.executable, *launcher, str(Path(__file__)), *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env=environment).returncode)
+    world = open_world(from_tree({"ranks": 2, "device": "cpu"}, sys.argv[1:]))
+    sink = rpc.remote("server", make_sink) if world.client_rank == 0 else None
+    ratios = {}
+    if sink:
+        print(f"transports {world.describe()['rpc_transports']}, {os.cpu_count()} cores", flush=True)
+    for size in SIZES:
+        send, call, ratio = compare(sink, size)
+        if sink:
+            ratios[size] = ratio
+            print(f"{size:6.2f} MiB   dist.send {send:6.0f} MiB/s   RPC {call:6.0f} MiB/s", flush=True)
+    if sink:
+        small = Push(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        calls = [seconds_of_call(sink, small) for _ in range(SMALL_CALLS)]
+        print(f"one small call {1e6 * statistics.median(calls):.0f} us", flush=True)
+        for size, ratio in ratios.items():
+            print(f"{size:.2f} MiB RPC / dist.send {ratio:.2f}", flush=True)
+        del sink
+    world.close()
+
+
+def seconds_of_call(sink: rpc.RRef, body: Push) -> float:
+    """There and back."""
+    started = clock()
+    upload(sink, body, 1)
+    return clock() - started
+
+
+if __name__ == "__main__":
+    main()
