@@ -12,7 +12,6 @@ tables stays. Nothing else should run meanwhile.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.bench.table import COMPUTE, WAIT
+from fslsage_rpc.bench.table import COMPUTE, WAIT, round_bytes, table
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.configuration import load
-from fslsage_rpc.plan.costs import Calibration, read_calibration
+from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.run import link_speed
 from fslsage_rpc.plan.scenario import Scenario
@@ -96,8 +95,9 @@ def predictions(place: Place, calibration: Calibration) -> dict[str, float]:
     """Seconds per round that `fslsage plan` gives for these links, by variant; none where ranks differ."""
     if place.straggler:
         return {}
+    link = link_speed(calibration.link, place.bandwidth, place.rtt)
     scenarios = {
-        name: Scenario(config, link_speed(calibration.link, place.bandwidth, place.rtt), CLIENT_RANKS)
+        name: Scenario(config, link, CLIENT_RANKS, calibration.shared_cores)
         for name, config in variant_configs(load(CONFIG)).items()
     }
     return {
@@ -108,8 +108,34 @@ def predictions(place: Place, calibration: Calibration) -> dict[str, float]:
     }
 
 
-def table(result: Result, predicted: dict[str, float]) -> str:
-    """The measured rounds of one place beside the predicted ones, in Markdown."""
+@dataclass(frozen=True)
+class Measured:
+    """The benchmark of one place, and what two calibrations predict for it."""
+
+    place: Place
+    result: Result
+    bench: Bench
+    by_itself: dict[str, float]
+    """from this benchmark's own costs"""
+    by_loopback: dict[str, float]
+    """from the costs of the one over loopback"""
+
+
+def read_place(place: Place, runs: Path) -> Measured:
+    """What the benchmark left in its folder."""
+    folder, loopback = runs / place.name, runs / LOOPBACK.name
+    _, benches = read([str(folder)])
+    return Measured(
+        place,
+        json.loads((folder / "bench.json").read_text(encoding="utf-8")),
+        benches[0],
+        predictions(place, read_calibration(folder)),
+        predictions(place, read_calibration(loopback)),
+    )
+
+
+def measured_table(measured: Measured) -> str:
+    """The rounds of one place, in Markdown."""
     headers = [
         *(
             "algorithm",
@@ -120,33 +146,58 @@ def table(result: Result, predicted: dict[str, float]) -> str:
             "alignment",
         ),
         *("averaging", "wire MiB", "lower bound", "efficiency"),
-        *(["predicted", "off by"] if predicted else []),
     ]
     rows = []
-    for name, record in result["variants"].items():
+    for record in measured.result["variants"].values():
         seconds, client = record["round_seconds"], record["phases"]["client"]
-        row = [
-            display_name(record["algorithm"]),
-            f"{seconds['median']:.2f} ({seconds['q1']:.2f} to {seconds['q3']:.2f})",
-            f"{record['ratio_to_reference']['median']:.2f}",
-            f"{sum(client[phase] for phase in COMPUTE):.2f}",
-            f"{sum(client[phase] for phase in WAIT):.2f}",
-            f"{client['alignment_wait']:.2f}",
-            f"{client['averaging']:.2f}",
-            f"{sum(record['wire_bytes'].values()) / MIB:.1f}",
-            f"{record['bound_seconds']:.2f}",
-            f"{record['efficiency']:.0%}",
-        ]
-        if predicted:
-            row += [f"{predicted[name]:.2f}", f"{predicted[name] / measured_seconds(record) - 1:+.0%}"]
-        rows.append(row)
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append(
+            [
+                display_name(record["algorithm"]),
+                f"{seconds['median']:.2f} ({seconds['q1']:.2f} to {seconds['q3']:.2f})",
+                f"{record['ratio_to_reference']['median']:.2f}",
+                f"{sum(client[phase] for phase in COMPUTE):.2f}",
+                f"{sum(client[phase] for phase in WAIT):.2f}",
+                f"{client['alignment_wait']:.2f}",
+                f"{client['averaging']:.2f}",
+                f"{round_bytes(record) / MIB:.1f}",
+                f"{record['bound_seconds']:.2f}",
+                f"{record['efficiency']:.0%}",
+            ]
+        )
+    return table(headers, rows)
 
 
-def measured_seconds(record: Result) -> float:
-    """Of a variant's rounds, what a prediction is compared with."""
-    return record["round_seconds"]["median"]
+def error(predicted: dict[str, float], measured: Measured, name: str) -> float:
+    """How far a prediction is off, as a share of what was measured."""
+    return predicted[name] / measured.result["variants"][name]["round_seconds"]["median"] - 1
+
+
+def predictions_table(places: Sequence[Measured]) -> str:
+    """All predictions beside what was measured, and how many are within 15 %."""
+    headers = ["links", "algorithm", "measured", "*predicted*, own benchmark", "off by"]
+    headers += ["*predicted*, loopback benchmark", "off by"]
+    rows, errors = [], {"own": [], "loopback": []}
+    for one in places:
+        for name in one.by_itself:
+            record = one.result["variants"][name]
+            own, loopback = error(one.by_itself, one, name), error(one.by_loopback, one, name)
+            errors["own"].append(own)
+            errors["loopback"].append(loopback)
+            rows.append(
+                [
+                    one.place.title,
+                    display_name(record["algorithm"]),
+                    f"{record['round_seconds']['median']:.2f}",
+                    *(f"{one.by_itself[name]:.2f}", f"{own:+.0%}"),
+                    *(f"{one.by_loopback[name]:.2f}", f"{loopback:+.0%}"),
+                ]
+            )
+    said = [
+        f"From the {kind} benchmark {sum(abs(e) <= 0.15 for e in all)} of {len(all)} are within 15 %, from "
+        f"{min(all):+.0%} to {max(all):+.0%}."
+        for kind, all in errors.items()
+    ]
+    return table(headers, rows) + "\n\n" + " ".join(said)
 
 
 def described(result: Result) -> str:
@@ -187,33 +238,17 @@ def write(page: Path, measured: str) -> None:
     page.write_text(f"{before}{begin}\n\n{measured}\n\n{end}{after}", encoding="utf-8")
 
 
-def section(place: Place, runs: Path, out: Path, calibration: Calibration) -> str:
+def section(measured: Measured, out: Path) -> str:
     """A place's figure and table."""
-    result = json.loads((runs / place.name / "bench.json").read_text(encoding="utf-8"))
-    _, benches = read([str(runs / place.name)])
-    file = f"latency-{place.name}.png"
-    (out / file).write_bytes(bars(benches[0]))
+    file = f"latency-{measured.place.name}.png"
+    (out / file).write_bytes(bars(measured.bench))
     parts = [
-        f"## {place.title}",
-        f"![Seconds per round, {place.title}]({file})",
-        table(result, predictions(place, calibration)),
-        described(result),
+        f"## {measured.place.title}",
+        f"![Seconds per round, {measured.place.title}]({file})",
+        measured_table(measured),
+        described(measured.result),
     ]
     return "\n\n".join(parts)
-
-
-def accuracy_of_predictions(runs: Path, calibration: Calibration) -> str:
-    """How far the predictions are off over the emulated links, in one sentence."""
-    errors = []
-    for place in EMULATED:
-        result = json.loads((runs / place.name / "bench.json").read_text(encoding="utf-8"))
-        for name, seconds in predictions(place, calibration).items():
-            errors.append(seconds / measured_seconds(result["variants"][name]) - 1)
-    within = sum(abs(error) <= 0.15 for error in errors)
-    return (
-        f"Predictions from the loopback benchmark: {within} of {len(errors)} within 15 %, from "
-        f"{min(errors):+.0%} to {max(errors):+.0%}, {statistics.fmean(map(abs, errors)):.0%} off on average."
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -227,10 +262,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for place in (LOOPBACK, *EMULATED):
         measure(place, str(Path(options.data).resolve()), options.runs.resolve())
-    calibration = read_calibration(options.runs / LOOPBACK.name)
-    write(options.out / "latency-loopback.md", section(LOOPBACK, options.runs, options.out, calibration))
-    parts = [section(place, options.runs, options.out, calibration) for place in EMULATED]
-    parts.append(accuracy_of_predictions(options.runs, calibration))
+    loopback, *emulated = (read_place(place, options.runs) for place in (LOOPBACK, *EMULATED))
+    write(options.out / "latency-loopback.md", section(loopback, options.out))
+    parts = [section(place, options.out) for place in emulated]
+    parts += ["## Predictions", predictions_table([loopback, *emulated])]
     write(options.out / "latency-wan.md", "\n\n".join(parts))
 
 

@@ -93,9 +93,9 @@ def measure(algorithm: str, model: str, clients: int) -> dict[str, Any]:
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     result = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"{algorithm}, {model}, {clients} clients: {1000 * result['step_seconds']:.2f} ms per client step, peak "
-        f"{result['peaks'][0] / MIB:.0f} MiB at the server, {max(result['peaks'][1:]) / MIB:.0f} MiB at a client "
-        "rank",
+        f"{algorithm}, {model}, {clients} clients: {1000 * result['step_seconds']:.2f} ms per client step, "
+        f"peak {result['peaks'][0] / MIB:.0f} MiB at the server, {max(result['peaks'][1:]) / MIB:.0f} MiB at "
+        "a client rank",
         flush=True,
     )
     return result

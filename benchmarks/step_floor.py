@@ -123,8 +123,9 @@ def main() -> None:
         floors, seconds = compare(config, world)
         if world.hosts_server:
             print(
-                f"{algorithm}: floor {statistics.median(floors):.3f} s, round {statistics.median(seconds):.3f} s, "
-                f"{PAIRS} pairs, {os.cpu_count()} cores, {torch.get_num_threads()} thread per rank",
+                f"{algorithm}: floor {statistics.median(floors):.3f} s, round "
+                f"{statistics.median(seconds):.3f} s, {PAIRS} pairs, {os.cpu_count()} cores, "
+                f"{torch.get_num_threads()} thread per rank",
                 flush=True,
             )
             ratios[algorithm] = statistics.median(f / s for f, s in zip(floors, seconds, strict=True))

@@ -2,8 +2,8 @@
 
     python benchmarks/transport.py [comm.transports=[uv] ...]
 
-Starts two ranks, joined as in any run. For each size the client rank sends smashed data to the server, by turns
-with `dist.send` over Gloo and by the requests of the program, of which four are under way at a time as in
+Starts two ranks, joined as in any run. For each size the client rank sends smashed data to the server, by
+turns with `dist.send` over Gloo and by the requests of the program, four of them under way at a time as in
 `comm.upload_window`. A sample begins with a barrier and ends when the last answer is there. About a minute.
 
 Prints MiB/s of both, and last, one a line, the medians of the paired ratios RPC / dist.send.

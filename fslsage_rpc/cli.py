@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--clients", metavar="N[,N...]", help="numbers of clients; else the configuration's")
     plan.add_argument("--client-ranks", metavar="N", help="ranks that host them; else one for each client")
     plan.add_argument(
+        "--shared-cores", metavar="N", help="all ranks share one machine of so many cores; else one each"
+    )
+    plan.add_argument(
         "--calibrate", metavar="RUN", help="folder of a benchmark; else this machine is measured"
     )
     plan.set_defaults(command=_plan)
@@ -104,9 +107,10 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     clients = _counts("--clients", options.clients or str(config.clients.count))
     ranks = _counts("--client-ranks", options.client_ranks)[0] if options.client_ranks else None
+    cores = _counts("--shared-cores", options.shared_cores)[0] if options.shared_cores else None
     from fslsage_rpc.plan.run import plan
 
-    plan(config, clients, options.bandwidth, options.rtt, ranks, options.calibrate)
+    plan(config, clients, options.bandwidth, options.rtt, ranks, cores, options.calibrate)
     return 0
 
 

@@ -113,6 +113,10 @@ class Alignment:
     batch_size: Count = 1000
     buffer_size: Count = 1000
     """newest samples kept per client"""
+    tolerance: Share | None = None
+    """stop when a pass lowers the objective by less than this share of it; null: make all passes"""
+    solver: Literal["optimizer", "lbfgs"] = "optimizer"
+    """`lbfgs` takes the whole buffer at once, on at most `epochs` passes; for a linear auxiliary model"""
 
 
 @dataclass(kw_only=True)

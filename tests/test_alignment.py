@@ -1,6 +1,7 @@
 """Closed forms of the alignment: what the estimate, the buffer and the fit must be."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Model, OptimizerKeys
+from fslsage_rpc.config import Alignment, Auxiliary, Model, OptimizerKeys
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.models.splitting import build
@@ -39,14 +40,13 @@ def test_estimate_of_a_copy_of_the_server_model_is_the_true_gradient(model: str)
     assert (estimate - true.grad).norm() <= 1e-12 * true.grad.norm()
 
 
-def make_fit(auxiliary: nn.Module, epochs: int = 20, batch_size: int = 8) -> AuxiliaryFit:
+def make_fit(auxiliary: nn.Module, epochs: int = 20, batch_size: int = 8, **keys: Any) -> AuxiliaryFit:
     return AuxiliaryFit(
         model=auxiliary,
         weights=flatten(auxiliary),
         optimizer=ScheduledOptimizer(OptimizerKeys(), auxiliary.parameters()),
         buffer=AlignmentBuffer(24),
-        epochs=epochs,
-        batch_size=batch_size,
+        keys=Alignment(epochs=epochs, batch_size=batch_size, **keys),
         timeline=Timeline(),
     )
 
@@ -90,6 +90,37 @@ def test_a_second_alignment_goes_on_with_the_optimizer_of_the_first() -> None:
         fit.fit(fit.targets(split.server))
     twice.fit(twice.targets(split.server))
     assert torch.equal(once.weights.floats, twice.weights.floats)
+
+
+def linear_fit(**keys: Any) -> tuple[AuxiliaryFit, nn.Module]:
+    split = build(
+        Model(name="simple_conv", auxiliary=Auxiliary(kind="linear")), 10, (1, 8, 8), 0, torch.float64
+    )
+    fit = make_fit(split.auxiliary, epochs=40, **keys)
+    fit.buffer.add(*smashed(split.smashed_shape, 24))
+    return fit, split.server
+
+
+def test_a_tolerance_stops_the_passes_when_they_gain_too_little() -> None:
+    passes = []
+    for tolerance in (None, 1e-9, 0.2):
+        fit, server = linear_fit(tolerance=tolerance)
+        _, record = fit.fit(fit.targets(server))
+        assert record["nmse_after"] < record["nmse_before"]
+        passes.append(record["passes"])
+    assert passes[:2] == [40, 40]
+    assert 1 < passes[2] < 40
+
+
+def test_lbfgs_fits_a_linear_auxiliary_model_better_in_as_many_passes() -> None:
+    left = {}
+    for solver in ("optimizer", "lbfgs"):
+        fit, server = linear_fit(solver=solver)
+        _, record = fit.fit(fit.targets(server))
+        assert record["passes"] <= 40 + 25 * (solver == "lbfgs")  # a line search is brought to its end
+        left[solver] = record["nmse_after"]
+        assert all(parameter.grad is None for parameter in fit.model.parameters())
+    assert left["lbfgs"] < left["optimizer"]
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 20), st.integers(1, 7))

@@ -1,5 +1,7 @@
 """Predictions: simulated rounds that can be followed with a pencil, exact bytes, and the command."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,24 @@ from user_input import mistake
 
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
+from fslsage_rpc.plan.calibration import on_cores_of_their_own
 from fslsage_rpc.plan.costs import Costs, measure_costs
-from fslsage_rpc.plan.prediction import predict
+from fslsage_rpc.plan.prediction import predict, simulation_of
 from fslsage_rpc.plan.run import calibrate_here, link_speed
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
+from fslsage_rpc.plan.wire import INITIAL_WINDOW_BYTES, Connection
 
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
 
 
 def simulate(
-    *clients: list[Step], ranks: int = 1, replicas: bool = False, workers: int = 1, window: int = 4
+    *clients: list[Step],
+    ranks: int = 1,
+    replicas: bool = False,
+    workers: int = 1,
+    window: int = 4,
+    cores: float = math.inf,
 ) -> float:
     simulation = RoundSimulation(
         steps=dict(enumerate(clients)),
@@ -33,6 +42,7 @@ def simulate(
         window=window,
         sending_seconds=0.0,
         handling_seconds=0.0,
+        shared_cores=cores,
     )
     return max(simulation.run())
 
@@ -86,6 +96,57 @@ def test_a_link_carries_one_transfer_at_a_time() -> None:
     big = [Step(0.0, "push", 0, 0.0, up_bytes=100), Step(0.0)]
     assert simulate(big, big) == pytest.approx(2.0 + 0.1)
     assert simulate(big, big, ranks=2) == pytest.approx(1.0 + 0.1)
+
+
+def test_a_connection_begins_with_a_small_window_after_every_rest() -> None:
+    window, rate, trip = float(INITIAL_WINDOW_BYTES), 1e6, 0.1  # a round trip holds 100,000 bytes
+    connection = Connection(rate, trip)
+    assert connection.carry(0.0, window) == pytest.approx(window / rate)
+    grown = connection.carry(0.1, 4 * window)  # now of two windows: one round trip, and two windows more
+    assert grown == pytest.approx(0.1 + trip + 2 * window / rate)
+    assert connection.carry(grown, 1e6) == pytest.approx(grown + trip + (1e6 - 6 * window) / rate)
+    rested = connection.carry(10.0, 7 * window)  # 1 + 2 windows, a round trip each, and 4 that cover the rest
+    assert rested == pytest.approx(10.0 + 2 * trip + 4 * window / rate)
+    assert Connection(rate, 0.0).carry(0.0, 1e6) == pytest.approx(1.0)
+    assert Connection(rate, trip, lanes=16).carry(0.0, 1e6) == pytest.approx(1.0)
+
+
+def test_ranks_on_one_machine_share_its_cores() -> None:
+    alone = [[Step(1.0)], [Step(2.0)], [Step(4.0)]]
+    assert simulate(*alone, ranks=3, cores=3) == pytest.approx(4.0)
+    # On 2 cores at 2/3 of full speed until the first ends at 1.5; from then on each has a core.
+    assert simulate(*alone, ranks=3, cores=2) == pytest.approx(1.5 + 3.0)
+    # On one: 3 until the first ends, 2 more until the second does, the third's last 2.
+    assert simulate(*alone, ranks=3, cores=1) == pytest.approx(7.0)
+    lane = [[push(1.0, server=2.0), Step(2.0)], [Step(9.0)]]
+    assert simulate(*lane, ranks=2, cores=2) > simulate(*lane, ranks=2) == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("name", ["fsl_sage", "splitfed_v1", "splitfed_v2", "fedavg"])
+def test_costs_on_cores_of_their_own_give_what_was_measured_on_shared_ones(name: str) -> None:
+    config = from_tree(tree(name))
+    scenario = Scenario(config, LinkSpeed(1e-3, 1e9, 1e9), client_ranks=3, shared_cores=2.0)
+    true = Costs(2e-3, 1e-3, 1e-3, 0.0, 0.0, 0.0)
+    work: dict[str, float] = {}
+    spent: dict[str, float] = {}
+    for round in (2, 3) if name == "fsl_sage" else (1,):  # as the program would measure them
+        simulation = simulation_of(scenario, true, 2, round)
+        simulation.run()
+        for kind, seconds in simulation.cores.work.items():
+            work[kind] = work.get(kind, 0.0) + seconds
+            spent[kind] = spent.get(kind, 0.0) + simulation.cores.spent[kind]
+    slow = {kind: spent[kind] / work[kind] for kind in work}
+    measured = replace(
+        true,
+        client_per_sample=true.client_per_sample * slow["client"],
+        server_per_sample=true.server_per_sample * slow.get("lane", 1.0),
+        alignment_per_sample=true.alignment_per_sample * slow.get("fit", 1.0),
+    )
+    found = on_cores_of_their_own(measured, scenario, 2)
+    assert found.client_per_sample == pytest.approx(true.client_per_sample, rel=0.02)
+    assert found.server_per_sample == pytest.approx(true.server_per_sample, rel=0.02)
+    assert found.alignment_per_sample == pytest.approx(true.alignment_per_sample, rel=0.02)
+    assert on_cores_of_their_own(true, Scenario(config, LINK, client_ranks=3), 2) is true
 
 
 def tree(name: str, **keys: Any) -> dict[str, Any]:
@@ -156,8 +217,10 @@ def test_a_slow_link_is_what_splitfed_waits_for() -> None:
     }
     batches = 30  # of each client
     wire = batches * 0.04 + 2 * 479 * 2 * 2 * 64 * 4 / 2.5e6 + 479 * 8 / 2.5e6
-    ring = 4 * (0.02 + 103_232 * 4 / 3 / 2.5e6)
-    assert seconds["splitfed_v1"] == pytest.approx(wire + 479 * 2e-4 + ring, rel=0.05)
+    begun_anew = 3 * 0.08 - 7 * INITIAL_WINDOW_BYTES / 2.5e6  # three windows before one covers a round trip
+    ring = begun_anew + 4 * (2 * 0.04 + 103_232 * 4 / 3 / 2.5e6)
+    barriers = (2 + 2) * 0.04
+    assert seconds["splitfed_v1"] == pytest.approx(wire + 479 * 2e-4 + ring + barriers, rel=0.02)
     assert seconds["fsl_sage"] < seconds["splitfed_v1"] / 2
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.config import OptimizerKeys
+from fslsage_rpc.config import Alignment, OptimizerKeys
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
@@ -136,11 +136,13 @@ def test_auxiliary_models_are_fitted_side_by_side_while_the_lane_goes_on() -> No
                 together.wait(TIMEOUT)
             return super().forward(z)
 
-    fits = {}
+    fits, no_passes = {}, Alignment(epochs=0)
     for client in range(2):
         model = Meeting(together)
         optimizer = ScheduledOptimizer(SGD, model.parameters())
-        fits[client] = AuxiliaryFit(model, flatten(model), optimizer, AlignmentBuffer(8), 0, 8, Timeline())
+        fits[client] = AuxiliaryFit(
+            model, flatten(model), optimizer, AlignmentBuffer(8), no_passes, Timeline()
+        )
     answers: dict[tuple[int, int], Answer] = {}
     with ThreadPoolExecutor(3) as pool:
         lane = lane_of(LaneModel(4, 3))

@@ -54,6 +54,7 @@ NULLABLE = {
     "model.auxiliary.until",
     *(f"optimizer.{party}.scheduler.name" for party in ("client", "server", "auxiliary")),
     "algorithm.align_every",
+    "algorithm.alignment.tolerance",
 }
 NULLABLE |= {"comm.interface", "comm.transports", "checkpoint.every", "stop.paper_gib", "stop.accuracy"}
 NULLABLE |= {"bench.target_accuracy"}

@@ -108,13 +108,13 @@ def _bench(
                 **emulated,
                 "link_speeds": [_speed_records(each) for each in links],
             },
-            "rounds": config.rounds,
             "warmup_rounds": config.bench.warmup_rounds,
             "repeats": config.bench.repeats,
             "variants": {
                 name: {
                     "algorithm": variants[name].algorithm.name,
                     "overrides": config.bench.variants[name],
+                    "rounds": variants[name].rounds,
                     **record,
                 }
                 for name, record in summarise(runs, config.bench).items()

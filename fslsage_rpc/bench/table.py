@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fslsage_rpc.comm.ledger import OFF_THE_CLOCK
+
 MIB = 2**20
 HEADERS = (
     *("variant", "s / round", "quartiles", "ratio", "compute", "wait", "alignment", "averaging"),
@@ -31,10 +33,15 @@ def _row(name: str, record: Mapping[str, Any]) -> list[str]:
         f"{sum(client[phase] for phase in WAIT):.3f}",
         f"{client['alignment_wait']:.3f}",
         f"{client['averaging']:.3f}",
-        f"{sum(record['wire_bytes'].values()) / MIB:.2f}",
+        f"{round_bytes(record) / MIB:.2f}",
         f"{record['bound_seconds']:.3f}",
         f"{record['efficiency']:.0%}",
     ]
+
+
+def round_bytes(record: Mapping[str, Any]) -> float:
+    """What a variant's rounds sent, each on average: without the first broadcast and evaluation."""
+    return sum(bytes for kind, bytes in record["wire_bytes"].items() if kind not in OFF_THE_CLOCK)
 
 
 def request_rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -86,15 +93,17 @@ def markdown(name: str, result: Mapping[str, Any]) -> str:
     environment = result["environment"]
     ranks = environment["ranks"]
     hosts = ", ".join(sorted({f"{rank['host']} ({rank['device_name']})" for rank in ranks}))
+    rounds = " or ".join(map(str, sorted({record["rounds"] for record in result["variants"].values()})))
     parts = [
         f"# {name}",
-        f"{result['repeats']} repeats of {result['rounds']} rounds, the first {result['warmup_rounds']} left "
+        f"{result['repeats']} repeats of {rounds} rounds, the first {result['warmup_rounds']} left "
         f"out (to whole alignment intervals); ratios to `{result['reference']}`, paired within each repeat.",
         f"torch {environment['versions']['torch']}, {len(ranks)} ranks on {hosts}, transport "
         f"{environment['transport']}; {links_line(result)}.",
         table(HEADERS, rows(result)),
-        "Seconds per round; compute, wait, alignment and averaging are means over client ranks. `bound` is "
-        "the longest chain of the same measured pieces under perfect overlap; efficiency = bound / measured.",
+        "Seconds per round; compute, wait, alignment and averaging are means over client ranks; wire MiB are "
+        "what a round sends, without evaluation. `bound` is the longest chain of the same measured pieces "
+        "under perfect overlap; efficiency = bound / measured.",
         table(REQUEST_HEADERS, request_rows(result)),
         "One request, on average: round trip = queue + compute (both at the server) + wire; MiB/s are its "
         "bytes over its wire time.",

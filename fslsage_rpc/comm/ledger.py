@@ -16,6 +16,8 @@ KINDS = (
     "initial_broadcast",
     "evaluation",
 )
+OFF_THE_CLOCK = ("initial_broadcast", "evaluation")
+"""kinds that travel outside the rounds"""
 RANK = -1
 """stands for a client in entries that belong to a whole rank: averaging and evaluation"""
 

@@ -201,8 +201,8 @@ def _missing_files(keys: Data, what: str) -> HostError:
 
 
 def _make_synthetic(train: bool) -> tuple[Tensor, Tensor]:
-    """Images of CIFAR-10's shape for measuring speed where no data is at hand: a coarse pattern for each class
-    under noise, the same in every run.
+    """Images of CIFAR-10's shape for measuring speed where no data is at hand: a coarse pattern for each
+    class under noise, the same in every run.
     """
     spec = SPECS["synthetic"]
     channels, height, width = spec.image_shape

@@ -1,5 +1,6 @@
 """FSL-SAGE's alignment: a client's auxiliary model is fitted to the server model's cut-layer gradients."""
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from fslsage_rpc.config import Alignment
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -112,8 +114,7 @@ class AuxiliaryFit:
     weights: Weights
     optimizer: ScheduledOptimizer
     buffer: AlignmentBuffer
-    epochs: int
-    batch_size: int
+    keys: Alignment
     timeline: Timeline
 
     def targets(self, server_model: nn.Module) -> list[Target]:
@@ -125,27 +126,76 @@ class AuxiliaryFit:
         with untouched_statistics(server_model):
             return [
                 (z, y, cut_layer_gradient(server_model, z, y))
-                for z, y in self.buffer.batches(self.batch_size)
+                for z, y in self.buffer.batches(self.keys.batch_size)
             ]
 
     def fit(self, targets: list[Target]) -> tuple[Weights, dict[str, float]]:
-        """Fit the auxiliary model to true gradients (arXiv 2505.23182): `epochs` passes of the optimizer over
-        the same batches, unshuffled, minimise sum_samples ||ĝ - g||^2.
+        """Fit the auxiliary model to true gradients (arXiv 2505.23182): minimise sum_samples ||ĝ - g||^2.
 
         Returns:
-            A copy of the fitted weights, and nmse and cosine over the targets before and after (empty where
-            the true gradients are all 0).
+            A copy of the fitted weights, and nmse and cosine over the targets before and after with the
+            number of passes over them (empty where the true gradients are all 0).
         """
         before = self._agreement(targets)
-        for _ in range(self.epochs):
-            for z, y, target in targets:
-                estimate = cut_layer_gradient(self.model, z, y, create_graph=True)
-                (estimate - target).square().sum().backward(inputs=list(self.model.parameters()))
-                self.optimizer.step()
+        by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
+        passes = by(targets)
         after = self._agreement(targets)
+        if not before:
+            return self.weights.clone(), {}
         record = {f"{key}_before": value for key, value in before.items()}
         record |= {f"{key}_after": value for key, value in after.items()}
-        return self.weights.clone(), record
+        return self.weights.clone(), {**record, "passes": passes}
+
+    def _fit_by_optimizer(self, targets: list[Target]) -> int:
+        """Passes over the same batches, unshuffled, with a step on each; fewer than `epochs` where a pass
+        lowers the objective by less than `tolerance` of it.
+        """
+        last = math.inf
+        for passes in range(1, self.keys.epochs + 1):
+            objectives = []
+            for target in targets:
+                objectives.append(self._accumulate(target))
+                self.optimizer.step()
+            if self.keys.tolerance is not None:
+                now = torch.stack(objectives).sum().item()  # waits for the device: only where it is asked for
+                if now > (1 - self.keys.tolerance) * last:
+                    return passes
+                last = now
+        return self.keys.epochs
+
+    def _fit_by_lbfgs(self, targets: list[Target]) -> int:
+        """L-BFGS on the whole buffer at once, with a strong Wolfe line search: at most `epochs` passes, the
+        last search being brought to its end. It starts anew at every alignment.
+        """
+        scale = torch.stack([true.square().sum() for _, _, true in targets]).sum()
+        solver = torch.optim.LBFGS(
+            self.model.parameters(),
+            max_iter=self.keys.epochs,
+            max_eval=self.keys.epochs,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            line_search_fn="strong_wolfe",
+        )
+        passes = 0
+
+        def objective() -> Tensor:
+            nonlocal passes
+            passes += 1
+            solver.zero_grad()
+            # As a share of ||g||^2: the first step of the search assumes gradients of the order of 1.
+            return torch.stack([self._accumulate(target, scale) for target in targets]).sum()
+
+        solver.step(objective)
+        solver.zero_grad()
+        return passes
+
+    def _accumulate(self, target: Target, scale: Tensor | float = 1.0) -> Tensor:
+        """||ĝ - g||^2 / scale on one batch; its gradient is added to the parameters'."""
+        z, y, true = target
+        estimate = cut_layer_gradient(self.model, z, y, create_graph=True)
+        objective = (estimate - true).square().sum() / scale
+        objective.backward(inputs=list(self.model.parameters()))
+        return objective.detach()
 
     def _agreement(self, targets: list[Target]) -> dict[str, float]:
         agreement = Agreement()

@@ -34,9 +34,16 @@ def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction
 
 def _seconds(scenario: Scenario, costs: Costs, server_workers: int, round: int) -> float:
     """The simulated round; clients average when they have ended, whatever the server has still to do."""
+    clients_ended, server_ended = simulation_of(scenario, costs, server_workers, round).run()
+    averaging = costs.averaging + scenario.averaging_seconds(scenario.round(round).averaged_bytes)
+    return max(clients_ended + averaging, server_ended) + scenario.barrier_seconds()
+
+
+def simulation_of(scenario: Scenario, costs: Costs, server_workers: int, round: int) -> RoundSimulation:
+    """A round that is yet to be run in simulated time."""
     planned, algorithm = scenario.round(round), scenario.algorithm
     lanes = {client: client if algorithm.server_replicas else 0 for client in planned.participants}
-    simulation = RoundSimulation(
+    return RoundSimulation(
         steps={client: client_steps(scenario, costs, client, planned) for client in planned.participants},
         lane_of=lanes,
         ranks=scenario.client_ranks,
@@ -45,10 +52,8 @@ def _seconds(scenario: Scenario, costs: Costs, server_workers: int, round: int) 
         window=scenario.config.comm.upload_window,
         sending_seconds=costs.sending,
         handling_seconds=costs.handling,
+        shared_cores=scenario.shared_cores,
     )
-    clients_ended, server_ended = simulation.run()
-    averaging = costs.averaging + scenario.ring_seconds(planned.averaged_bytes)
-    return max(clients_ended + averaging, server_ended)
 
 
 def client_steps(scenario: Scenario, costs: Costs, client: int, planned: PlannedRound) -> list[Step]:

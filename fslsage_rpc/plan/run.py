@@ -1,5 +1,6 @@
 """`fslsage plan`: what rounds would take over other links and with more clients. Predicted, not measured."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import changed_keys, from_tree, to_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.plan.costs import Calibration, Costs, Line, measure_costs, read_calibration
+from fslsage_rpc.plan.calibration import Calibration, read_calibration
+from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.prediction import Prediction, predict
 from fslsage_rpc.plan.scenario import Scenario, training_samples
 from fslsage_rpc.report.screen import SteadyCursorConsole
@@ -34,6 +36,7 @@ def plan(
     bandwidth: str | None,
     rtt: str | None,
     client_ranks: int | None,
+    shared_cores: int | None,
     calibration: str | None,
 ) -> None:
     """Print the predicted seconds and bytes of a round, for each algorithm and number of clients.
@@ -42,6 +45,7 @@ def plan(
         bandwidth: of each client rank's link, both ways, as tc writes it (100mbit).
         rtt: its round trip (20ms).
         client_ranks: ranks that host the clients; None for one rank per client.
+        shared_cores: of the one machine that all ranks are on; None where each has a machine of its own.
         calibration: folder of a benchmark; None measures costs on this machine, in one process.
 
     Raises:
@@ -62,7 +66,8 @@ def plan(
     for name in (name for name in ALGORITHMS if name in measured.costs):
         for count in clients:
             keys = ["algorithm.name=" + name, f"clients.count={count}"]
-            scenario = Scenario(from_tree(to_tree(config), keys), link, min(client_ranks or count, count))
+            ranks, cores = min(client_ranks or count, count), shared_cores or math.inf
+            scenario = Scenario(from_tree(to_tree(config), keys), link, ranks, cores)
             rows.append((name, count, predict(scenario, measured.costs[name], measured.server_workers)))
     _show(rows, link, calibration or "this machine, in one process")
 
@@ -98,7 +103,7 @@ def calibrate_here(config: Config) -> Calibration:
         lines = _train_here(variant)
         here = measure_costs(lines[1:], Scenario(variant, NO_LINK, client_ranks=1))
         costs[name] = replace(here, sending=0.0, handling=0.0)  # a call of the server, which holds its work
-    return Calibration(config, costs, NO_LINK, server_workers())
+    return Calibration(config, costs, NO_LINK, server_workers(), math.inf)
 
 
 def _train_here(config: Config) -> list[Line]:

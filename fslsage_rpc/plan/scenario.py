@@ -1,5 +1,6 @@
 """A configuration on given links and ranks: what each round has to do, without data and without training."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data.datasets import SPECS
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.splitting import PRECISIONS, build
+from fslsage_rpc.plan.wire import Connection
 from fslsage_rpc.training.experiment import model_sizes
 
 LABEL_BYTES = 8
@@ -35,10 +37,16 @@ def training_samples(config: Config) -> int:
 
 
 class Scenario:
-    """A configuration whose clients all have the same number of samples."""
+    """A configuration whose clients all have the same number of samples.
 
-    def __init__(self, config: Config, link: LinkSpeed, client_ranks: int):
+    Args:
+        shared_cores: of the one machine that all ranks are on, over the threads of an operation; infinite
+            where each has a machine of its own.
+    """
+
+    def __init__(self, config: Config, link: LinkSpeed, client_ranks: int, shared_cores: float = math.inf):
         self.config, self.link, self.client_ranks = config, link, client_ranks
+        self.shared_cores = shared_cores
         spec, clients = SPECS[config.data.name], config.clients
         samples, count = training_samples(config), clients.count
         shares = [samples * (i + 1) // count - samples * i // count for i in range(count)]
@@ -63,13 +71,21 @@ class Scenario:
             averaged_bytes=self.sizes.client + whole + auxiliary,
         )
 
-    def ring_seconds(self, bytes: int) -> float:
-        """A ring all-reduce among the n client ranks: 2 (n-1) steps, each of half a round trip and 1/n of the
-        bytes, up one link and down another.
+    def averaging_seconds(self, bytes: int) -> float:
+        """Two ring all-reduces among the n client ranks, of floats and of integers: 2 (n-1) steps each, of
+        1/n of the bytes up one link and down another, which is as far as a round trip to the server.
         """
         rate = min(self.link.up_bytes_per_second, self.link.down_bytes_per_second)
-        steps = 2 * (self.client_ranks - 1)
-        return steps * (self.link.round_trip_seconds / 2 + bytes / self.client_ranks / rate)
+        neighbour = Connection(rate, 2 * self.link.round_trip_seconds)
+        ended = 0.0
+        for _ in range(2 * (self.client_ranks - 1)):
+            ended = neighbour.carry(ended, bytes / self.client_ranks) + 2 * self.link.round_trip_seconds
+        return ended
+
+    def barrier_seconds(self) -> float:
+        """That of the client ranks before averaging, and the last one of all ranks."""
+        hops = sum(math.ceil(math.log2(ranks)) for ranks in (self.client_ranks, self.client_ranks + 1))
+        return hops * self.link.round_trip_seconds
 
     def _buffered(self, client: int, round: int) -> int:
         """What the alignment buffer holds at a client's first step of a round, its first upload included."""

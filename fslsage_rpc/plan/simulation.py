@@ -6,11 +6,14 @@ Ranks, links and lanes take one thing at a time; clients and requests wait for t
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.plan.cores import Cores
+from fslsage_rpc.plan.wire import RPC_LANES, Connection
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class RoundSimulation:
         window: uploads of one client that the server may still have to train on.
         sending_seconds: for which a request keeps its client's rank busy.
         handling_seconds: what it takes beside that, its link, its queue and its compute.
+        shared_cores: of the one machine that all ranks are on; infinite where each has its own.
+
+    Attributes:
+        cores: what they did, by kind: client, lane, fit.
     """
 
     def __init__(
@@ -70,15 +77,21 @@ class RoundSimulation:
         window: int,
         sending_seconds: float,
         handling_seconds: float,
+        shared_cores: float = math.inf,
     ):
-        self._link, self._window, self._delay = link, window, (link.round_trip_seconds + handling_seconds) / 2
+        self._window, self._delay = window, (link.round_trip_seconds + handling_seconds) / 2
         self._sending = sending_seconds
         self._now = self._clients_ended = self._server_ended = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
+        self.cores = Cores(shared_cores, lambda: self._now, self._after)
         self._ready: list[list[tuple[int, int, Progress]]] = [[] for _ in range(ranks)]
         self._rank_busy = [False] * ranks
-        self._link_free = {"up": [0.0] * ranks, "down": [0.0] * ranks}
+        rates = {"up": link.up_bytes_per_second, "down": link.down_bytes_per_second}
+        self._connections = {
+            way: [Connection(rate, link.round_trip_seconds, RPC_LANES) for _ in range(ranks)]
+            for way, rate in rates.items()
+        }
         self._free_workers = workers
         self._free_fitters = workers
         self._unfitted: deque[tuple[Progress, Step]] = deque()
@@ -124,7 +137,7 @@ class RoundSimulation:
                 self._send(progress, place)
             self._compute(rank)
 
-        self._after(step.compute_seconds + (self._sending if step.kind else 0.0), done)
+        self.cores.run("client", step.compute_seconds + (self._sending if step.kind else 0.0), done)
 
     def _send(self, progress: Progress, place: int) -> None:
         step = progress.steps[place]
@@ -135,8 +148,7 @@ class RoundSimulation:
             lane.arrived[key] = progress, step
             self._execute(lane)
 
-        seconds = self._transfer("up", progress.rank, step.up_bytes / self._link.up_bytes_per_second)
-        self._after(seconds, arrive)
+        self._after(self._transfer("up", progress.rank, step.up_bytes), arrive)
         if step.kind == "push":
             progress.in_flight += 1
             self._make_ready(progress)
@@ -161,7 +173,7 @@ class RoundSimulation:
             for waiting in self._lanes.values():
                 self._execute(waiting)
 
-        self._after(step.server_seconds, done)
+        self.cores.run("lane", step.server_seconds, done)
 
     def _fit(self) -> None:
         """The longest waiting client's auxiliary model is fitted, if there is one and a worker is free."""
@@ -175,12 +187,12 @@ class RoundSimulation:
             self._reply(progress, step)
             self._fit()
 
-        self._after(step.server_seconds, done)
+        self.cores.run("fit", step.server_seconds, done)
 
     def _reply(self, progress: Progress, step: Step) -> None:
         self._server_ended = self._now
-        down = step.down_bytes / self._link.down_bytes_per_second
-        self._after(self._transfer("down", progress.rank, down), lambda: self._answer(progress, step))
+        seconds = self._transfer("down", progress.rank, step.down_bytes)
+        self._after(seconds, lambda: self._answer(progress, step))
 
     def _answer(self, progress: Progress, step: Step) -> None:
         if step.kind != "push":
@@ -191,8 +203,6 @@ class RoundSimulation:
             held, progress.held = progress.held, None
             self._send(progress, held)
 
-    def _transfer(self, way: str, rank: int, seconds: float) -> float:
-        """How long until bytes that need so long are over the rank's link, one transfer at a time."""
-        free = self._link_free[way]
-        free[rank] = max(free[rank], self._now) + seconds
-        return free[rank] - self._now + self._delay
+    def _transfer(self, way: str, rank: int, bytes: float) -> float:
+        """How long until these bytes are over the rank's link."""
+        return self._connections[way][rank].carry(self._now, bytes) - self._now + self._delay

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.bench.table import COMPUTE, WAIT
+from fslsage_rpc.comm.ledger import OFF_THE_CLOCK
 from fslsage_rpc.configuration import load, to_tree
 from fslsage_rpc.errors import InputError
 
@@ -60,7 +61,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of a bench: seconds and bytes per round, None where not measured."""
+    """One variant of a bench: seconds per round and bytes sent in one, None where not measured."""
 
     name: str
     algorithm: str
@@ -235,7 +236,7 @@ def _read_variant(name: str, tree: Any) -> Variant:
         spread("round_seconds"),
         spread("ratio_to_reference"),
         parts_of(mapping("phases", "client")),
-        known_sum(list(mapping("wire_bytes").values())),
+        known_sum([bytes for kind, bytes in mapping("wire_bytes").items() if kind not in OFF_THE_CLOCK]),
         _number(tree, name, "paper_bytes"),
         _number(tree, name, "bound_seconds"),
         _number(tree, name, "efficiency"),

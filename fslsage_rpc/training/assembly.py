@@ -38,8 +38,7 @@ def build_server(experiment: Experiment, world: World, tracer: Tracer | None) ->
             weights=flatten(model),
             optimizer=ScheduledOptimizer(config.optimizer.auxiliary, model.parameters()),
             buffer=AlignmentBuffer(keys.buffer_size),
-            epochs=keys.epochs,
-            batch_size=keys.batch_size,
+            keys=keys,
             timeline=Timeline(f"alignment of client {client}", tracer),
         )
 

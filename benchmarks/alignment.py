@@ -1,0 +1,209 @@
+"""What makes an alignment cheaper: the same fits by several ways, side by side.
+
+    python benchmarks/alignment.py [--model resnet18] [--device cpu]
+
+Every way makes the same passes over the same targets for the same clients, in turn, with one thread per
+operation: one client after the other (the reference); clients side by side on threads, as the server does;
+clients stacked by `torch.func.vmap`, so that one call fits all of them; and one client after the other with
+the gradient compiled by `torch.compile`. Prints seconds per pass and client, the median of the paired ratios
+to the reference, and how far the fitted weights are from the reference's at fp64 (over the largest weight).
+Then what an early stop and L-BFGS do: passes, and what is left of the objective. Some minutes on 2 cores.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn import functional as F
+
+from fslsage_rpc.config import Alignment, Auxiliary, Model, OptimizerKeys
+from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.models.splitting import Split, build
+from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit, Target
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+
+CLIENTS = 4
+BATCH = 50
+BATCHES = 5
+PAIRS = 5
+Way = Callable[[list[AuxiliaryFit], list[list[Target]]], list[Tensor]]
+"""fits in place; returns each client's weights"""
+
+
+def make_fits(split: Split, device: torch.device, epochs: int, **keys: Any) -> list[AuxiliaryFit]:
+    """One for each client, all from the same weights, with data of its own in its buffer."""
+    fits = []
+    for client in range(CLIENTS):
+        model = copy.deepcopy(split.auxiliary).to(device)
+        drawn = torch.Generator().manual_seed(client)
+        buffer = AlignmentBuffer(BATCH * BATCHES)
+        weights = flatten(model)
+        for _ in range(BATCHES):
+            z = torch.randn(BATCH, *split.smashed_shape, generator=drawn, dtype=torch.float64)
+            y = torch.randint(10, (BATCH,), generator=drawn)
+            buffer.add(z.to(device, weights.floats.dtype), y.to(device))
+        fits.append(
+            AuxiliaryFit(
+                model=model,
+                weights=weights,
+                optimizer=ScheduledOptimizer(OptimizerKeys(), model.parameters()),
+                buffer=buffer,
+                keys=Alignment(epochs=epochs, batch_size=BATCH, **keys),
+                timeline=Timeline(),
+            )
+        )
+    return fits
+
+
+def in_turn(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
+    """The program's fit, one client after the other."""
+    for fit, mine in zip(fits, targets, strict=True):
+        fit._fit_by_optimizer(mine)
+    return [fit.weights.floats for fit in fits]
+
+
+def on_threads(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
+    """The program's fit on as many threads as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda fit, mine: fit._fit_by_optimizer(mine), fits, targets))
+    return [fit.weights.floats for fit in fits]
+
+
+def objective_of(model: nn.Module) -> Callable[..., Tensor]:
+    """||ĝ - g||^2 on a batch as a function of the model's parameters, for torch.func."""
+
+    def loss(z: Tensor, parameters: dict[str, Tensor], buffers: dict[str, Tensor], y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, (parameters, buffers), (z,)), y)
+
+    def objective(
+        parameters: dict[str, Tensor], buffers: dict[str, Tensor], z: Tensor, y: Tensor, true: Tensor
+    ) -> Tensor:
+        return (grad(loss)(z, parameters, buffers, y) - true).square().sum()
+
+    return objective
+
+
+def stacked(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
+    """All clients in one call, their weights stacked; Adam works element by element, so it is the same."""
+    parameters, buffers = stack_module_state([fit.model for fit in fits])
+    step = vmap(grad(objective_of(copy.deepcopy(fits[0].model).to("meta"))))
+    optimizer = ScheduledOptimizer(OptimizerKeys(), parameters.values())
+    batches = [
+        tuple(torch.stack(parts) for parts in zip(*same, strict=True)) for same in zip(*targets, strict=True)
+    ]
+    for _ in range(fits[0].keys.epochs):
+        for z, y, true in batches:
+            for name, gradient in step(parameters, buffers, z, y, true).items():
+                parameters[name].grad = gradient
+            optimizer.step()
+    for client, fit in enumerate(fits):
+        for name, parameter in fit.model.named_parameters():
+            parameter.data.copy_(parameters[name][client].detach())
+    return [fit.weights.floats for fit in fits]
+
+
+class Compiled:
+    """The gradient of the objective compiled once, for all clients and pairs."""
+
+    def __init__(self, model: nn.Module):
+        self._step = torch.compile(grad(objective_of(copy.deepcopy(model).to("meta"))))
+
+    def __call__(self, fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
+        for fit, mine in zip(fits, targets, strict=True):
+            parameters = dict(fit.model.named_parameters())
+            values = {name: parameter.detach() for name, parameter in parameters.items()}
+            buffers = dict(fit.model.named_buffers())
+            for _ in range(fit.keys.epochs):
+                for z, y, true in mine:
+                    for name, gradient in self._step(values, buffers, z, y, true).items():
+                        parameters[name].grad = gradient
+                    fit.optimizer.step()
+        return [fit.weights.floats for fit in fits]
+
+
+def run(way: Way, split: Split, device: torch.device, epochs: int) -> tuple[float, list[Tensor]]:
+    """Seconds of all clients' fits, targets excluded, and the weights that come of them."""
+    fits = make_fits(split, device, epochs)
+    server = copy.deepcopy(split.server).to(device)
+    targets = [fit.targets(server) for fit in fits]
+    synchronise(device)
+    started = clock()
+    weights = way(fits, targets)
+    synchronise(device)
+    return clock() - started, weights
+
+
+def distance(weights: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """The largest difference, over the largest weight."""
+    pairs = zip(weights, reference, strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def compare(model: str, device: torch.device) -> None:
+    """Each way beside the reference, in pairs."""
+    fp32, fp64 = (build(Model(name=model), 10, (3, 32, 32), 0, t) for t in (torch.float32, torch.float64))
+    ways: dict[str, Callable[[Split], Way]] = {
+        "threads": lambda split: on_threads,
+        "stacked": lambda split: stacked,
+        "compiled": lambda split: Compiled(split.auxiliary),
+    }
+    epochs = 2
+    for name, make in ways.items():
+        try:
+            off = distance(run(make(fp64), fp64, device, 1)[1], run(in_turn, fp64, device, 1)[1])
+            way, ratios, seconds = make(fp32), [], []
+            for pair in range(PAIRS + 1):
+                mine, reference = run(way, fp32, device, epochs)[0], run(in_turn, fp32, device, epochs)[0]
+                if pair:  # the first one compiles and warms up
+                    ratios.append(mine / reference)
+                    seconds.append(mine / epochs / CLIENTS)
+        except Exception as error:  # torch.compile needs a compiler
+            print(f"{model} {name}: not here ({type(error).__name__}: {str(error).splitlines()[0]})")
+            continue
+        print(
+            f"{model} {name}: {1000 * statistics.median(seconds):.0f} ms per pass and client, "
+            f"{statistics.median(ratios):.2f} of one after the other, weights {off:.0e} off at fp64",
+            flush=True,
+        )
+
+
+def stopping(model: str, auxiliary: Auxiliary, settings: dict[str, dict[str, Any]]) -> None:
+    """Passes made and objective left, of one client, by setting."""
+    split = build(Model(name=model, auxiliary=auxiliary), 10, (3, 32, 32), 0, torch.float32)
+    for name, keys in settings.items():
+        fit = make_fits(split, torch.device("cpu"), 100, **keys)[0]
+        started = clock()
+        _, record = fit.fit(fit.targets(copy.deepcopy(split.server)))
+        print(
+            f"{model}, {auxiliary.kind or 'copy'} auxiliary model, {name}: {record['passes']} passes, "
+            f"{clock() - started:.1f} s, nmse {record['nmse_before']:.2f} -> {record['nmse_after']:.4f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """All comparisons of one model."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    compare(options.model, torch.device(options.device))
+    early = {"all passes": {}, "tolerance 0.01": {"tolerance": 0.01}, "tolerance 0.05": {"tolerance": 0.05}}
+    stopping(options.model, Auxiliary(), early)
+    stopping(options.model, Auxiliary(kind="linear"), {**early, "lbfgs": {"solver": "lbfgs"}})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""From the folder of a benchmark to the costs that predictions are made of."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fslsage_rpc.bench.statistics import BenchRun
+from fslsage_rpc.bench.variants import variant_configs
+from fslsage_rpc.config import Config
+from fslsage_rpc.configuration import load
+from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.plan.costs import Costs, Line, measure_costs
+from fslsage_rpc.plan.prediction import simulation_of
+from fslsage_rpc.plan.scenario import Scenario
+
+APPROXIMATIONS = 20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured: the costs by algorithm, and the links and server that they were measured with."""
+
+    config: Config
+    costs: Mapping[str, Costs]
+    link: LinkSpeed
+    server_workers: int
+    """lanes that the server executes at the same time, and fits likewise"""
+    shared_cores: float
+    """of the one machine that all ranks were on, over the threads of an operation; infinite for several"""
+
+
+def read_calibration(folder: Path) -> Calibration:
+    """What the folder of a benchmark says; of several variants of one algorithm, the first one.
+
+    Raises:
+        InputError: it is not the folder of a complete benchmark over a real transport.
+    """
+    try:
+        return _read(folder)
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InputError(f"--calibrate: got {folder}, expected the folder of a complete benchmark") from None
+
+
+def _read(folder: Path) -> Calibration:
+    environment = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["environment"]
+    speeds = [LinkSpeed(**speed) for each in environment["link_speeds"] for speed in each.values()]
+    if not speeds:
+        raise InputError(f"--calibrate: got {folder}, expected a benchmark with transport: rpc")
+    link = LinkSpeed(*(statistics.fmean(getattr(s, name) for s in speeds) for name in vars(speeds[0])))
+    config = load(folder / "config.yaml")
+    ranks = environment["ranks"]
+    workers = max(1, ranks[0]["cores"] // ranks[0]["threads"])
+    one_machine = len({rank["host"] for rank in ranks}) == 1
+    cores = ranks[0]["cores"] / ranks[0]["threads"] if one_machine else math.inf
+    costs: dict[str, Costs] = {}
+    for name, variant in variant_configs(config).items():
+        if variant.algorithm.name not in costs:
+            scenario = Scenario(variant, link, len(ranks) - 1, cores)
+            lines = _measured_lines(folder, name, config, scenario)
+            costs[variant.algorithm.name] = on_cores_of_their_own(
+                measure_costs(lines, scenario), scenario, workers
+            )
+    return Calibration(config, costs, link, workers, cores)
+
+
+def _measured_lines(folder: Path, name: str, config: Config, scenario: Scenario) -> list[Line]:
+    """The rounds of a variant's samples, of all repeats."""
+    lines: list[Line] = []
+    for repeat in range(config.bench.repeats):
+        text = (folder / "rounds" / f"{name}-{repeat}.jsonl").read_text(encoding="utf-8")
+        interval = scenario.algorithm.interval
+        run = BenchRun(name, repeat, interval, [json.loads(line) for line in text.splitlines()])
+        lines += [run.lines[round] for rounds in run.samples(config.bench.warmup_rounds) for round in rounds]
+    return lines
+
+
+def on_cores_of_their_own(costs: Costs, scenario: Scenario, server_workers: int) -> Costs:
+    """What work costs on a core of its own, from what it took on cores that ranks shared.
+
+    That is not measured but inferred: the costs for which the simulated rounds of the same scenario, with the
+    sharing, take the measured seconds.
+    """
+    if math.isinf(scenario.shared_cores):
+        return costs
+    guess = costs
+    for _ in range(APPROXIMATIONS):
+        work: dict[str, float] = {}
+        spent: dict[str, float] = {}
+        interval = scenario.algorithm.interval
+        for round in range(interval, 2 * interval):
+            simulation = simulation_of(scenario, guess, server_workers, round)
+            simulation.run()
+            for kind, seconds in simulation.cores.work.items():
+                work[kind] = work.get(kind, 0.0) + seconds
+                spent[kind] = spent.get(kind, 0.0) + simulation.cores.spent[kind]
+        speed = {kind: work[kind] / spent[kind] for kind in work if spent[kind]}
+        guess = replace(
+            costs,
+            client_per_sample=costs.client_per_sample * speed.get("client", 1.0),
+            server_per_sample=costs.server_per_sample * speed.get("lane", 1.0),
+            alignment_per_sample=costs.alignment_per_sample * speed.get("fit", 1.0),
+        )
+    return guess

@@ -1,0 +1,78 @@
+"""Cores that several simulated ranks share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+RESOLUTION_SECONDS = 1e-12
+
+
+@dataclass
+class Task:
+    """Work under way."""
+
+    kind: str
+    seconds: float
+    """that it takes on a core of its own"""
+    left: float
+    started: float
+    done: Callable[[], None]
+
+
+class Cores:
+    """n tasks on c cores each go on at min(1, c / n) of full speed.
+
+    Args:
+        count: c; infinite where every rank has a machine of its own.
+        now: reads the simulated time, in seconds.
+        after: has something happen in so many seconds.
+
+    Attributes:
+        work: by kind of task, the seconds that its tasks take on cores of their own.
+        spent: likewise the seconds that they took.
+    """
+
+    def __init__(
+        self, count: float, now: Callable[[], float], after: Callable[[float, Callable[[], None]], None]
+    ):
+        self._count, self._now, self._after = count, now, after
+        self._tasks: list[Task] = []
+        self._since = 0.0
+        self._expected = 0  # number of the latest expectation of an end; earlier ones have become wrong
+        self.work: dict[str, float] = {}
+        self.spent: dict[str, float] = {}
+
+    def run(self, kind: str, seconds: float, done: Callable[[], None]) -> None:
+        """Begin a task; `done` is called at its end."""
+        self._advance()
+        self._tasks.append(Task(kind, seconds, seconds, self._now(), done))
+        self._expect()
+
+    def _speed(self) -> float:
+        return min(1.0, self._count / len(self._tasks))
+
+    def _advance(self) -> None:
+        """Account for the time since the last change."""
+        if self._tasks:
+            done = (self._now() - self._since) * self._speed()
+            for task in self._tasks:
+                task.left -= done
+        self._since = self._now()
+
+    def _expect(self) -> None:
+        """The next end, if no other task begins before it."""
+        self._expected += 1
+        if self._tasks:
+            number, left = self._expected, max(0.0, min(task.left for task in self._tasks))
+            self._after(left / self._speed(), lambda: self._end(number))
+
+    def _end(self, number: int) -> None:
+        if number != self._expected:
+            return
+        self._advance()
+        ended = [task for task in self._tasks if task.left <= RESOLUTION_SECONDS]
+        self._tasks = [task for task in self._tasks if task.left > RESOLUTION_SECONDS]
+        self._expect()
+        for task in ended:
+            self.work[task.kind] = self.work.get(task.kind, 0.0) + task.seconds
+            self.spent[task.kind] = self.spent.get(task.kind, 0.0) + self._now() - task.started
+            task.done()
