@@ -27,7 +27,7 @@ from fslsage_rpc.config import Alignment, Auxiliary, Model, OptimizerKeys
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
-from fslsage_rpc.models.splitting import Split, build
+from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit, Target
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 
@@ -39,7 +39,7 @@ Way = Callable[[list[AuxiliaryFit], list[list[Target]]], list[Tensor]]
 """fits in place; returns each client's weights"""
 
 
-def make_fits(split: Split, device: torch.device, epochs: int, **keys: Any) -> list[AuxiliaryFit]:
+def make_fits(split: SplitModel, device: torch.device, epochs: int, **keys: Any) -> list[AuxiliaryFit]:
     """One for each client, all from the same weights, with data of its own in its buffer."""
     fits = []
     for client in range(CLIENTS):
@@ -64,18 +64,23 @@ def make_fits(split: Split, device: torch.device, epochs: int, **keys: Any) -> l
     return fits
 
 
+def parameters_of(fits: list[AuxiliaryFit]) -> list[Tensor]:
+    """Each client's; running statistics, which nothing reads in train mode, are left out."""
+    return [torch.cat([p.detach().flatten() for p in fit.model.parameters()]) for fit in fits]
+
+
 def in_turn(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
     """The program's fit, one client after the other."""
     for fit, mine in zip(fits, targets, strict=True):
         fit._fit_by_optimizer(mine)
-    return [fit.weights.floats for fit in fits]
+    return parameters_of(fits)
 
 
 def on_threads(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
     """The program's fit on as many threads as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda fit, mine: fit._fit_by_optimizer(mine), fits, targets))
-    return [fit.weights.floats for fit in fits]
+    return parameters_of(fits)
 
 
 def objective_of(model: nn.Module) -> Callable[..., Tensor]:
@@ -108,7 +113,7 @@ def stacked(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tenso
     for client, fit in enumerate(fits):
         for name, parameter in fit.model.named_parameters():
             parameter.data.copy_(parameters[name][client].detach())
-    return [fit.weights.floats for fit in fits]
+    return parameters_of(fits)
 
 
 class Compiled:
@@ -127,10 +132,10 @@ class Compiled:
                     for name, gradient in self._step(values, buffers, z, y, true).items():
                         parameters[name].grad = gradient
                     fit.optimizer.step()
-        return [fit.weights.floats for fit in fits]
+        return parameters_of(fits)
 
 
-def run(way: Way, split: Split, device: torch.device, epochs: int) -> tuple[float, list[Tensor]]:
+def run(way: Way, split: SplitModel, device: torch.device, epochs: int) -> tuple[float, list[Tensor]]:
     """Seconds of all clients' fits, targets excluded, and the weights that come of them."""
     fits = make_fits(split, device, epochs)
     server = copy.deepcopy(split.server).to(device)
@@ -151,7 +156,7 @@ def distance(weights: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 def compare(model: str, device: torch.device) -> None:
     """Each way beside the reference, in pairs."""
     fp32, fp64 = (build(Model(name=model), 10, (3, 32, 32), 0, t) for t in (torch.float32, torch.float64))
-    ways: dict[str, Callable[[Split], Way]] = {
+    ways: dict[str, Callable[[SplitModel], Way]] = {
         "threads": lambda split: on_threads,
         "stacked": lambda split: stacked,
         "compiled": lambda split: Compiled(split.auxiliary),
