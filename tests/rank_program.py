@@ -2,7 +2,9 @@
 
 In a test's own process with `transport: local`; or as the program of a torchrun job:
 
-    torchrun --standalone --nproc_per_node=3 tests/rank_program.py CONFIGS.json FOLDER
+    torchrun --standalone --nproc_per_node=3 tests/rank_program.py CONFIGS.json FOLDER [CHECKPOINT ...]
+
+With checkpoints, one for each configuration, each goes on from there.
 """
 
 import json
@@ -10,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,11 @@ import torch
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.training.assembly import hosted_clients
+from fslsage_rpc.training.checkpoint_files import read_manifest
+from fslsage_rpc.training.checkpoints import read_state
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.metrics_file import read_beginning
 from fslsage_rpc.training.trainer import Trainer
 
 Tensors = dict[str, torch.Tensor]
@@ -33,9 +40,15 @@ class Outcome:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(experiment: Experiment, world: Any) -> Outcome:
-    """Train and take hold of what this rank hosts."""
-    trainer = Trainer(experiment, world)
+def train(experiment: Experiment, world: Any, checkpoint: Path | None = None) -> Outcome:
+    """Train, from a checkpoint or from the start, and take hold of what this rank hosts."""
+    if checkpoint is None:
+        trainer = Trainer(experiment, world)
+    else:
+        manifest = read_manifest(checkpoint)
+        saved = read_state(manifest, hosted_clients(experiment, world), world.hosts_server)
+        lines = read_beginning(checkpoint.parent.parent / "metrics.jsonl", manifest.metrics).splitlines()
+        trainer = Trainer(experiment, world, saved, [json.loads(line) for line in lines])
     outcome = Outcome()
     trainer.train(lambda line, reports: outcome.lines.append(line))
 
@@ -64,12 +77,17 @@ def train_locally(tree: dict[str, Any]) -> Outcome:
 
 
 def train_on_ranks(
-    ranks: int, trees: list[dict[str, Any]], folder: Path, timeout: float = 200
+    ranks: int,
+    trees: list[dict[str, Any]],
+    folder: Path,
+    timeout: float = 200,
+    checkpoints: Sequence[Path] = (),
 ) -> list[Outcome]:
     """Train on a torchrun job of so many ranks; the parties' tensors of all ranks together."""
     folder.mkdir()
     (folder / "configs.json").write_text(json.dumps(trees))
-    run_job(["--nproc_per_node", str(ranks), __file__, str(folder / "configs.json"), str(folder)], timeout)
+    arguments = [folder / "configs.json", folder, *checkpoints]
+    run_job(["--nproc_per_node", str(ranks), __file__, *map(str, arguments)], timeout)
     outcomes = []
     for number in range(len(trees)):
         outcome = Outcome()
@@ -97,13 +115,14 @@ def run_job(arguments: list[str], timeout: float) -> str:
     return output
 
 
-def main(configs: str, folder: str) -> None:
+def main(configs: str, folder: str, *checkpoints: str) -> None:
     """One rank of a job."""
     experiments = [Experiment.prepare(from_tree(tree)) for tree in json.loads(Path(configs).read_text())]
     world = open_world(experiments[0].config)
     for number, experiment in enumerate(experiments):
         try:
-            outcome = train(experiment, world)
+            checkpoint = Path(checkpoints[number]) if checkpoints else None
+            outcome = train(experiment, world, checkpoint)
         except BaseException as error:
             world.fail(error)
         torch.save(vars(outcome), Path(folder) / f"{number}-{world.rank}.pt")
