@@ -2,9 +2,9 @@
 
 In a test's own process with `transport: local`; or as the program of a torchrun job:
 
-    torchrun --standalone --nproc_per_node=3 tests/rank_program.py CONFIGS.json FOLDER [CHECKPOINT ...]
+    torchrun --standalone --nproc_per_node=3 tests/rank_program.py CONFIGS.json FOLDER
 
-With checkpoints, one for each configuration, each goes on from there.
+Without the folder the job makes whole runs instead, each in its run folder.
 """
 
 import json
@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ import torch
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.training.assembly import hosted_clients
-from fslsage_rpc.training.checkpoint_files import read_manifest
-from fslsage_rpc.training.checkpoints import read_state
+from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.training.metrics_file import read_beginning
+from fslsage_rpc.training.run import _train as train_run
+from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
 
 Tensors = dict[str, torch.Tensor]
@@ -40,15 +38,9 @@ class Outcome:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(experiment: Experiment, world: Any, checkpoint: Path | None = None) -> Outcome:
-    """Train, from a checkpoint or from the start, and take hold of what this rank hosts."""
-    if checkpoint is None:
-        trainer = Trainer(experiment, world)
-    else:
-        manifest = read_manifest(checkpoint)
-        saved = read_state(manifest, hosted_clients(experiment, world), world.hosts_server)
-        lines = read_beginning(checkpoint.parent.parent / "metrics.jsonl", manifest.metrics).splitlines()
-        trainer = Trainer(experiment, world, saved, [json.loads(line) for line in lines])
+def train(experiment: Experiment, world: Any) -> Outcome:
+    """Train and take hold of what this rank hosts."""
+    trainer = Trainer(experiment, world)
     outcome = Outcome()
     trainer.train(lambda line, reports: outcome.lines.append(line))
 
@@ -77,17 +69,12 @@ def train_locally(tree: dict[str, Any]) -> Outcome:
 
 
 def train_on_ranks(
-    ranks: int,
-    trees: list[dict[str, Any]],
-    folder: Path,
-    timeout: float = 200,
-    checkpoints: Sequence[Path] = (),
+    ranks: int, trees: list[dict[str, Any]], folder: Path, timeout: float = 200
 ) -> list[Outcome]:
     """Train on a torchrun job of so many ranks; the parties' tensors of all ranks together."""
     folder.mkdir()
     (folder / "configs.json").write_text(json.dumps(trees))
-    arguments = [folder / "configs.json", folder, *checkpoints]
-    run_job(["--nproc_per_node", str(ranks), __file__, *map(str, arguments)], timeout)
+    run_job(["--nproc_per_node", str(ranks), __file__, str(folder / "configs.json"), str(folder)], timeout)
     outcomes = []
     for number in range(len(trees)):
         outcome = Outcome()
@@ -97,6 +84,13 @@ def train_on_ranks(
             outcome.lines += saved["lines"]
         outcomes.append(outcome)
     return outcomes
+
+
+def run_on_ranks(ranks: int, trees: list[dict[str, Any]], folder: Path, timeout: float = 200) -> str:
+    """Make whole runs on a torchrun job of so many ranks; what it says."""
+    configs = folder / f"on-{ranks}-ranks.json"
+    configs.write_text(json.dumps(trees))
+    return run_job(["--nproc_per_node", str(ranks), __file__, str(configs)], timeout)
 
 
 def run_job(arguments: list[str], timeout: float) -> str:
@@ -115,19 +109,32 @@ def run_job(arguments: list[str], timeout: float) -> str:
     return output
 
 
-def main(configs: str, folder: str, *checkpoints: str) -> None:
+def main(configs: str, folder: str) -> None:
     """One rank of a job."""
     experiments = [Experiment.prepare(from_tree(tree)) for tree in json.loads(Path(configs).read_text())]
     world = open_world(experiments[0].config)
     for number, experiment in enumerate(experiments):
         try:
-            checkpoint = Path(checkpoints[number]) if checkpoints else None
-            outcome = train(experiment, world, checkpoint)
+            outcome = train(experiment, world)
         except BaseException as error:
             world.fail(error)
         torch.save(vars(outcome), Path(folder) / f"{number}-{world.rank}.pt")
     world.close()
 
 
+def make_runs(path: str) -> None:
+    """One rank of a job of whole runs."""
+    configs = [from_tree(tree) for tree in json.loads(Path(path).read_text())]
+    world = open_world(configs[0])
+    for config in configs:
+        try:
+            screen = Screen(config)
+            folder = RunFolder(config, screen.warn) if world.hosts_server else None
+            train_run(Experiment.prepare(config), world, folder, {}, screen)
+        except BaseException as error:
+            world.fail(error)
+    world.close()
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (main if sys.argv[2:] else make_runs)(*sys.argv[1:])
