@@ -99,6 +99,7 @@ def train(piece: Piece, data: str, runs: str) -> tuple[Piece, Lines]:
 
     torch.set_num_threads(1)  # one core a piece, as many pieces as cores
     overrides = [*piece.overrides(), f"data.root={data}", "data.download=false", f"output={runs}"]
+    overrides.append("checkpoint.every=null")
     with contextlib.redirect_stdout(io.StringIO()):
         return piece, fslsage_rpc.train(CONFIG, *overrides).rounds
 

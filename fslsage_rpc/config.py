@@ -1,7 +1,7 @@
 """Every configuration key, its default and what it may be.
 
 The dataclasses are the schema: `configuration.py` fills them from YAML and dotted overrides by reading their
-types. Units are in the names. A key whose feature is not in this version takes only its off value (`Only`).
+types. Units are in the names.
 """
 
 from dataclasses import dataclass, field
@@ -28,14 +28,6 @@ class Bounds:
     def __str__(self) -> str:
         ends = [(">=", self.minimum), (">", self.above), ("<=", self.maximum)]
         return " and ".join(f"{sign} {end}" for sign, end in ends if end is not None)
-
-
-@dataclass(frozen=True)
-class Only:
-    """The key is known and its feature is not in this version: it takes just this value."""
-
-    value: Any
-    feature: str
 
 
 Count = Annotated[int, Bounds(minimum=1)]
@@ -206,10 +198,12 @@ class Comm:
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """Checkpoints."""
+    """What a run that was cut off goes on from."""
 
-    every: Annotated[int | None, Only(None, "writing checkpoints")] = None
+    every: Count | None = 1
+    """rounds between checkpoints, and one after the last round; null = never"""
     keep: Count = 2
+    """the newest so many stay"""
 
 
 @dataclass(kw_only=True)
@@ -265,7 +259,7 @@ class Config:
     precision: Literal["fp32", "fp64"] = "fp32"
     output: str = "runs"
     resume: Literal["auto", "never"] = "auto"
-    """auto: a run that is complete is shown, not repeated; never: it is replaced"""
+    """auto: a run goes on from its last checkpoint, and a complete one is shown; never: it is replaced"""
     clients: Clients = field(default_factory=Clients)
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)

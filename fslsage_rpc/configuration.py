@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fslsage_rpc.config import Bounds, Config, Only
+from fslsage_rpc.config import Bounds, Config
 from fslsage_rpc.errors import InputError
 
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
@@ -177,11 +177,6 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             (hint,) = [member for member in typing.get_args(hint) if member is not type(None)]
         else:
             break
-    if isinstance(rule, Only):
-        if value != rule.value or type(value) is not type(rule.value):
-            expected = f"{_show(rule.value)} ({rule.feature} is not in this version)"
-            raise InputError(f"{key}: got {_show(value)}, expected {expected}")
-        return value
     if value is None and optional:
         return None
     bounds = rule if isinstance(rule, Bounds) else None

@@ -3,6 +3,8 @@
 In a test's own process with `transport: local`; or as the program of a torchrun job:
 
     torchrun --standalone --nproc_per_node=3 tests/rank_program.py CONFIGS.json FOLDER
+
+Without the folder the job makes whole runs instead, each in its run folder.
 """
 
 import json
@@ -19,7 +21,10 @@ import torch
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.run import _train as train_run
+from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
 
 Tensors = dict[str, torch.Tensor]
@@ -81,6 +86,13 @@ def train_on_ranks(
     return outcomes
 
 
+def run_on_ranks(ranks: int, trees: list[dict[str, Any]], folder: Path, timeout: float = 200) -> str:
+    """Make whole runs on a torchrun job of so many ranks; what it says."""
+    configs = folder / f"on-{ranks}-ranks.json"
+    configs.write_text(json.dumps(trees))
+    return run_job(["--nproc_per_node", str(ranks), __file__, str(configs)], timeout)
+
+
 def run_job(arguments: list[str], timeout: float) -> str:
     """Run a standalone torchrun job to its end, or kill all of it; its output, as text."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
@@ -110,5 +122,19 @@ def main(configs: str, folder: str) -> None:
     world.close()
 
 
+def make_runs(path: str) -> None:
+    """One rank of a job of whole runs."""
+    configs = [from_tree(tree) for tree in json.loads(Path(path).read_text())]
+    world = open_world(configs[0])
+    for config in configs:
+        try:
+            screen = Screen(config)
+            folder = RunFolder(config, screen.warn) if world.hosts_server else None
+            train_run(Experiment.prepare(config), world, folder, {}, screen)
+        except BaseException as error:
+            world.fail(error)
+    world.close()
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (main if sys.argv[2:] else make_runs)(*sys.argv[1:])

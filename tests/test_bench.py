@@ -218,6 +218,7 @@ def test_a_benchmark_runs_all_rounds_whatever_stop_says_in_one_process_too(
     done = said(capsys, "bench", config)
     assert done.returncode == 0, done.stderr
     assert "no links: one process" in done.stdout
+    assert not (tmp_path / "small" / "checkpoints").exists()
     text = (tmp_path / "small" / "bench.json").read_text()
     assert "Infinity" not in text
     assert json.loads(text)["variants"]["fedavg"]["round_seconds"]["n"] == 6

@@ -26,6 +26,7 @@ SMALL = {
     "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
 }
 FOLDER = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "partition.json", "model.pt"}
+FOLDER |= {"checkpoints"}
 
 
 @pytest.fixture
@@ -194,11 +195,12 @@ def test_one_rank_alone_is_refused_with_rpc() -> None:
         check(fslsage_rpc.Config(), ranks=1)
 
 
-def test_a_complete_run_is_not_replaced_by_a_longer_one_unasked(config: Path) -> None:
-    assert fslsage("train", config, "rounds=1").returncode == 0
+def test_a_complete_run_without_checkpoints_is_not_replaced_by_a_longer_one_unasked(config: Path) -> None:
+    assert fslsage("train", config, "rounds=1", "checkpoint.every=null").returncode == 0
     longer = fslsage("train", config, "rounds=2")
     assert (longer.returncode, longer.stderr.count("\n")) == (2, 1)
     assert longer.stderr.startswith("fslsage_rpc: rounds: got 2, expected 1")
+    assert "has no checkpoint to go on from" in longer.stderr
 
 
 def test_an_alignment_batch_of_one_sample_is_refused_where_there_is_batch_norm(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ SEED = "an integer >= 0 and <= 4294967295"
 TRANSPORTS = "a list, each one of uv, shm, ibv or null"
 FOLDER = "a folder name of letters, digits, '.', '_' and '-'"
 ARGUMENTS = "a mapping of names to numbers, texts or lists of numbers"
-NO_CHECKPOINTS = "null (writing checkpoints is not in this version)"
 WRONG_VALUES = [  # in YAML, just as the message shows them
     ("clients.count", COUNT, ["'four'", "'4'", "4.0", "[4]", "{a: 4}", "2024-02-29", "true", "0", "-3"]),
     ("data.train_limit", f"{COUNT} or null", ["true"]),
@@ -46,7 +45,7 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("name", FOLDER, ["'../x'", "'..'", "'a/b'", "'-x'", "'a b'"]),
     ("model.auxiliary.kind", "one of copy, linear or null", ["'mlp'", "1"]),
     ("optimizer.server.scheduler.arguments", ARGUMENTS, ["3", "[1]", "{1: 2}", "{a: {b: 1}}", "{a: [x]}"]),
-    ("checkpoint.every", NO_CHECKPOINTS, ["5"]),
+    ("checkpoint.every", f"{COUNT} or null", ["0", "true"]),
     ("trace", "true or false", ["0", "0.0", "null", "'false'", "[]"]),
 ]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,14 @@ class Weights:
         """Take over the other's numbers in place."""
         self.floats.copy_(other.floats)
         self.integers.copy_(other.integers)
+
+    def state(self) -> dict[str, Any]:
+        """The tensors themselves, by name: what a checkpoint keeps."""
+        return {"floats": self.floats, "integers": self.integers}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over such a state in place, from any device."""
+        self.load(Weights(**state))
 
 
 def flatten(module: nn.Module) -> Weights:

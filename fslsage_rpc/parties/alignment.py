@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,20 @@ class AlignmentBuffer:
         """The samples, oldest first, in batches of `size`; the last may be short."""
         z, y = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
         return list(zip(z.split(size), y.split(size), strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """All samples, oldest first, as one z `[n, ...]` and y `[n]`; nothing of an empty buffer."""
+        if not self._batches:
+            return {}
+        ((z, y),) = self.batches(self._samples)
+        return {"z": z, "y": y}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Hold these samples and no others."""
+        self._batches.clear()
+        self._samples = 0
+        if state:
+            self.add(state["z"].to(device), state["y"].to(device))
 
 
 @dataclass
@@ -196,6 +211,20 @@ class AuxiliaryFit:
         objective = (estimate - true).square().sum() / scale
         objective.backward(inputs=list(self.model.parameters()))
         return objective.detach()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that stays from round to round."""
+        return {
+            "weights": self.weights.state(),
+            "optimizer": self.optimizer.state(),
+            "buffer": self.buffer.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.weights.load_state(state["weights"])
+        self.optimizer.load_state(state["optimizer"])
+        self.buffer.load_state(state["buffer"], self.weights.floats.device)
 
     def _agreement(self, targets: list[Target]) -> dict[str, float]:
         agreement = Agreement()

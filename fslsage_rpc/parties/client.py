@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,6 +120,26 @@ class Client:
         self.optimizer.end_round()
         if self._auxiliary_optimizer is not None:
             self._auxiliary_optimizer.end_round()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that stays with the client from round to round, but its samples."""
+        state = {"weights": self.weights.state(), "optimizer": self.optimizer.state()}
+        if self._auxiliary is not None:
+            state["auxiliary_weights"] = self.auxiliary_weights.state()
+        if self._auxiliary_optimizer is not None:
+            state["auxiliary_optimizer"] = self._auxiliary_optimizer.state()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.weights.load_state(state["weights"])
+        self.optimizer.load_state(state["optimizer"])
+        if self._auxiliary is not None:
+            self.auxiliary_weights.load_state(state["auxiliary_weights"])
+        if "auxiliary_optimizer" not in state:
+            self.freeze_auxiliary()
+        elif self._auxiliary_optimizer is not None:
+            self._auxiliary_optimizer.load_state(state["auxiliary_optimizer"])
 
     def freeze_auxiliary(self) -> None:
         """From here on the auxiliary model is the server's to fit: this client only loads and uses it."""

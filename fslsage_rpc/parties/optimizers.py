@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,17 @@ class ScheduledOptimizer:
                 # The rate of an absent client moves on with everybody's, without a step of its own before.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self._scheduler.step()
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on, besides the parameters."""
+        scheduler = None if self._scheduler is None else self._scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on as the optimizer with this state would."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
 
 
 def check_scheduler(keys: OptimizerKeys, party: str) -> None:

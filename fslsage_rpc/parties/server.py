@@ -50,6 +50,15 @@ class Lane:
         self.losses.add(loss, len(y))
         return z.grad
 
+    def state(self) -> dict[str, Any]:
+        """Everything that stays from round to round."""
+        return {"weights": self.weights.state(), "optimizer": self.optimizer.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.weights.load_state(state["weights"])
+        self.optimizer.load_state(state["optimizer"])
+
 
 class Activity:
     """For how long auxiliary models were fitted while no lane executed a request: the lanes' timelines do not
@@ -232,6 +241,22 @@ class Server:
         )
         self._alignments, self._drifts = {}, {}
         return report
+
+    def state(self) -> dict[str, Any]:
+        """Everything that stays from round to round; asked for between two of them."""
+        return {
+            "averaged": self.averaged_weights.state(),
+            "lanes": [lane.state() for lane in self._distinct],
+            "fits": {client: fit.state() for client, fit in self.fits.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.averaged_weights.load_state(state["averaged"])
+        for lane, saved in zip(self._distinct, state["lanes"], strict=True):
+            lane.load_state(saved)
+        for client, fit in self.fits.items():
+            fit.load_state(state["fits"][client])
 
     def _execute(self, lane: Lane, request: Request) -> Any:
         """What the request asks for, an alignment's targets; on the lane's turn, on one thread at a time per

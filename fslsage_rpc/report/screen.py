@@ -75,21 +75,31 @@ class Screen(ProgressScreen):
 
     def warn(self, message: str) -> None:
         """One line above the progress."""
-        self._progress.console.print(f"warning: {message}", style="yellow")
+        self._progress.console.print(f"warning: {message}", style="yellow", soft_wrap=True, markup=False)
+
+    def show_resumed(self, lines: Sequence[dict[str, Any]], checkpoint: Path) -> None:
+        """Take in the metrics lines of the rounds that this run goes on from."""
+        self._wire_bytes = sum(sum(line["wire_bytes"].values()) for line in lines)
+        scored = [line["test_accuracy"] for line in lines if line["test_accuracy"] is not None]
+        self._accuracy = scored[-1] if scored else None
+        self._progress.console.print(
+            f"goes on from round {len(lines)} ({checkpoint})", soft_wrap=True, markup=False
+        )
+        self._progress.update(self._task, completed=len(lines), **self._fields())
 
     def show_round(self, line: dict[str, Any]) -> None:
         """Take in a metrics line."""
         self._wire_bytes += sum(line["wire_bytes"].values())
         if line["test_accuracy"] is not None:
             self._accuracy = line["test_accuracy"]
-        accuracy = "   - " if self._accuracy is None else f"{self._accuracy:.3f}"
-        self._progress.update(self._task, advance=1, accuracy=accuracy, bytes=_mib(self._wire_bytes))
+        fields = self._fields()
+        self._progress.update(self._task, advance=1, **fields)
         if not self._console.is_terminal:
             loss = "not finite" if line["train_loss"] is None else f"{line['train_loss']:.4f}"
             print(
-                f"round {line['round'] + 1}/{self._rounds}  accuracy {accuracy}  "
+                f"round {line['round'] + 1}/{self._rounds}  accuracy {fields['accuracy']}  "
                 f"train loss {loss}  {line['round_seconds']:.3f} s  "
-                f"{_mib(self._wire_bytes)} so far",
+                f"{fields['bytes']} so far",
                 flush=True,
             )
 
@@ -97,7 +107,9 @@ class Screen(ProgressScreen):
         """The table of a run that was complete before it was asked for."""
         self.show_summary(summary, folder)
         self._console.print(
-            "This run was complete already. To start anew: resume=never, or another name=...", soft_wrap=True
+            "This run was complete already. To go on: more rounds=...; to start anew: resume=never, or "
+            "another name=...",
+            soft_wrap=True,
         )
 
     def show_summary(self, summary: dict[str, Any], folder: Path) -> None:
@@ -105,6 +117,11 @@ class Screen(ProgressScreen):
         self._progress.stop()
         self._console.print(summary_table(self._name, summary))
         self._console.print(f"Run folder: {folder}", soft_wrap=True)
+
+    def _fields(self) -> dict[str, Any]:
+        """What the bar says at its end."""
+        accuracy = "   - " if self._accuracy is None else f"{self._accuracy:.3f}"
+        return {"accuracy": accuracy, "bytes": _mib(self._wire_bytes)}
 
 
 def summary_table(name: str, summary: dict[str, Any]) -> Table:

@@ -7,16 +7,20 @@ from typing import Any
 
 
 class TensorBoard:
-    """Writes each round's figures to a folder; does nothing without the package."""
+    """Writes each round's figures to a folder; does nothing without the package.
 
-    def __init__(self, folder: Path):
+    Args:
+        first_round: events of this round and later ones that the folder has already count no more.
+    """
+
+    def __init__(self, folder: Path, first_round: int):
         self._writer = None
         if find_spec("tensorboard") is None:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensorboard's own imports
             from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=first_round or None)
 
     def add_round(self, line: dict[str, Any]) -> None:
         """Write one metrics line: scalars under their keys, nested ones under `section/key`."""

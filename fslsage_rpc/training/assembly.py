@@ -14,11 +14,16 @@ from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Lane, Server
+from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
 
 
-def build_server(experiment: Experiment, world: World, tracer: Tracer | None) -> Server:
-    """The server with its lanes and, where it aligns them, every client's auxiliary model."""
+def build_server(
+    experiment: Experiment, world: World, tracer: Tracer | None, saved: RankState | None
+) -> Server:
+    """The server with its lanes and, where it aligns them, every client's auxiliary model; as it was saved,
+    or at the start.
+    """
     config, algorithm, split = experiment.config, experiment.algorithm, experiment.split
     clients = range(len(experiment.parts))
 
@@ -49,7 +54,7 @@ def build_server(experiment: Experiment, world: World, tracer: Tracer | None) ->
     else:
         lanes = dict.fromkeys(clients, lane("lane"))
     auxiliary = None if algorithm.auxiliary == "none" else flatten(fresh(split.auxiliary))
-    return Server(
+    server = Server(
         initial=(flatten(fresh(experiment.client_model())), auxiliary),
         averaged=fresh(experiment.client_model()),
         lanes=lanes,
@@ -59,18 +64,27 @@ def build_server(experiment: Experiment, world: World, tracer: Tracer | None) ->
         start=world.start,
         timeline=Timeline("averaging", tracer),
     )
+    if saved is not None:
+        assert saved.server is not None
+        server.load_state(saved.server)
+    return server
+
+
+def hosted_clients(experiment: Experiment, world: World) -> range:
+    """The ids of the clients that this rank hosts."""
+    count = len(experiment.parts)
+    return range(0) if world.client_rank is None else range(world.client_rank, count, world.client_ranks)
 
 
 def build_clients(
-    experiment: Experiment, world: World, link: ServerLink, timeline: Timeline
+    experiment: Experiment, world: World, link: ServerLink, timeline: Timeline, saved: RankState | None
 ) -> dict[int, Client]:
-    """The clients that this rank hosts, by id, starting from the server's weights."""
-    assert world.client_rank is not None
+    """The clients that this rank hosts, by id, as they were saved or starting from the server's weights."""
     assert experiment.train is not None
     config = experiment.config
     keys = TrainingKeys(config.seed, config.clients.local_epochs, config.data.augment)
     clients = {}
-    for id in range(world.client_rank, len(experiment.parts), world.client_ranks):
+    for id in hosted_clients(experiment, world):
         model = copy.deepcopy(experiment.client_model()).to(world.device)
         kind = experiment.algorithm.auxiliary
         auxiliary = None if kind == "none" else copy.deepcopy(experiment.split.auxiliary).to(world.device)
@@ -95,9 +109,12 @@ def build_clients(
             keys=keys,
             timeline=timeline,
         )
-        weights, auxiliary_weights = link.initial_weights(id)
-        client.weights.load(weights)
-        if auxiliary_weights is not None:
-            client.auxiliary_weights.load(auxiliary_weights)
+        if saved is not None:
+            client.load_state(saved.clients[id])
+        else:
+            weights, auxiliary_weights = link.initial_weights(id)
+            client.weights.load(weights)
+            if auxiliary_weights is not None:
+                client.auxiliary_weights.load(auxiliary_weights)
         clients[id] = client
     return clients

@@ -74,6 +74,12 @@ class RoundRecorder:
         self._elapsed_seconds = 0.0
         self._paper_bytes = 0
 
+    def go_on(self, lines: Sequence[dict[str, Any]], client_bytes: WireBytes) -> None:
+        """Take over earlier rounds: their lines, one or more, and the bytes by client, not in them."""
+        self.lines, self.client_bytes = list(lines), client_bytes
+        self._elapsed_seconds = lines[-1]["elapsed_seconds"]
+        self._paper_bytes = lines[-1]["paper_bytes_total"]
+
     def add(
         self,
         round: int,

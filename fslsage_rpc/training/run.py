@@ -7,9 +7,18 @@ from typing import Any
 from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.config import AlgorithmKeys, Config
 from fslsage_rpc.report.screen import Screen
+from fslsage_rpc.training.assembly import hosted_clients
+from fslsage_rpc.training.checkpoint_files import Manifest
+from fslsage_rpc.training.checkpoints import Checkpoints, read_state
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.records import RankReport
-from fslsage_rpc.training.run_folder import RunFolder, emulated_links, rank_environment, versions
+from fslsage_rpc.training.run_folder import (
+    RunFolder,
+    checkpoints_folder,
+    emulated_links,
+    rank_environment,
+    versions,
+)
 from fslsage_rpc.training.trainer import Trainer
 
 
@@ -24,8 +33,10 @@ def run(config: Config, screen: Screen) -> Path:
     """
     check(config, job_ranks(config))
     links = emulated_links()
-    folder = RunFolder(config) if is_first_rank(config) else None
+    folder = RunFolder(config, screen.warn) if is_first_rank(config) else None
     experiment = Experiment.prepare(config)
+    if folder:
+        folder.check_partition(experiment.partition_summary)
     world = open_world(config)
     try:
         if folder is None:
@@ -53,24 +64,31 @@ def _train(
             screen.show_finished(finished, folder.path)
         return
     ranks = world.gather(rank_environment(world.device))
-    trainer = Trainer(experiment, world)
+    config = experiment.config
+    manifest: Manifest | None = world.broadcast(folder and folder.manifest)
+    saved = None
+    if manifest:
+        saved = read_state(manifest, hosted_clients(experiment, world), world.hosts_server)
+    trainer = Trainer(experiment, world, saved, folder.lines if folder else ())
+    del saved  # the parties have copies
+    checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder)
     if folder is None:
-        trainer.train(on_round=lambda line, reports: None)
+        trainer.train(lambda line, reports: None, checkpoints)
         return
     folder.start(
-        environment={"versions": versions(), **world.describe(), "ranks": ranks, **links},
-        partition=experiment.partition_summary,
+        {"versions": versions(), **world.describe(), "ranks": ranks, **links},
+        experiment.partition_summary,
     )
-    if folder.replaces_unfinished:
-        screen.warn(f"the unfinished run in {folder.path} is replaced: this version has no checkpoints")
-    for key in unused_keys(experiment.config.algorithm, experiment.algorithm.uses):
+    if manifest:
+        screen.show_resumed(folder.lines, manifest.folder)
+    for key in unused_keys(config.algorithm, experiment.algorithm.uses):
         screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")
 
     def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
         folder.add_round(line)
         screen.show_round(line)
 
-    trainer.train(on_round)
+    trainer.train(on_round, checkpoints)
     if trainer.trace:
         folder.add_trace(trainer.trace.text())
     summary = trainer.recorder.summary(experiment.algorithm.name, experiment.algorithm.interval)

@@ -4,7 +4,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import changed_keys, load, to_tree
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.tensorboard import TensorBoard
+from fslsage_rpc.training.checkpoint_files import (
+    Damaged,
+    Extent,
+    Manifest,
+    complete_folders,
+    read_manifest,
+    remove_all_but,
+    said,
+    serialised,
+    write_durably,
+)
+from fslsage_rpc.training.metrics_file import MetricsFile, read_beginning
 from fslsage_rpc.version import __version__
 
 FREE_KEYS = {
@@ -32,96 +45,187 @@ FREE_KEYS = {
     "bench",
 }
 """what may differ between a run and the run whose folder it finds"""
-WRITTEN = (
-    "config.yaml",
-    "environment.json",
-    "partition.json",
-    "metrics.jsonl",
-    "summary.json",
-    "model.pt",
-    "trace.json",
-    "links.json",
-)
+ENDINGS = ("summary.json", "model.pt", "trace.json", "links.json")
+"""what a run leaves at its end"""
 EVENTS = "tensorboard"
+ANOTHER = "choose another name=, or resume=never to replace that run"
 
 
 class RunFolder:
     """The folder of one run. Files appear whole or not at all; `metrics.jsonl` grows by whole lines.
 
+    Args:
+        warn: shows one line.
+
+    Attributes:
+        finished_summary: of the run that is there, where it is complete and nothing more is asked of it.
+        manifest: of the checkpoint to go on from; None where this run has yet to begin.
+        lines: the metrics lines of the rounds before that checkpoint.
+
     Raises:
-        InputError: the folder cannot be made, or holds a benchmark or a run of another configuration.
+        InputError: the folder cannot be made, or holds a benchmark, a run of another configuration, or a
+            complete run that cannot be gone on with.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, warn: Callable[[str], None]):
         self.path = Path(config.output) / config.name
+        self.warn = warn
+        self.finished_summary: dict[str, Any] | None = None
+        self.manifest: Manifest | None = None
+        self.lines: list[dict[str, Any]] = []
         self._config = to_tree(config)
-        try:
+        self._checkpoints = checkpoints_folder(config)
+        self._metrics = MetricsFile(self.path / "metrics.jsonl")
+        self._kept = b""  # of metrics.jsonl
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"output: got {config.output!r}, where {self.path} cannot be made ({error.strerror})"
-            ) from None
         if (self.path / "bench.json").exists():
             raise InputError(
                 f"name: got {config.name!r}, where {self.path} holds a benchmark; choose another"
             )
-        self.replaces_unfinished = False
-        self.finished_summary = self._read_finished() if config.resume == "auto" else None
+        if config.resume == "auto" and (self.path / "config.yaml").exists():
+            self._look_at_run()
+
+    def check_partition(self, partition: list[dict[str, Any]]) -> None:
+        """Refuse to go on with other samples.
+
+        Raises:
+            InputError: the clients' samples are not those of the run that is gone on with.
+        """
+        path = self.path / "partition.json"
+        try:
+            same = json.loads(path.read_text(encoding="utf-8")) == partition
+        except (OSError, ValueError):
+            return  # it is written again
+        if self.manifest and not same:
+            raise InputError(
+                f"{path}: got other samples for the clients, expected those of the run that goes on from "
+                f"round {self.manifest.rounds}; {ANOTHER}"
+            )
 
     def start(self, environment: Mapping[str, Any], partition: list[dict[str, Any]]) -> None:
-        """Remove what an earlier run left and write what is known before the first round."""
-        for name in WRITTEN:
-            (self.path / name).unlink(missing_ok=True)
-        self._write("config.yaml", yaml.safe_dump(self._config, sort_keys=False))
-        self._write("environment.json", _json(environment))
-        self._write("partition.json", _json(partition))
-        shutil.rmtree(self.path / EVENTS, ignore_errors=True)
-        self._tensorboard = TensorBoard(self.path / EVENTS)
+        """Write what is known before the first round, and remove what an earlier run left, or left after the
+        checkpoint to go on from.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        with self._writing():
+            # Whenever this is cut short, what is there can still be gone on with: no file of it is missing.
+            self._metrics.begin(self._kept)
+            complete, going_on = complete_folders(self._checkpoints), self.manifest
+            kept = [folder for folder in complete if folder <= going_on.folder] if going_on else []
+            remove_all_but(self._checkpoints, kept)
+            for name in ENDINGS:
+                (self.path / name).unlink(missing_ok=True)
+            self._write("config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+            self._write("environment.json", _json(environment))
+            self._write("partition.json", _json(partition))
+            if not going_on:
+                shutil.rmtree(self.path / EVENTS, ignore_errors=True)
+        self._tensorboard = TensorBoard(self.path / EVENTS, going_on.rounds if going_on else 0)
 
     def add_round(self, line: dict[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._tensorboard.add_round(line)
+        """Append one line to `metrics.jsonl`; where that fails the training goes on."""
+        try:
+            self._metrics.append(line)
+        except OSError as error:
+            self.warn(f"{said(error, self._metrics.path)}: this round's line is written later")
+        try:
+            self._tensorboard.add_round(line)
+        except OSError as error:
+            self.warn(said(error, self.path / EVENTS))
+
+    def sync_metrics(self) -> Extent:
+        """See `MetricsFile.sync`."""
+        return self._metrics.sync()
 
     def add_trace(self, text: str) -> None:
         """Write `trace.json`."""
-        self._write("trace.json", text)
+        with self._writing():
+            self._write("trace.json", text)
 
     def finish(self, summary: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
-        """Write the final model and, last, the summary that marks the run as complete."""
-        self._tensorboard.close()
-        torch.save(dict(model), self.path / "model.pt.tmp")
-        os.replace(self.path / "model.pt.tmp", self.path / "model.pt")
-        self._write("summary.json", _json(summary))
+        """Write the final model and, last, the summary that marks the run as complete.
 
-    def _read_finished(self) -> dict[str, Any] | None:
-        """The summary of a complete run of this configuration; None where this run has yet to be made."""
-        if not (self.path / "config.yaml").exists():
-            return None
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        self._tensorboard.close()
+        with self._writing():
+            self._metrics.sync()
+            write_durably(self.path / "model.pt", serialised(dict(model)))
+            self._write("summary.json", _json(summary))
+
+    def _look_at_run(self) -> None:
+        """Hold the configuration of the run that is there to this one, and find what is left to do."""
         old = to_tree(load(self.path / "config.yaml"))
         for key, (was, is_now) in changed_keys(old, self._config).items():
             if key.split(".")[0] not in FREE_KEYS:
                 raise InputError(
-                    f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; "
-                    "choose another name=, or resume=never to replace that run"
+                    f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
                 )
         try:
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self.replaces_unfinished = True
-            return None
-        for key in ("rounds", "stop"):
-            if old.get(key) != self._config[key]:
+            summary = None
+        changed = [key for key in ("rounds", "stop") if old.get(key) != self._config[key]]
+        if summary and not changed:
+            self.finished_summary = summary
+            return
+        self._find_checkpoint()
+        if summary and not self.manifest:
+            key = changed[0]
+            raise InputError(
+                f"{key}: got {self._config[key]!r}, expected {old.get(key)!r} as in the complete run in "
+                f"{self.path}, which has no checkpoint to go on from; {ANOTHER}"
+            )
+        if not self.manifest:
+            self.warn(f"the unfinished run in {self.path} is replaced: it has no checkpoint to go on from")
+
+    def _find_checkpoint(self) -> None:
+        """Take the newest sound checkpoint; damaged ones are named and left out.
+
+        Raises:
+            InputError: it is further than this configuration asks for.
+        """
+        for folder in complete_folders(self._checkpoints):
+            try:
+                manifest = read_manifest(folder)
+                manifest.check()
+                self._kept = read_beginning(self._metrics.path, manifest.metrics)
+            except Damaged as error:
+                self.warn(f"{error}: this checkpoint is left out")
+                continue
+            self.manifest = manifest
+            self.lines = [json.loads(line) for line in self._kept.splitlines()]
+            evaluated = self.lines[-1]["test_accuracy"] is not None  # as a run's last round must be
+            least = manifest.rounds if evaluated else manifest.rounds + 1
+            if self._config["rounds"] < least:
                 raise InputError(
-                    f"{key}: got {self._config[key]!r}, expected {old.get(key)!r} as in the complete run in "
-                    f"{self.path} (going on needs checkpoints, which are not in this version); "
-                    "choose another name=, or resume=never to replace that run"
+                    f"rounds: got {self._config['rounds']}, expected {least} or more, as the run in "
+                    f"{self.path} goes on from round {manifest.rounds}; {ANOTHER}"
                 )
-        return summary
+            return
 
     def _write(self, name: str, text: str) -> None:
-        write_whole(self.path / name, text)
+        write_durably(self.path / name, text.encode())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in one line that the folder cannot be written to."""
+        try:
+            yield
+        except OSError as error:
+            output = self._config["output"]
+            raise InputError(
+                f"output: got {output!r}, where {self.path} cannot be written ({error.strerror})"
+            ) from None
+
+
+def checkpoints_folder(config: Config) -> Path:
+    """Where all ranks write their parts."""
+    return Path(config.output) / config.name / "checkpoints"
 
 
 def write_whole(path: Path, text: str) -> None:

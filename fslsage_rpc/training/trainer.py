@@ -20,15 +20,22 @@ from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_o
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training.assembly import build_clients, build_server
+from fslsage_rpc.training.checkpoint_files import RankState
+from fslsage_rpc.training.checkpoints import Checkpoints
 from fslsage_rpc.training.evaluation import Score, evaluate
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.records import RankReport, RoundRecorder, round_seconds
 
 GIB = 2**30
+OnRound = Callable[[dict[str, Any], Sequence[RankReport]], None]
 
 
 class Trainer:
     """Trains an experiment on a world of ranks.
+
+    Args:
+        saved: what this rank's parties go on from; None: the start.
+        lines: on the server's rank, the metrics lines of the rounds before.
 
     Attributes:
         server: the server, on the rank that hosts it; else None.
@@ -37,20 +44,34 @@ class Trainer:
         trace: on the server's rank, where the configuration asks for one.
     """
 
-    def __init__(self, experiment: Experiment, world: World):
+    def __init__(
+        self,
+        experiment: Experiment,
+        world: World,
+        saved: RankState | None = None,
+        lines: Sequence[dict[str, Any]] = (),
+    ):
         self.experiment = experiment
         self.world = world
         self.recorder = RoundRecorder()
+        self._first_round = saved.rounds if saved else 0
+        if saved and lines:
+            self.recorder.go_on(lines, saved.client_bytes)
         self._config = experiment.config
         self._algorithm = experiment.algorithm
         self._sizes = experiment.sizes()
+        self._paper_bytes_total = sum(
+            self._algorithm.paper_bytes(self._sizes, round) for round in range(self._first_round)
+        )
         self._tracer = Tracer() if experiment.config.trace else None
         self._timeline = Timeline("rank", self._tracer)
         self._ledger = WireLedger()
-        self.server = build_server(experiment, world, self._tracer) if world.hosts_server else None
+        self.server = build_server(experiment, world, self._tracer, saved) if world.hosts_server else None
         self._log = RequestLog()
         self._link = world.connect(self.server, self._ledger, self._log)
-        self.clients = build_clients(experiment, world, self._link, self._timeline) if self._link else {}
+        self.clients = (
+            build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
+        )
         experiment.train = None  # a rank keeps only what its clients need
         self.trace = self._open_trace() if self._tracer else None
         self._test_data = self._load_test_data() if self.server else None
@@ -69,49 +90,23 @@ class Trainer:
         speeds = self.world.gather((self.world.client_rank, mine)) or []
         return {rank: speed for rank, speed in speeds if speed is not None}
 
-    def train(self, on_round: Callable[[dict[str, Any], Sequence[RankReport]], None]) -> None:
+    def train(self, on_round: OnRound, checkpoints: Checkpoints | None = None) -> None:
         """Train until the configured end; `on_round` gets each round's metrics line, and the ranks' reports
         that it was made from, on the server's rank.
         """
-        paper_bytes_total = 0
-        for round in range(self._config.rounds):
+        if self._first_round and self.world.broadcast(self._had_ended()):
+            return
+        for round in range(self._first_round, self._config.rounds):
             seconds = self.train_round(round)
-            paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
-            paper_bytes_total += paper_bytes
-            last = round == self._config.rounds - 1 or self._paper_limit_reached(paper_bytes_total)
-            evaluated = last or (round + 1) % self._config.evaluation.every == 0
-            ended = clock()
-            if evaluated and self._link and self.world.client_rank == 0:
-                self._link.deposit_average(next(iter(self.clients.values())).weights)
-            phases = self._timeline.take() if self._link else None
-            losses = [client.losses.take() for client in self.clients.values()]
-            report = RankReport(
-                seconds=seconds,
-                phases=phases,
-                loss_sum=sum(loss for loss, _ in losses),
-                samples=sum(samples for _, samples in losses),
-                wire=self._ledger.take(),
-                requests=self._log.take(),
-                spans=self._tracer.take() if self._tracer else [],
-            )
-            reports = self.world.gather(report)
-            if self.server and reports:
-                score = self._evaluate(self.server) if evaluated else None
-                line = self.recorder.add(
-                    round=round,
-                    reports=reports,
-                    server=self.server.report(round_seconds(reports)),
-                    score=score,
-                    evaluation_seconds=clock() - ended if evaluated else 0.0,
-                    paper_bytes=paper_bytes,
-                    participants=self.experiment.federation.participants(round),
-                )
-                if self.trace:
-                    self.trace.add_round(round, [report.spans for report in reports])
-                on_round(line, reports)
-                last = last or self._accuracy_reached(score)
-            if self.world.broadcast(last):
-                return
+            if checkpoints:
+                checkpoints.complete()  # before this round's line: `metrics.jsonl` ends where it was begun
+            last = self._close_round(round, seconds, on_round)
+            if checkpoints:
+                checkpoints.begin(round + 1, last, self.state)
+            if last:
+                break
+        if checkpoints:
+            checkpoints.complete()
 
     def train_round(self, round: int) -> float:
         """One round on the training clock: client rounds and server steps, then averaging.
@@ -159,12 +154,65 @@ class Trainer:
             self.world.barrier()
         return clock() - started
 
+    def state(self, rounds: int) -> RankState:
+        """Everything of the parties that this rank hosts, after so many rounds. Random numbers are keyed, so
+        they have no state.
+        """
+        return RankState(
+            rounds=rounds,
+            clients={id: client.state() for id, client in self.clients.items()},
+            server=self.server.state() if self.server else None,
+            client_bytes=self.recorder.client_bytes,
+        )
+
     def final_model(self) -> dict[str, torch.Tensor]:
         """The whole model's state_dict on the CPU, under the uncut model's names; on the server's rank."""
         assert self.server is not None
         return {
             name: t.cpu().clone() for half in self.server.halves() for name, t in half.state_dict().items()
         }
+
+    def _close_round(self, round: int, seconds: float, on_round: OnRound) -> bool:
+        """Collective: evaluate and record a round that has been trained.
+
+        Returns:
+            Was it the last one?
+        """
+        paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
+        self._paper_bytes_total += paper_bytes
+        last = round == self._config.rounds - 1 or self._paper_limit_reached()
+        evaluated = last or (round + 1) % self._config.evaluation.every == 0
+        ended = clock()
+        if evaluated and self._link and self.world.client_rank == 0:
+            self._link.deposit_average(next(iter(self.clients.values())).weights)
+        phases = self._timeline.take() if self._link else None
+        losses = [client.losses.take() for client in self.clients.values()]
+        report = RankReport(
+            seconds=seconds,
+            phases=phases,
+            loss_sum=sum(loss for loss, _ in losses),
+            samples=sum(samples for _, samples in losses),
+            wire=self._ledger.take(),
+            requests=self._log.take(),
+            spans=self._tracer.take() if self._tracer else [],
+        )
+        reports = self.world.gather(report)
+        if self.server and reports:
+            score = self._evaluate(self.server) if evaluated else None
+            line = self.recorder.add(
+                round=round,
+                reports=reports,
+                server=self.server.report(round_seconds(reports)),
+                score=score,
+                evaluation_seconds=clock() - ended if evaluated else 0.0,
+                paper_bytes=paper_bytes,
+                participants=self.experiment.federation.participants(round),
+            )
+            if self.trace:
+                self.trace.add_round(round, [report.spans for report in reports])
+            on_round(line, reports)
+            last = last or self._accuracy_reached(line)
+        return self.world.broadcast(last)
 
     def _open_trace(self) -> TraceFile | None:
         """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""
@@ -208,10 +256,18 @@ class Trainer:
             self.experiment.dtype,
         )
 
-    def _paper_limit_reached(self, paper_bytes_total: int) -> bool:
+    def _paper_limit_reached(self) -> bool:
         limit = self._config.stop.paper_gib
-        return limit is not None and paper_bytes_total >= limit * GIB
+        return limit is not None and self._paper_bytes_total >= limit * GIB
 
-    def _accuracy_reached(self, score: Score | None) -> bool:
-        target = self._config.stop.accuracy
-        return target is not None and score is not None and score.accuracy >= target
+    def _accuracy_reached(self, line: dict[str, Any]) -> bool:
+        target, accuracy = self._config.stop.accuracy, line["test_accuracy"]
+        return target is not None and accuracy is not None and accuracy >= target
+
+    def _had_ended(self) -> bool:
+        """Was the round before the first one here already the last? Known on the server's rank."""
+        if self.server is None:
+            return False
+        line = self.recorder.lines[-1]
+        enough = self._first_round == self._config.rounds or self._paper_limit_reached()
+        return line["test_accuracy"] is not None and (enough or self._accuracy_reached(line))

@@ -11,6 +11,7 @@ reports and barriers, the store with its signs of life, and, in a benchmark, the
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,20 @@ class Ledger:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._before = self._versions()
+        self._before = self._lines()
 
     def bytes(self) -> int | None:
         """All kinds, clients and rounds; None where the job has written no round."""
-        written = [path for path, version in self._versions().items() if self._before.get(path) != version]
-        lines = [line for path in written for line in path.read_text(encoding="utf-8").splitlines()]
+        lines: list[str] = []
+        for path, now in self._lines().items():
+            kept = os.path.commonprefix([self._before.get(path, []), now])  # the rounds that it went on from
+            lines += now[len(kept) :]
         return sum(sum(json.loads(line)["wire_bytes"].values()) for line in lines) if lines else None
 
-    def _versions(self) -> dict[Path, int]:
-        """The files with a line per round, of a training or a benchmark, and when they were last written."""
+    def _lines(self) -> dict[Path, list[str]]:
+        """The files with a line per round, of a training or a benchmark."""
         paths = [self._folder / "metrics.jsonl", *self._folder.glob("rounds/*.jsonl")]
-        return {path: path.stat().st_mtime_ns for path in paths if path.exists()}
+        return {path: path.read_text(encoding="utf-8").splitlines() for path in paths if path.exists()}
 
 
 def compare(counters: Sequence[Counters], ledger_bytes: int | None) -> dict[str, Any]:

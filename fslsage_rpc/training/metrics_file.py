@@ -1,0 +1,69 @@
+"""`metrics.jsonl`: one line per round, without gap or double line, also across a resume and a full disk."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fslsage_rpc.training.checkpoint_files import Damaged, Extent, compare, extent_of, said, write_durably
+
+
+class MetricsFile:
+    """Grows by whole lines. A line that the disk does not take is kept and written with the next one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._bytes = 0
+        self._digest = hashlib.sha256()
+        self._unwritten = b""
+
+    def begin(self, lines: bytes) -> None:
+        """Start with these lines (of earlier rounds); whatever else the file held is gone."""
+        write_durably(self.path, lines)
+        self._bytes, self._digest = len(lines), hashlib.sha256(lines)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a round's line.
+
+        Raises:
+            OSError: it, or one before it, is not on disk yet.
+        """
+        self._unwritten += (json.dumps(line) + "\n").encode()
+        self._write(durably=False)
+
+    def sync(self) -> Extent:
+        """Make the lines so far durable, and say what they come to.
+
+        Raises:
+            OSError: some are not on disk yet.
+        """
+        self._write(durably=True)
+        return Extent(self._bytes, self._digest.hexdigest())
+
+    def _write(self, durably: bool) -> None:
+        with self.path.open("r+b") as file:
+            file.truncate(self._bytes)  # half a line, where the disk was full
+            file.seek(self._bytes)
+            file.write(self._unwritten)
+            file.flush()
+            if durably:
+                os.fsync(file.fileno())
+        self._bytes += len(self._unwritten)
+        self._digest.update(self._unwritten)
+        self._unwritten = b""
+
+
+def read_beginning(path: Path, extent: Extent) -> bytes:
+    """The beginning of the file that a checkpoint goes with.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
+    try:
+        with path.open("rb") as file:
+            lines = file.read(extent.bytes)
+    except OSError as error:
+        raise Damaged(said(error, path)) from None
+    compare(path, extent_of(lines), extent)
+    return lines

@@ -1,0 +1,527 @@
+"""A run that goes on from a checkpoint ends as one that was never cut off; damaged ones are left out."""
+
+import copy
+import json
+import resource
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_program import run_on_ranks
+from test_equality import SECONDS
+from torch import nn
+from user_input import mistake
+
+import fslsage_rpc
+from fslsage_rpc.config import OptimizerKeys, SchedulerKeys
+from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.notebook import Run
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.parties.server import Server
+from fslsage_rpc.training import checkpoints
+from fslsage_rpc.training.checkpoint_files import MANIFEST, complete_folders, part_path, read_manifest
+from fslsage_rpc.training.metrics_file import MetricsFile
+from fslsage_rpc.training.run_folder import RunFolder
+from fslsage_rpc.training.trainer import Trainer
+
+Tree = dict[str, Any]
+CLIENTS = 3
+ABSENT = {"clients": {"count": CLIENTS, "batch_size": 16, "participation": 0.5}}  # 2 of 3 in each round
+WARM = {"algorithm": {"name": "fsl_sage", "warm_start": True}, **ABSENT}
+COSINE = {"name": "CosineAnnealingLR", "arguments": {"T_max": 20}}
+STEPS = {"optimizer": {party: {"scheduler": {**COSINE, "per": "step"}} for party in ("client", "server")}}
+ROUNDS = {"optimizer": {"auxiliary": {"lr": 3e-3, "scheduler": {**COSINE, "per": "round"}}}}
+CASES: dict[str, list[Tree]] = {
+    "fsl_sage": [],
+    "fsl_sage, warm, absent, falling": [WARM, STEPS, ROUNDS],
+    "fsl_sage, batch norm": [
+        {"model": {"name": "resnet56", "width": 2}, "data": {"partition": "iid", "train_limit": 60}}
+    ],
+    "splitfed_v1": [{"algorithm": {"name": "splitfed_v1"}}, STEPS],
+    "splitfed_v2": [{"algorithm": {"name": "splitfed_v2"}}, ABSENT],
+    "cse_fsl": [{"algorithm": {"name": "cse_fsl"}}, ABSENT, ROUNDS],
+    "fedavg": [{"algorithm": {"name": "fedavg"}}, ABSENT],
+}
+
+
+def merged(below: Tree, above: Tree) -> Tree:
+    result = copy.deepcopy(below)
+    for key, value in above.items():
+        inside = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if inside else copy.deepcopy(value)
+    return result
+
+
+def tree(output: Path, *changes: Tree, **keys: Any) -> Tree:
+    """A small run at fp64; its clients have 5, 3 and 3 batches."""
+    result: Tree = {
+        "rounds": 6,
+        "transport": "local",
+        "precision": "fp64",
+        "device": "cpu",
+        "output": str(output),
+        "clients": {"count": CLIENTS, "batch_size": 16},
+        "data": {"train_limit": 149, "test_limit": 60, "alpha": 3.0},
+        "algorithm": {
+            "upload_every": 2,
+            "align_every": 2,
+            "alignment": {"epochs": 2, "batch_size": 25, "buffer_size": 60},
+        },
+        "evaluation": {"every": 3},
+        "comm": {"transports": ["uv"], "timeout_seconds": 60},
+    }
+    for change in (*changes, keys):
+        result = merged(result, change)
+    return result
+
+
+def everything(run: Run) -> dict[str, Any]:
+    """The leaves of all parties' state in the newest checkpoint, by name."""
+    manifest = read_manifest(complete_folders(run.folder / "checkpoints")[0])
+    return dict(leaves("", vars(manifest.read(range(CLIENTS), server=True))))
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, below in items:
+            yield from leaves(f"{name}/{key}", below)
+    else:
+        yield name, value
+
+
+def assert_identical(a: Run, b: Run) -> None:
+    """Bit for bit: every party's state, the model, and the figures that are not seconds."""
+    expected, found = everything(a), everything(b)
+    assert expected.keys() == found.keys()
+    assert sum(isinstance(value, torch.Tensor) for value in expected.values()) > 20
+    for name, value in expected.items():
+        same = torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name]
+        assert same, name
+    models = [torch.load(run.folder / "model.pt", weights_only=True) for run in (a, b)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    for mine, its in zip(a.rounds, b.rounds, strict=True):
+        assert {k: v for k, v in mine.items() if k not in SECONDS} == {
+            k: v for k, v in its.items() if k not in SECONDS
+        }
+    for key in ("rounds", "test_accuracy", "test_loss", "wire_bytes", "wire_bytes_per_client"):
+        assert a.summary[key] == b.summary[key], key
+
+
+def assert_whole(run: Run) -> None:
+    """One line for each round, and a clock and a ledger that add up."""
+    assert [line["round"] for line in run.rounds] == list(range(run.summary["rounds"]))
+    for each, total in (("round_seconds", "elapsed_seconds"), ("paper_bytes", "paper_bytes_total")):
+        sums = np.cumsum([line[each] for line in run.rounds])
+        assert [line[total] for line in run.rounds] == pytest.approx(sums)
+    assert run.summary["training_seconds"] == run.rounds[-1]["elapsed_seconds"]
+    assert [line["wire_bytes"]["initial_broadcast"] > 0 for line in run.rounds] == [True] + [False] * (
+        len(run.rounds) - 1
+    )
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(output: Path) -> dict[str, Run]:
+    """Each case, never cut off."""
+    return {
+        case: fslsage_rpc.train(tree(output, *changes, name=f"whole-{number}"))
+        for number, (case, changes) in enumerate(CASES.items())
+    }
+
+
+@pytest.fixture(scope="module")
+def halves(output: Path) -> dict[str, Run]:
+    """Each case, after 3 rounds."""
+    return {
+        case: fslsage_rpc.train(tree(output, *changes, name=f"half-{number}", rounds=3))
+        for number, (case, changes) in enumerate(CASES.items())
+    }
+
+
+def copied(run: Run, output: Path) -> Path:
+    """The run's folder, elsewhere."""
+    return shutil.copytree(run.folder, output / run.folder.name)
+
+
+# Going on
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_rounds_and_three_more_are_six(
+    case: str,
+    whole: dict[str, Run],
+    halves: dict[str, Run],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert halves[case].summary["rounds"] == 3
+    folder = copied(halves[case], tmp_path)
+    capsys.readouterr()
+    run = fslsage_rpc.train(tree(tmp_path, *CASES[case], name=folder.name))
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("warning: ")]
+    assert said[0] == f"goes on from round 3 ({folder}/checkpoints/round-000003)"
+    assert said[1].startswith("round 4/6")
+    assert_identical(whole[case], run)
+    assert_whole(run)
+
+
+def test_three_ranks_go_on_from_where_two_were(whole: dict[str, Run], tmp_path: Path) -> None:
+    """What one client rank has written is read by two; the whole equals that of a single process."""
+    cases = [case for case in CASES if "batch norm" not in case]  # which would blow the rounding up
+    trees = [
+        tree(tmp_path, *CASES[case], name=f"run-{number}", transport="rpc")
+        for number, case in enumerate(cases)
+    ]
+    run_on_ranks(2, [{**keys, "rounds": 3} for keys in trees], tmp_path, timeout=100)
+    folders = [tmp_path / keys["name"] for keys in trees]
+    for folder in folders:
+        saved = read_manifest(folder / "checkpoints" / "round-000003")
+        assert [part.clients for part in saved.parts] == [[], [0, 1, 2]]
+    said = run_on_ranks(3, trees, tmp_path, timeout=100)
+    for case, folder in zip(cases, folders, strict=True):
+        assert f"goes on from round 3 ({folder}/checkpoints/round-000003)" in said
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        run = Run(folder, lines, json.loads((folder / "summary.json").read_text()))
+        assert_whole(run)
+        saved = read_manifest(folder / "checkpoints" / "round-000006")
+        assert [part.clients for part in saved.parts] == [[], [0, 2], [1]]
+        assert_equal(everything(whole[case]), everything(run))
+
+
+def assert_equal(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """To 1e-10."""
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            difference = (value.double() - found[name].double()).norm()
+            assert difference <= 1e-10 * value.double().norm(), name
+        elif "client_bytes" not in name:  # averaging moves bytes between ranks
+            assert value == found[name] or value == pytest.approx(found[name], rel=1e-12), name
+
+
+class CutOff(Exception):
+    """In place of whatever ends a run."""
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_that_was_cut_off_goes_on(
+    every: int, whole: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = "fsl_sage, warm, absent, falling"
+    keys = tree(tmp_path, *CASES[case], checkpoint={"every": every})
+    ended = 0
+
+    def cut_off(self: Server) -> None:
+        nonlocal ended
+        ended += 1
+        if ended == 5:
+            raise CutOff
+        end_round(self)
+
+    end_round = Server.end_round
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "end_round", cut_off)
+        with pytest.raises(CutOff):
+            fslsage_rpc.train(keys)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+    rounds = [folder.name for folder in complete_folders(tmp_path / "run" / "checkpoints")]
+    # That of round 4 would have been made complete at the end of the fifth.
+    assert rounds == {1: ["round-000003", "round-000002"], 2: ["round-000002"]}[every]
+    run = fslsage_rpc.train(keys)
+    assert_identical(whole[case], run)
+    assert_whole(run)
+
+
+def test_a_run_that_lacked_only_its_summary_trains_no_more(
+    halves: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(halves["fsl_sage"], tmp_path)
+    for name in ("summary.json", "model.pt"):
+        (folder / name).unlink()
+    capsys.readouterr()
+    run = fslsage_rpc.train(tree(tmp_path, name=folder.name, rounds=3))
+    assert "round 4/" not in capsys.readouterr().out
+    assert_identical(halves["fsl_sage"], run)
+
+
+def test_the_ends_of_a_run_count_the_rounds_before(
+    whole: dict[str, Run], halves: dict[str, Run], tmp_path: Path
+) -> None:
+    folder = copied(halves["fsl_sage"], tmp_path)
+    totals = [line["paper_bytes_total"] for line in whole["fsl_sage"].rounds]
+    gib = (totals[3] + totals[4]) / 2 / 2**30
+    run = fslsage_rpc.train(tree(tmp_path, name=folder.name, stop={"paper_gib": gib}))
+    assert len(run.rounds) == 5  # the first whose total is beyond
+    assert run.rounds[-1]["paper_bytes_total"] == totals[4]
+    reached = fslsage_rpc.train(tree(tmp_path, name=folder.name, stop={"accuracy": 1e-6}))
+    assert len(reached.rounds) == 5
+    assert_whole(reached)
+
+
+def test_without_checkpoints_nothing_is_written_and_nothing_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tree(tmp_path, {"algorithm": {"name": "fedavg"}}, rounds=1, checkpoint={"every": None})
+    run = fslsage_rpc.train(keys)
+    assert not (run.folder / "checkpoints").exists()
+    (run.folder / "summary.json").unlink()
+    fslsage_rpc.train(keys)
+    replaced = f"warning: the unfinished run in {run.folder} is replaced: it has no checkpoint to go on from"
+    assert replaced in capsys.readouterr().out.splitlines()
+
+
+# Writing
+
+
+def test_the_newest_stay(halves: dict[str, Run], tmp_path: Path) -> None:
+    folders = complete_folders(halves["fsl_sage"].folder / "checkpoints")
+    assert [folder.name for folder in folders] == ["round-000003", "round-000002"]
+    keys = tree(tmp_path, {"algorithm": {"name": "fedavg"}}, rounds=5, checkpoint={"every": 2, "keep": 5})
+    run = fslsage_rpc.train(keys)
+    folders = sorted((run.folder / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["round-000002", "round-000004", "round-000005"]
+    assert {file.name for folder in folders for file in folder.iterdir()} == {MANIFEST, "rank-0.pt"}
+    longer = fslsage_rpc.train({**keys, "rounds": 6, "checkpoint": {"every": 9, "keep": 1}})
+    assert [folder.name for folder in (longer.folder / "checkpoints").iterdir()] == ["round-000006"]
+
+
+def test_a_checkpoint_is_written_while_the_next_round_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer waits for the next round to begin: were it waited for before, this would not end well."""
+    begun = {rounds: threading.Event() for rounds in range(4)}
+    begun[3].set()  # there is none after the last
+    train_round, write_part = Trainer.train_round, checkpoints.write_part
+
+    def begin(self: Trainer, round: int) -> float:
+        begun[round].set()
+        return train_round(self, round)
+
+    def write(folder: Path, rank: int, state: Any) -> Any:
+        assert begun[state.rounds].wait(timeout=20)
+        return write_part(folder, rank, state)
+
+    monkeypatch.setattr(Trainer, "train_round", begin)
+    monkeypatch.setattr(checkpoints, "write_part", write)
+    run = fslsage_rpc.train(tree(tmp_path, {"algorithm": {"name": "fedavg"}}, rounds=3))
+    assert read_manifest(complete_folders(run.folder / "checkpoints")[0]).rounds == 3
+
+
+def test_an_unwritable_folder_costs_the_checkpoints_not_the_training(
+    halves: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("in the way")
+    run = fslsage_rpc.train(tree(tmp_path, rounds=3))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 3
+    assert warnings[0].startswith("warning: no checkpoint after round 1 (rank 0: ")
+    assert "checkpoints" in warnings[0]
+    assert warnings[0].endswith("); there is none; the run goes on")
+    losses = [line["train_loss"] for line in halves["fsl_sage"].rounds]
+    assert [line["train_loss"] for line in run.rounds] == losses
+
+
+@contextmanager
+def files_no_larger_than(bytes: int) -> Iterator[None]:
+    """What a full disk is to a program: the system takes a part of what is written and then says no."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_checkpoints_and_leaves_the_last_good_one(
+    whole: dict[str, Run], halves: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(halves["fsl_sage"], tmp_path)
+    keys = tree(tmp_path, name=folder.name)
+    capsys.readouterr()
+    with files_no_larger_than(64 * 2**10):
+        message = mistake(fslsage_rpc.train, keys)
+    assert message == f"output: got '{tmp_path}', where {folder} cannot be written (File too large)"
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in said if line.startswith("round ")] == [
+        f"round {number}/6" for number in (4, 5, 6)
+    ]
+    last = f"the last one is {folder}/checkpoints/round-000003; the run goes on"
+    for number in (4, 5, 6):
+        path = f"{folder}/checkpoints/round-00000{number}/rank-0.pt"
+        said.remove(f"warning: no checkpoint after round {number} (rank 0: {path}: File too large); {last}")
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"round-000002", "round-000003"}
+    assert_identical(whole["fsl_sage"], fslsage_rpc.train(keys))  # once there is room
+
+
+def test_a_line_that_the_disk_does_not_take_is_written_with_the_next(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.begin(b'{"round": 0}\n')
+    with files_no_larger_than(20):
+        for round in (1, 2):
+            with pytest.raises(OSError, match="File too large"):
+                file.append({"round": round})
+        with pytest.raises(OSError, match="File too large"):
+            file.sync()
+    file.append({"round": 3})
+    text = "".join(f'{{"round": {round}}}\n' for round in range(4))
+    assert file.path.read_text() == text
+    assert file.sync().bytes == len(text)
+
+
+# Reading
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def alter(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def renumber(path: Path) -> None:
+    path.write_text(path.read_text().replace('"rounds": 3', '"rounds": 4'))
+
+
+DAMAGE = {
+    "part cut": (cut, "checkpoints/round-000003/rank-0.pt", "truncated ("),
+    "part altered": (alter, "checkpoints/round-000003/rank-0.pt", "altered ("),
+    "part gone": (Path.unlink, "checkpoints/round-000003/rank-0.pt", "No such file or directory"),
+    "manifest cut": (cut, "checkpoints/round-000003/manifest.json", "truncated or altered"),
+    "manifest altered": (renumber, "checkpoints/round-000003/manifest.json", "altered ("),
+    "metrics cut": (cut, "metrics.jsonl", "truncated ("),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    kind: str, halves: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage, name, what = DAMAGE[kind]
+    folder = copied(halves["fsl_sage"], tmp_path)
+    (folder / "summary.json").unlink()
+    damage(folder / name)
+    capsys.readouterr()
+    run = fslsage_rpc.train(tree(tmp_path, name=folder.name, rounds=3))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"warning: {folder / name}: {what}")
+    assert first.endswith(": this checkpoint is left out")
+    assert second == f"goes on from round 2 ({folder}/checkpoints/round-000002)"
+    assert_identical(halves["fsl_sage"], run)
+
+
+def test_a_complete_run_whose_checkpoints_are_all_damaged_is_not_replaced(
+    halves: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(halves["fsl_sage"], tmp_path)
+    for checkpoint in complete_folders(folder / "checkpoints"):
+        alter(part_path(checkpoint, 0))
+    message = mistake(fslsage_rpc.train, tree(tmp_path, name=folder.name))
+    assert message.startswith("rounds: got 6, expected 3 as in the complete run in ")
+    assert "which has no checkpoint to go on from" in message
+    assert (folder / "summary.json").exists()
+    (folder / "summary.json").unlink()
+    capsys.readouterr()
+    run = fslsage_rpc.train(tree(tmp_path, name=folder.name, rounds=3))  # one that was cut off starts anew
+    assert capsys.readouterr().out.count(": this checkpoint is left out") == 2
+    assert_identical(halves["fsl_sage"], run)
+
+
+def test_no_damage_to_a_manifest_is_more_than_a_warning(halves: dict[str, Run], tmp_path: Path) -> None:
+    folder = copied(halves["fsl_sage"], tmp_path)
+    path = folder / "checkpoints" / "round-000003" / MANIFEST
+    sound, drawn = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(sound)
+        for place in drawn.integers(len(data), size=drawn.integers(1, 4)):
+            data[place] = drawn.integers(256)
+        path.write_bytes(data[: drawn.integers(len(data) // 2, 2 * len(data))])
+        found = RunFolder(from_tree(tree(tmp_path, name=folder.name)), lambda message: None)
+        assert found.manifest is not None
+        assert found.manifest.rounds == 2 or json.loads(path.read_bytes()) == json.loads(sound)
+
+
+FREE = ["rounds=7", "ranks=5", "output={elsewhere}", "stop.accuracy=0.9", "comm.upload_window=1"]
+FREE += ["checkpoint.every=null", "evaluation.batch_size=7", "trace=true"]
+
+
+def test_what_may_differ_and_what_may_not(halves: dict[str, Run], tmp_path: Path) -> None:
+    folder = copied(halves["fsl_sage"], tmp_path)
+    (folder / "summary.json").unlink()
+    copied(halves["fsl_sage"], tmp_path / "elsewhere")
+    keys = tree(tmp_path, name=folder.name, rounds=3)
+    for override in FREE:
+        changed = from_tree(keys, [override.format(elsewhere=tmp_path / "elsewhere")])
+        assert RunFolder(changed, warn=pytest.fail).lines or "output" in override
+    for key, value in (
+        ("seed", 1),
+        ("clients.batch_size", 8),
+        ("optimizer.client.lr", 0.5),
+        ("transport", "rpc"),
+    ):
+        message = mistake(RunFolder, from_tree(keys, [f"{key}={value}"]), pytest.fail)
+        assert message.startswith(f"{key}: got {value!r}, expected ")
+        assert f"as in the run in {folder}; choose another name=" in message
+    message = mistake(RunFolder, from_tree(keys, ["rounds=2"]), pytest.fail)
+    assert message.startswith("rounds: got 2, expected 3 or more, as the run in ")
+
+
+def test_other_samples_are_refused(halves: dict[str, Run], tmp_path: Path) -> None:
+    folder = copied(halves["fsl_sage"], tmp_path)
+    parts = json.loads((folder / "partition.json").read_text())
+    parts[1]["sha256"] = "0" * 64
+    (folder / "partition.json").write_text(json.dumps(parts))
+    with pytest.raises(InputError, match=r"partition\.json: got other samples for the clients"):
+        fslsage_rpc.train(tree(tmp_path, name=folder.name))
+
+
+SCHEDULERS = {
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [2, 7]},
+    "ConstantLR": {},
+    "LinearLR": {},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {},
+    "CosineAnnealingLR": {"T_max": 8},
+    "CosineAnnealingWarmRestarts": {"T_0": 3},
+    "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_every_optimizer_and_schedule_goes_on(name: str, optimizer: str, tmp_path: Path) -> None:
+    arguments = {**SCHEDULERS[name], "cycle_momentum": False} if name == "CyclicLR" else SCHEDULERS[name]
+    scheduler = SchedulerKeys(name=name, arguments=arguments, per="step")  # type: ignore[arg-type]
+    keys = OptimizerKeys(name=optimizer, lr=0.1, scheduler=scheduler)  # type: ignore[arg-type]
+
+    def steps(trained: ScheduledOptimizer, parameter: nn.Parameter) -> None:
+        for step in range(5):
+            parameter.grad = torch.cos(parameter.detach() + step)
+            trained.step()
+
+    here, there = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    saved, resumed = ScheduledOptimizer(keys, [here]), ScheduledOptimizer(keys, [there])
+    steps(saved, here)
+    torch.save(checkpoints.snapshot(saved.state()), tmp_path / "state.pt")
+    there.data.copy_(here.data)
+    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    steps(saved, here)
+    steps(resumed, there)
+    assert torch.equal(here, there)
+    assert saved.optimizer.param_groups[0]["lr"] == resumed.optimizer.param_groups[0]["lr"]
