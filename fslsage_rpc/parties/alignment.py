@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.parties.streams import WorkQueue
 
 Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
 Target = tuple[Tensor, Tensor, Tensor]  # z [B, ...], y [B], g [B, ...]
@@ -100,12 +101,29 @@ class Agreement:
         return {"nmse": error / true, "cosine": product / (true * estimated) ** 0.5 if estimated else 0.0}
 
 
+@dataclass(frozen=True)
+class FitRecord:
+    """How well the estimates agreed with the targets before a fit, and how well after it."""
+
+    before: Agreement
+    after: Agreement
+
+    def read(self) -> dict[str, float]:
+        """nmse and cosine, before and after; empty where the true gradients are all 0."""
+        moments = (("before", self.before), ("after", self.after))
+        return {
+            f"{key}_{moment}": value
+            for moment, agreement in moments
+            for key, value in (agreement.read() or {}).items()
+        }
+
+
 @dataclass
 class AuxiliaryFit:
     """What the server keeps for one client: its auxiliary model, that model's optimizer, and the alignment
     buffer.
 
-    `timeline`: of the thread that fits.
+    `timeline` and `queue`: of the thread that fits.
     """
 
     model: nn.Module
@@ -115,6 +133,7 @@ class AuxiliaryFit:
     epochs: int
     batch_size: int
     timeline: Timeline
+    queue: WorkQueue = field(default_factory=WorkQueue)
 
     def targets(self, server_model: nn.Module) -> list[Target]:
         """The buffer in batches, oldest first, with the server model's true gradients on them.
@@ -128,27 +147,24 @@ class AuxiliaryFit:
                 for z, y in self.buffer.batches(self.batch_size)
             ]
 
-    def fit(self, targets: list[Target]) -> tuple[Weights, dict[str, float]]:
+    def fit(self, targets: list[Target]) -> tuple[Weights, FitRecord]:
         """Fit the auxiliary model to true gradients (arXiv 2505.23182): `epochs` passes of the optimizer over
         the same batches, unshuffled, minimise sum_samples ||ĝ - g||^2.
 
         Returns:
-            A copy of the fitted weights, and nmse and cosine over the targets before and after (empty where
-            the true gradients are all 0).
+            A copy of the fitted weights, and how well the estimates agree with the targets.
         """
-        before = self._agreement(targets)
+        before, wide = self._agreement(targets), self.weights.floats.dtype
         for _ in range(self.epochs):
             for z, y, target in targets:
                 estimate = cut_layer_gradient(self.model, z, y, create_graph=True)
-                (estimate - target).square().sum().backward(inputs=list(self.model.parameters()))
+                error = estimate.to(wide) - target
+                error.square().sum().backward(inputs=list(self.model.parameters()))
                 self.optimizer.step()
-        after = self._agreement(targets)
-        record = {f"{key}_before": value for key, value in before.items()}
-        record |= {f"{key}_after": value for key, value in after.items()}
-        return self.weights.clone(), record
+        return self.weights.clone(), FitRecord(before, self._agreement(targets))
 
-    def _agreement(self, targets: list[Target]) -> dict[str, float]:
+    def _agreement(self, targets: list[Target]) -> Agreement:
         agreement = Agreement()
         for z, y, target in targets:
             agreement.add(cut_layer_gradient(self.model, z, y), target)
-        return agreement.read() or {}
+        return agreement

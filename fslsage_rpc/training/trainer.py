@@ -45,7 +45,7 @@ class Trainer:
         self._algorithm = experiment.algorithm
         self._sizes = experiment.sizes()
         self._tracer = Tracer() if experiment.config.trace else None
-        self._timeline = Timeline("rank", self._tracer)
+        self._timeline = Timeline("rank", self._tracer, world.device)
         self._ledger = WireLedger()
         self.server = build_server(experiment, world, self._tracer) if world.hosts_server else None
         self._log = RequestLog()
@@ -88,6 +88,7 @@ class Trainer:
             report = RankReport(
                 seconds=seconds,
                 phases=phases,
+                device_seconds=self._timeline.take_device_seconds(),
                 loss_sum=sum(loss for loss, _ in losses),
                 samples=sum(samples for _, samples in losses),
                 wire=self._ledger.take(),
@@ -140,9 +141,11 @@ class Trainer:
                 depth_first=depth_first,
                 timeline=self._timeline,
                 device=self.world.device,
+                staged=self._link.staged,
             )
             scheduler.run({client: algorithm.client_round(self.clients[client], round) for client in mine})
             with self._timeline.phase("drain_wait"):
+                synchronise(self.world.device)  # no CUDA call may be in flight when NCCL begins
                 self.world.client_barrier()
             with self._timeline.phase("averaging"):
                 self._average_clients(shares, averages_auxiliary)
@@ -205,7 +208,7 @@ class Trainer:
             self.experiment.spec,
             self._config.evaluation.batch_size,
             self.world.device,
-            self.experiment.dtype,
+            self.experiment.precision.weights,
         )
 
     def _paper_limit_reached(self, paper_bytes_total: int) -> bool:
