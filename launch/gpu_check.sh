@@ -13,7 +13,7 @@ folder=${1:-docs/results}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 echo "== tests that need a GPU, and those of what they rest on"
-python3 -m pytest -p no:cacheprovider -rs --durations=10 tests/test_cuda.py tests/test_placement.py
+python3 -m pytest -p no:cacheprovider -vv --durations=10 tests/test_cuda.py tests/test_placement.py
 
 echo "== samples per second"
 python3 benchmarks/gpu_speed.py "$folder" ${2:+--data "$2"}
