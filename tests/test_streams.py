@@ -1,4 +1,4 @@
-"""What is asked of CUDA's streams and events, told to stand-ins: a machine without a GPU can check the calls."""
+"""What is asked of CUDA's streams and events, told to stand-ins: so much can be checked without a GPU."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
