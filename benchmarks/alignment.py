@@ -108,9 +108,7 @@ def stacked(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tenso
     for _ in range(fits[0].keys.epochs):
         for z, y, true in batches:
             for name, gradient in step(parameters, buffers, z, y, true).items():
-                parameters[
-                    name
-                ].grad = gradient.contiguous()  # as its weight is
+                parameters[name].grad = gradient.contiguous()  # as its weight is
             optimizer.step()
     for client, fit in enumerate(fits):
         for name, parameter in fit.model.named_parameters():
@@ -132,9 +130,7 @@ class Compiled:
             for _ in range(fit.keys.epochs):
                 for z, y, true in mine:
                     for name, gradient in self._step(values, buffers, z, y, true).items():
-                        parameters[
-                            name
-                        ].grad = gradient.contiguous()  # as its weight is
+                        parameters[name].grad = gradient.contiguous()  # as its weight is
                     fit.optimizer.step()
         return parameters_of(fits)
 

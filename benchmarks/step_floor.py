@@ -68,10 +68,14 @@ class Arithmetic:
     def cpu_seconds(self, rounds: range) -> float:
         """CPU seconds of this process for the arithmetic of these rounds."""
         started = time.process_time()
+        self.run(rounds)
+        return time.process_time() - started
+
+    def run(self, rounds: range) -> None:
+        """The arithmetic of these rounds; on a GPU it is queued on return."""
         for round in rounds:
             for client in self._clients.values():
                 self._client_round(client, round)
-        return time.process_time() - started
 
     def _client_round(self, client: Client, round: int) -> None:
         assert self._server is not None

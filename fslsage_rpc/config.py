@@ -192,6 +192,9 @@ class Comm:
     """network interface for RPC, Gloo and NCCL; null: loopback on one host, else the libraries' own choice"""
     transports: list[Literal["uv", "shm", "ibv"]] | None = None
     """TensorPipe transports; null: [uv] where cores are few (shm busy-polls), else TensorPipe's own choice"""
+    device_maps: Literal["auto", "never"] = "auto"
+    """auto: tensors go from a client rank's GPU to the server's and back by RPC device maps, where both have
+    one; never: through host memory"""
     timeout_seconds: Annotated[float, Bounds(minimum=5)] = 300.0
     """a rank that gives no sign of life for so long ends the run"""
 
@@ -256,7 +259,10 @@ class Config:
     transport: Literal["rpc", "local"] = "rpc"
     """local: everything in one process, without torch.distributed"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "fp64"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16: layers compute by autocast, smashed data and gradients travel so; weights and losses are fp32"""
+    tf32: bool = False
+    """GPUs may round the factors of fp32 products to TF32: faster, about three decimal digits"""
     output: str = "runs"
     resume: Literal["auto", "never"] = "auto"
     """auto: a run goes on from its last checkpoint, and a complete one is shown; never: it is replaced"""

@@ -45,8 +45,8 @@ def train(experiment: Experiment, world: Any) -> Outcome:
     trainer.train(lambda line, reports: outcome.lines.append(line))
 
     def keep(name: str, weights: Weights) -> None:
-        outcome.tensors[f"{name}/floats"] = weights.floats.clone()
-        outcome.tensors[f"{name}/integers"] = weights.integers.clone()
+        outcome.tensors[f"{name}/floats"] = weights.floats.cpu().clone()
+        outcome.tensors[f"{name}/integers"] = weights.integers.cpu().clone()
 
     for client in trainer.clients.values():
         keep(f"client {client.id}", client.weights)

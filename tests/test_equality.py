@@ -43,6 +43,11 @@ def warm(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def in_bf16(tree: dict[str, Any]) -> dict[str, Any]:
+    """Autocast; the same numbers only where sums are taken in the same order, so on one client rank."""
+    return {**tree, "precision": "bf16"}
+
+
 CASES = [
     ("fsl_sage", "round_robin", "simple_conv"),
     ("fsl_sage", "client_major", "simple_conv"),
@@ -62,7 +67,8 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("partition") / "partition.json"
     # Clients of unequal size: 5, 3 and 3 steps, and every last batch is short.
     path.write_text(json.dumps([list(range(70)), list(range(70, 115)), list(range(115, 149))]))
-    return [tree(path, *case) for case in CASES] + [warm(tree(path, "fsl_sage", "round_robin"))]
+    more = [in_bf16(tree(path, "fsl_sage", "round_robin")), warm(tree(path, "fsl_sage", "round_robin"))]
+    return [tree(path, *case) for case in CASES] + more
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +145,14 @@ def test_a_warm_start_and_falling_rates_are_the_same_everywhere(
     assert_same(local[-1], jobs["3 ranks"][-1])
     assert_same(jobs["2 ranks"][-1], jobs["3 ranks"][-1])
     assert [line["alignment"] is not None for line in local[-1].lines] == [False, True, False]
+
+
+def test_bf16_is_the_same_over_rpc_and_halves_the_bytes(
+    local: list[Outcome], jobs: dict[str, list[Outcome]]
+) -> None:
+    assert_same(local[-2], jobs["2 ranks"][-2])
+    for half, double in zip(local[-2].lines, local[0].lines, strict=True):
+        assert half["wire_bytes"]["smashed_up"] * 4 == double["wire_bytes"]["smashed_up"]  # that one in fp64
 
 
 @pytest.mark.parametrize("case", [0, 3])

@@ -15,6 +15,7 @@ from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
 from fslsage_rpc.parties.server import Lane, Server
+from fslsage_rpc.parties.streams import WorkQueue
 
 TIMEOUT = 20
 SGD = OptimizerKeys(name="sgd", lr=0.1)
@@ -121,6 +122,49 @@ def test_a_request_that_fails_reaches_whoever_waits_for_the_round() -> None:
         server.announce({0: [0]}, [0])
         server.submit(exchange(0), lambda answer: None)
         with pytest.raises(ZeroDivisionError, match="broken lane"):
+            server.wait()
+
+
+def test_an_upload_is_answered_when_the_device_has_trained_on_it() -> None:
+    class Device(WorkQueue):
+        """A queue on a device that has not come to its end yet."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.done = threading.Event()
+
+        def end(self) -> Any:
+            return self
+
+        def synchronize(self) -> None:
+            assert self.done.wait(TIMEOUT)
+
+    device, answers = Device(), []
+    lane = lane_of(nn.Linear(4, 3))
+    lane.queue = device
+    with ThreadPoolExecutor(2) as pool:
+        server = make_server({0: lane}, pool)
+        server.announce({0: [0, 0, 1]}, [0])
+        push = Push(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+        server.submit(Request(0, 0, push), answers.append)
+        server.submit(exchange(0, number=1), answers.append)  # the lane goes on meanwhile
+        server.submit(Request(0, 2, push), answers.append)
+        server.wait()
+        assert [answer.value is None for answer in answers] == [False]
+        device.done.set()
+    assert [answer.value is None for answer in answers] == [False, True, True]
+    assert server.report(1.0).samples == 15
+
+
+def test_an_answer_that_cannot_be_sent_fails_the_round() -> None:
+    def lost(answer: Answer) -> None:
+        raise ZeroDivisionError("lost answer")
+
+    with ThreadPoolExecutor(1) as pool:
+        server = make_server({0: lane_of(nn.Linear(4, 3))}, pool)
+        server.announce({0: [0]}, [0])
+        server.submit(exchange(0), lost)
+        with pytest.raises(ZeroDivisionError, match="lost answer"):
             server.wait()
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from fslsage_rpc.bench.table import COMPUTE
 from fslsage_rpc.comm.world import server_workers
 from fslsage_rpc.critical_path import ClientPieces, LinkSpeed, RoundPieces
@@ -16,6 +18,7 @@ def round_pieces(
     reports: Sequence[RankReport],
     federation: Federation,
     links: Mapping[int, LinkSpeed],
+    device: torch.device,
 ) -> RoundPieces:
     """The pieces of one round, on the server's rank.
 
@@ -25,6 +28,7 @@ def round_pieces(
         line: the round's metrics line.
         reports: those of all ranks, of the same round.
         links: by client rank.
+        device: of the server.
     """
     hosts = [report for report in reports if report.phases is not None]
     clients: dict[int, ClientPieces] = {}
@@ -40,7 +44,7 @@ def round_pieces(
     return RoundPieces(
         clients=clients,
         links=links,
-        server_workers=server_workers(),
+        server_workers=server_workers(device),
         averaging_seconds=phases["client"]["averaging"],
         server_averaging_seconds=phases["server"]["averaging"],
         targets_seconds=phases["server"]["targets"],

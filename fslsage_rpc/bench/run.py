@@ -131,7 +131,7 @@ def _train(trainer: Trainer, run: BenchRun, links: Mapping[int, LinkSpeed], scre
     experiment = trainer.experiment
 
     def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
-        pieces = round_pieces(line, reports, experiment.federation, links)
+        pieces = round_pieces(line, reports, experiment.federation, links, trainer.world.device)
         run.lines.append(line)
         run.bounds.append(experiment.algorithm.bound_seconds(pieces))
         screen.show_round(run)

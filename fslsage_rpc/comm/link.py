@@ -16,16 +16,26 @@ from fslsage_rpc.measure.requests import RequestLog, RequestTimes
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request, SmashedData
 
+CPU = torch.device("cpu")
 PROBE_SECONDS = 0.1
 PROBE_BYTES = 2**24
 
 
 class ServerLink(ABC):
-    """Calls to the server. Subclasses carry them; this class counts their tensors and takes their times."""
+    """Calls to the server. Subclasses carry them; this class counts their tensors and takes their times.
 
-    def __init__(self, ledger: WireLedger, log: RequestLog):
+    Args:
+        carrier: the device that requests' tensors are on when they are handed over, and answers' when they
+            come.
+    """
+
+    staged: bool = False
+    """tensors pass through host memory on their way from a GPU"""
+
+    def __init__(self, ledger: WireLedger, log: RequestLog, carrier: torch.device = CPU):
         self.ledger = ledger
         self.log = log
+        self.carrier = carrier
 
     @abstractmethod
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
@@ -65,13 +75,13 @@ class ServerLink(ABC):
         The round trip is the median of 21 empty calls. A rate is bytes over seconds, less a round trip, of
         the fastest of 3 transfers: of 256 KiB, or of more until one takes 0.1 s.
         """
-        empty = torch.zeros(1, dtype=torch.uint8)
+        empty = torch.zeros(1, dtype=torch.uint8, device=self.carrier)
         round_trip = statistics.median(self._timed_echo(empty, 1) for _ in range(21))
 
         def rate(up: bool) -> float:
             size = 2**18
             while True:
-                payload = torch.zeros(size if up else 1, dtype=torch.uint8)
+                payload = torch.zeros(size if up else 1, dtype=torch.uint8, device=self.carrier)
                 seconds = min(self._timed_echo(payload, 1 if up else size) for _ in range(3)) - round_trip
                 if seconds >= PROBE_SECONDS or size >= PROBE_BYTES:
                     return size / seconds if seconds > 0 else math.inf

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
-from fslsage_rpc.comm.world import World, choose_device
+from fslsage_rpc.comm.world import World, open_device
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.measure.clock import clock
@@ -24,10 +24,12 @@ from fslsage_rpc.parties.server import Server
 class LocalWorld(World):
     """One process that is server and client rank at once."""
 
+    works_beside = False
+
     def __init__(self, config: Config):
         self.rank, self.size = 0, 1
         self.client_ranks, self.client_rank = 1, 0
-        self.device = choose_device(config.device, 0)
+        self.device = open_device(config, 0)
 
     def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink:
         assert server is not None
@@ -52,7 +54,13 @@ class LocalWorld(World):
         pass
 
     def describe(self) -> dict[str, Any]:
-        return {"transport": "local", "averaging": None, "rpc_transports": None, "interface": None}
+        return {
+            "transport": "local",
+            "averaging": None,
+            "rpc_transports": None,
+            "request_tensors": None,
+            "interface": None,
+        }
 
     def fail(self, error: BaseException) -> NoReturn:
         raise error

@@ -1,7 +1,7 @@
 """The real transport: the server behind an RRef on rank 0, requests by torch RPC, weights by collectives.
 
-Tensors travel as CPU tensors: a rank on a GPU stages them through host memory, so no CUDA RPC is ever in
-flight together with an NCCL collective (which would deadlock).
+CUDA calls in flight together with an NCCL collective deadlock: the round loop lets all calls end, waits for
+the device and then, on the CPU, for the other client ranks, before it averages.
 """
 
 import os
@@ -9,9 +9,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -19,25 +18,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 from torch.distributed.rendezvous import rendezvous
-from torch.futures import Future
 
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
-from fslsage_rpc.comm.link import ServerLink
+from fslsage_rpc.comm.link import CPU, ServerLink
+from fslsage_rpc.comm.memory import keep_large_blocks
+from fslsage_rpc.comm.placement import ONE_HOST_CHANNELS, GpuPlace, choose_averaging, device_maps
+from fslsage_rpc.comm.rpc_link import RpcLink, ServerEndpoint, peers_may_be_lost
 from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
-from fslsage_rpc.comm.world import World, choose_device, interfaces, server_workers
+from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
-from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.parties.server import Server
 
-CPU = torch.device("cpu")
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
-NO_TIMEOUT = 0  # likewise for calls
 SHM_CORES_PER_RANK = 2  # TensorPipe's shm transport keeps up to a core busy per rank, also while it waits
-SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "timed out", "unreachable")
 
 _offered: rpc.RRef | None = None  # rank 0's current server
 
@@ -49,24 +46,26 @@ class RpcWorld(World):
     everything since the last finished round is lost.
     """
 
+    works_beside = True
+
     def __init__(self, config: Config):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.client_ranks = self.size - 1
         self.client_rank = self.rank - 1 if self.rank > 0 else None
-        self.device = choose_device(config.device, self._gpu_index())
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.device = open_device(config, self._gpu_index())
         self._interface = _bind_interface(config.comm)
         self._transports = config.comm.transports or _default_transports()
         self._pools: dict[str, ThreadPoolExecutor] = {}
+        keep_large_blocks()
         timeout = timedelta(seconds=config.comm.timeout_seconds)
         self._watchdog: Watchdog | None = None
         try:
             store = self._find_store(timeout)
             self._watchdog = Watchdog(store.clone(), self.rank, self.size, config.comm.timeout_seconds)
-            self._roll_call(store, timeout)
+            devices = self._roll_call(store, timeout)
+            self._device_maps = device_maps(devices, config.comm.device_maps)
             self._watchdog.start()
-            with _peers_may_be_lost():
+            with peers_may_be_lost():
                 self._join(store, config.comm)
         except BaseException as error:
             self.fail(error)
@@ -88,8 +87,12 @@ class RpcWorld(World):
         """Form the process groups and the RPC agents."""
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=FOREVER)
         options = rpc.TensorPipeRpcBackendOptions(
-            rpc_timeout=keys.timeout_seconds, _transports=self._transports
+            rpc_timeout=keys.timeout_seconds,
+            _transports=self._transports,
+            _channels=ONE_HOST_CHANNELS if torch.cuda.is_available() and _on_one_host() else None,
         )
+        if self.rank in self._device_maps:  # answers take the same way back; torch tells the server
+            options.set_device_map(_worker(0), dict([self._device_maps[self.rank]]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # torch's own doing
             rpc.init_rpc(
@@ -98,7 +101,9 @@ class RpcWorld(World):
         # new_group is called by all ranks, also by rank 0, which is in neither group.
         clients = list(range(1, self.size))
         self._clients: Any = dist.new_group(clients, timeout=FOREVER, backend="gloo")
-        self._averaging = self._choose_averaging(keys.averaging)
+        places: list[Any] = [None] * self.size
+        dist.all_gather_object(places, GpuPlace.of(self.device))
+        self._averaging = choose_averaging(keys.averaging, places[1:], dist.is_nccl_available())
         nccl = self._averaging == "nccl"
         self._averaging_group: Any = (
             dist.new_group(clients, timeout=FOREVER, backend="nccl") if nccl else self._clients
@@ -106,43 +111,45 @@ class RpcWorld(World):
 
     def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
         global _offered
-        with _peers_may_be_lost():
+        with peers_may_be_lost():
             self.barrier()  # nobody still uses the last one
-            _offered = None if server is None else rpc.RRef(ServerEndpoint(server))
+            synchronise(self.device)  # calls have streams of their own: what they find must be there
+            _offered = None if server is None else rpc.RRef(ServerEndpoint(server, self.device))
             self.barrier()
             if self.rank == 0:
                 return None
-            return RpcLink(rpc.rpc_sync(_worker(0), _offered_server), ledger, log, self.device)
+            mapped = self.rank in self._device_maps
+            return RpcLink(rpc.rpc_sync(_worker(0), _offered_server), ledger, log, self.device, mapped)
 
     def start(self, kind: str, work: Callable[[], None]) -> None:
         if kind not in self._pools:
-            self._pools[kind] = ThreadPoolExecutor(server_workers(), thread_name_prefix=kind)
+            self._pools[kind] = ThreadPoolExecutor(server_workers(self.device), thread_name_prefix=kind)
         self._pools[kind].submit(work)
 
     def barrier(self) -> None:
-        with _peers_may_be_lost():
+        with peers_may_be_lost():
             dist.barrier()
 
     def client_barrier(self) -> None:
-        with _peers_may_be_lost():
+        with peers_may_be_lost():
             dist.barrier(self._clients)
 
     def gather(self, value: Any) -> list[Any] | None:
         values = [None] * self.size if self.rank == 0 else None
-        with _peers_may_be_lost():
+        with peers_may_be_lost():
             dist.gather_object(value, values)
         return values
 
     def broadcast(self, value: Any) -> Any:
         box = [value]
-        with _peers_may_be_lost():
+        with peers_may_be_lost():
             dist.broadcast_object_list(box)
         return box[0]
 
     def all_reduce(self, weights: Weights, ledger: WireLedger) -> None:
         assert self.client_rank is not None
         travelling = weights if self._averaging == "nccl" else weights.to(CPU)
-        with _peers_may_be_lost():
+        with peers_may_be_lost():
             dist.all_reduce(travelling.floats, dist.ReduceOp.SUM, self._averaging_group)
             if weights.integers.numel():
                 dist.all_reduce(travelling.integers, dist.ReduceOp.MAX, self._averaging_group)
@@ -155,6 +162,14 @@ class RpcWorld(World):
             "transport": "rpc",
             "averaging": self._averaging,
             "rpc_transports": self._transports or "TensorPipe's own choice",
+            "request_tensors": {
+                _worker(rank): "{} to the server's {} and back, by device map".format(
+                    *self._device_maps[rank]
+                )
+                if rank in self._device_maps
+                else "through host memory"
+                for rank in range(1, self.size)
+            },
             "interface": self._interface or "the libraries' own choice",
         }
 
@@ -180,7 +195,7 @@ class RpcWorld(World):
     def close(self) -> None:
         global _offered
         _offered = None
-        with _peers_may_be_lost():
+        with peers_may_be_lost():
             self.barrier()
             rpc.shutdown()
             if self._watchdog is not None:
@@ -200,13 +215,16 @@ class RpcWorld(World):
         on_server_host = self.rank == local_rank
         return local_rank - 1 if on_server_host else local_rank
 
-    def _roll_call(self, store: dist.Store, timeout: timedelta) -> None:
+    def _roll_call(self, store: dist.Store, timeout: timedelta) -> list[torch.device]:
         """Wait for all ranks to have started.
+
+        Returns:
+            The device of each rank, as the rank itself calls it.
 
         Raises:
             ConnectionLost: some did not, within the time-out.
         """
-        store.set(f"here/{self.rank}", "yes")
+        store.set(f"here/{self.rank}", str(self.device))
         keys = [f"here/{rank}" for rank in range(self.size)]
         try:
             store.wait(keys, timeout)
@@ -215,127 +233,7 @@ class RpcWorld(World):
             raise ConnectionLost(
                 f"rank {absent} did not start within {timeout.total_seconds():g} s"
             ) from None
-
-    def _choose_averaging(self, wanted: str) -> str:
-        """NCCL where it can be had: every client rank on a GPU of its own.
-
-        Raises:
-            InputError: NCCL is asked for and cannot be had.
-        """
-        places: list[Any] = [None] * self.size
-        place = (os.uname().nodename, _gpu_identity(self.device))
-        dist.all_gather_object(places, place)
-        own_gpus = len(set(places[1:])) == self.client_ranks and all(gpu is not None for _, gpu in places[1:])
-        possible = own_gpus and dist.is_nccl_available()
-        if wanted == "nccl" and not possible:
-            raise InputError(
-                "comm.averaging: got 'nccl', expected auto or gloo: client ranks lack GPUs of their own"
-            )
-        return "nccl" if possible and wanted != "gloo" else "gloo"
-
-
-class ServerEndpoint:
-    """The server as its RRef's callers see it. Handlers never block a thread of the RPC pool."""
-
-    def __init__(self, server: Server):
-        self._server = server
-
-    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
-        """See `Server.announce`."""
-        self._server.announce(plans, ranking)
-
-    def clock(self) -> float:
-        """The server's clock, in seconds."""
-        return clock()
-
-    def echo(self, payload: torch.Tensor, down_bytes: int) -> torch.Tensor:
-        """Bytes up, bytes down: what a link's speed is measured with."""
-        return torch.zeros(down_bytes, dtype=torch.uint8)
-
-    def initial(self) -> tuple[Weights, Weights | None]:
-        """See `Server.initial`."""
-        weights, auxiliary = self._server.initial
-        return weights.to(CPU), auxiliary.to(CPU) if auxiliary else None
-
-    @rpc.functions.async_execution
-    def submit(self, request: Request) -> Future[Answer]:
-        """See `Server.submit`; the future is the answer."""
-        future: Future[Answer] = Future()
-        self._server.submit(request, lambda answer: future.set_result(answer.to(CPU)))
-        return future
-
-    def deposit_average(self, weights: Weights) -> None:
-        """Take the averaged client model."""
-        self._server.averaged_weights.load(weights)
-
-    def deposit_auxiliary(self, weights: Weights) -> None:
-        """See `Server.take_auxiliary`."""
-        self._server.take_auxiliary(weights)
-
-
-class RpcLink(ServerLink):
-    """Calls the server through its RRef."""
-
-    def __init__(self, server: rpc.RRef, ledger: WireLedger, log: RequestLog, device: torch.device):
-        super().__init__(ledger, log)
-        self._server = server
-        self._device = device
-
-    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
-        with _peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).announce(plans, ranking)
-
-    def server_clock(self) -> float:
-        with _peers_may_be_lost():
-            return self._server.rpc_sync(timeout=NO_TIMEOUT).clock()
-
-    def _echo(self, payload: torch.Tensor, down_bytes: int) -> None:
-        with _peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).echo(payload, down_bytes)
-
-    def _initial_weights(self) -> tuple[Weights, Weights | None]:
-        with _peers_may_be_lost():
-            return self._server.rpc_sync(timeout=NO_TIMEOUT).initial()
-
-    def _submit(self, request: Request, on_answer: Callable[[Any], None]) -> None:
-        travelling = Request(request.client, request.number, request.body.to(CPU))
-
-        def deliver(future: Future[Any]) -> None:
-            try:
-                on_answer(future.value().to(self._device))
-            except Exception as error:
-                on_answer(_named(error))
-
-        with _peers_may_be_lost():
-            self._server.rpc_async(timeout=NO_TIMEOUT).submit(travelling).add_done_callback(deliver)
-
-    def _deposit_average(self, weights: Weights) -> None:
-        with _peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_average(weights.to(CPU))
-
-    def _deposit_auxiliary(self, weights: Weights) -> None:
-        with _peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_auxiliary(weights.to(CPU))
-
-
-@contextmanager
-def _peers_may_be_lost() -> Iterator[None]:
-    """torch reports a peer's death as a RuntimeError like any other; name it."""
-    try:
-        yield
-    except RuntimeError as error:
-        named = _named(error)
-        if named is error:
-            raise
-        raise named from error
-
-
-def _named(error: Exception) -> Exception:
-    """ConnectionLost where the text of torch's error says that a peer is gone; else the error as it is."""
-    text = str(error)
-    if isinstance(error, ConnectionLost) or not any(sign in text.lower() for sign in SIGNS_OF_LOSS):
-        return error
-    return ConnectionLost(text.partition("\n")[0])
+        return [torch.device(store.get(key).decode()) for key in keys]
 
 
 def _offered_server() -> rpc.RRef:
@@ -347,8 +245,8 @@ def _worker(rank: int) -> str:
     return "server" if rank == 0 else f"clients{rank}"
 
 
-def _gpu_identity(device: torch.device) -> str | None:
-    return None if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+def _on_one_host() -> bool:
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
 
 
 def _default_transports() -> list[str] | None:
@@ -361,7 +259,7 @@ def _default_transports() -> list[str] | None:
 def _bind_interface(keys: Comm) -> str | None:
     """Make RPC, Gloo and NCCL use one interface: the configured one, or loopback where all is on one host."""
     interface = keys.interface
-    if interface is None and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+    if interface is None and _on_one_host():
         interface = next((name for name in ("lo", "lo0") if name in interfaces()), None)
     for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if keys.interface is not None:

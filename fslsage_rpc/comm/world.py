@@ -28,6 +28,8 @@ class World(ABC):
     device: torch.device
     client_ranks: int
     """how many ranks host clients"""
+    works_beside: bool
+    """pieces of the server's work started one after the other run at the same time"""
     client_rank: int | None
     """this rank's place among them, from 0; None where it hosts none"""
 
@@ -111,9 +113,29 @@ def choose_device(keys_device: str, index: int) -> torch.device:
     return torch.device("cuda", index % torch.cuda.device_count())
 
 
-def server_workers() -> int:
-    """Lanes that a server here executes at the same time, and fits likewise: cores over threads of each."""
-    return max(1, (os.cpu_count() or 1) // torch.get_num_threads())
+def open_device(config: Config, index: int) -> torch.device:
+    """The device of a rank that would take GPU number `index`, made the current one, TF32 as configured."""
+    device = choose_device(config.device, index)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        set_tf32(config.tf32)
+    return device
+
+
+def set_tf32(allowed: bool) -> None:
+    """Let GPUs round the factors of fp32 matrix products and convolutions to TF32, or not."""
+    rounding = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = rounding
+    torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
+
+
+def server_workers(device: torch.device) -> int:
+    """Lanes that a server here executes at the same time, and fits likewise: cores over threads of each.
+
+    A GPU's work takes one thread of the host, which queues it.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return max(1, (os.cpu_count() or 1) // threads)
 
 
 def job_ranks(config: Config) -> int:

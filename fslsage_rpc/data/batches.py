@@ -48,19 +48,22 @@ class ImageBatches:
         """The training batches of one client in one round: x `[B, C, H, W]` and y `[B]`."""
         shuffle = numpy_stream(seed, "shuffle", round, client)
         chance = torch_stream(seed, "augment", round, client)
-        samples, device = len(self.labels), self.labels.device
+        samples, positions = len(self.labels), 2 * self._spec.crop_padding + 1
         for _ in range(epochs):
-            order = torch.from_numpy(shuffle.permutation(samples)).to(device)
-            corners = torch.randint(2 * self._spec.crop_padding + 1, (samples, 2), generator=chance).to(
-                device
-            )
-            mirrored = (torch.rand(samples, generator=chance) < 0.5).to(device)
+            order = self._moved(torch.from_numpy(shuffle.permutation(samples)))
+            corners = self._moved(torch.randint(positions, (samples, 2), generator=chance))
+            mirrored = self._moved(torch.rand(samples, generator=chance) < 0.5)
             for first in range(0, samples, self.batch_size):
                 here = slice(first, first + self.batch_size)
                 images = self.images[order[here]]
                 if augment:
                     images = self._augment(images, corners[here], mirrored[here])
                 yield self._normalise(images), self.labels[order[here]]
+
+    def _moved(self, drawn: Tensor) -> Tensor:
+        """What was drawn on the CPU, where the images are. From pinned memory: the host does not wait."""
+        device = self.labels.device
+        return drawn if device.type == "cpu" else drawn.pin_memory().to(device, non_blocking=True)
 
     def _normalise(self, images: Tensor) -> Tensor:
         return images.to(self._scale.dtype) * self._scale - self._shift

@@ -1,4 +1,4 @@
-"""The clock that everything is measured with, and when a GPU's work counts as done."""
+"""The clocks that everything is measured with: the host's, and a GPU's."""
 
 import time
 
@@ -8,6 +8,13 @@ clock = time.perf_counter
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what the host has queued on a GPU, so that the phase that queued it is charged with it."""
+    """Wait for all that the host has queued on a GPU, on whatever stream; for the ends of a round."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def device_clock(device: torch.device) -> torch.cuda.Event | None:
+    """Reads the device's clock when the device gets to here in the thread's current stream; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))

@@ -1,9 +1,11 @@
-"""Where the host's time went: seconds per phase on one timeline, phases never overlapping."""
+"""Where the time went: seconds per phase on one timeline of the host, phases never overlapping."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fslsage_rpc.measure.clock import clock
+import torch
+
+from fslsage_rpc.measure.clock import clock, device_clock
 from fslsage_rpc.measure.trace import Arrow, Span, Tracer
 
 
@@ -11,17 +13,22 @@ class Timeline:
     """Seconds per named phase of one thread of the host.
 
     Phases do not nest: entering one while another is open is a mistake in the program, not in the
-    measurement.
+    measurement. On a GPU the host only queues the work of a phase; what the device took for it stands apart.
 
     Args:
         row: the row of a trace that its phases are drawn on, unless they name another.
         tracer: gets every phase as a span; None where there is no trace.
+        device: that phases, but for waits, queue work on.
     """
 
-    def __init__(self, row: str = "", tracer: Tracer | None = None) -> None:
+    def __init__(
+        self, row: str = "", tracer: Tracer | None = None, device: torch.device | None = None
+    ) -> None:
         self.seconds: dict[str, float] = {}
         self.row = row
         self._tracer = tracer
+        self._device = device or torch.device("cpu")
+        self._on_device: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._open: str | None = None
 
     @contextmanager
@@ -36,10 +43,14 @@ class Timeline:
             raise RuntimeError(f"phase {name} opened inside phase {self._open}")
         self._open = name
         started = clock()
+        began = None if name.endswith("_wait") else device_clock(self._device)
         try:
             yield
         finally:
             self._open = None
+            ended = began and device_clock(self._device)
+            if began and ended:
+                self._on_device.append((name, began, ended))
             self.add(name, started, clock() - started, row, arrow)
 
     def add(
@@ -54,3 +65,14 @@ class Timeline:
         """The seconds so far; the timeline starts again from zero."""
         taken, self.seconds = self.seconds, {}
         return taken
+
+    def take_device_seconds(self) -> dict[str, float]:
+        """Per phase, from when the device came to its work until it had done it, gaps between kernels
+        included; starts again from zero. Empty on a CPU. For the end of a round: it waits for the device.
+        """
+        taken, self._on_device = self._on_device, []
+        seconds: dict[str, float] = {}
+        for name, began, ended in taken:
+            ended.synchronize()
+            seconds[name] = seconds.get(name, 0.0) + began.elapsed_time(ended) / 1000
+        return seconds

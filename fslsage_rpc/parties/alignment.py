@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from fslsage_rpc.config import Alignment
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.parties.streams import WorkQueue
 
 Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
 Target = tuple[Tensor, Tensor, Tensor]  # z [B, ...], y [B], g [B, ...]
@@ -117,12 +118,31 @@ class Agreement:
         return {"nmse": error / true, "cosine": product / (true * estimated) ** 0.5 if estimated else 0.0}
 
 
+@dataclass(frozen=True)
+class FitRecord:
+    """How well the estimates agreed with the targets before a fit, how well after it, and the passes made."""
+
+    before: Agreement
+    after: Agreement
+    passes: int
+
+    def read(self) -> dict[str, float]:
+        """nmse and cosine, before and after, and passes; empty where the true gradients are all 0."""
+        moments = (("before", self.before), ("after", self.after))
+        record: dict[str, float] = {
+            f"{key}_{moment}": value
+            for moment, agreement in moments
+            for key, value in (agreement.read() or {}).items()
+        }
+        return {**record, "passes": self.passes} if record else {}
+
+
 @dataclass
 class AuxiliaryFit:
     """What the server keeps for one client: its auxiliary model, that model's optimizer, and the alignment
     buffer.
 
-    `timeline`: of the thread that fits.
+    `timeline` and `queue`: of the thread that fits.
     """
 
     model: nn.Module
@@ -131,6 +151,7 @@ class AuxiliaryFit:
     buffer: AlignmentBuffer
     keys: Alignment
     timeline: Timeline
+    queue: WorkQueue = field(default_factory=WorkQueue)
 
     def targets(self, server_model: nn.Module) -> list[Target]:
         """The buffer in batches, oldest first, with the server model's true gradients on them.
@@ -144,22 +165,16 @@ class AuxiliaryFit:
                 for z, y in self.buffer.batches(self.keys.batch_size)
             ]
 
-    def fit(self, targets: list[Target]) -> tuple[Weights, dict[str, float]]:
+    def fit(self, targets: list[Target]) -> tuple[Weights, FitRecord]:
         """Fit the auxiliary model to true gradients (arXiv 2505.23182): minimise sum_samples ||ĝ - g||^2.
 
         Returns:
-            A copy of the fitted weights, and nmse and cosine over the targets before and after with the
-            number of passes over them (empty where the true gradients are all 0).
+            A copy of the fitted weights, and how well the estimates agree with the targets.
         """
         before = self._agreement(targets)
         by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
         passes = by(targets)
-        after = self._agreement(targets)
-        if not before:
-            return self.weights.clone(), {}
-        record = {f"{key}_before": value for key, value in before.items()}
-        record |= {f"{key}_after": value for key, value in after.items()}
-        return self.weights.clone(), {**record, "passes": passes}
+        return self.weights.clone(), FitRecord(before, self._agreement(targets), passes)
 
     def _fit_by_optimizer(self, targets: list[Target]) -> int:
         """Passes over the same batches, unshuffled, with a step on each; fewer than `epochs` where a pass
@@ -182,7 +197,8 @@ class AuxiliaryFit:
         """L-BFGS on the whole buffer at once, with a strong Wolfe line search: at most `epochs` passes, the
         last search being brought to its end. It starts anew at every alignment.
         """
-        scale = torch.stack([true.square().sum() for _, _, true in targets]).sum()
+        wide = self.weights.floats.dtype
+        scale = torch.stack([true.to(wide).square().sum() for _, _, true in targets]).sum()
         solver = torch.optim.LBFGS(
             self.model.parameters(),
             max_iter=self.keys.epochs,
@@ -208,7 +224,7 @@ class AuxiliaryFit:
         """||ĝ - g||^2 / scale on one batch; its gradient is added to the parameters'."""
         z, y, true = target
         estimate = cut_layer_gradient(self.model, z, y, create_graph=True)
-        objective = (estimate - true).square().sum() / scale
+        objective = (estimate.to(self.weights.floats.dtype) - true).square().sum() / scale
         objective.backward(inputs=list(self.model.parameters()))
         return objective.detach()
 
@@ -226,8 +242,8 @@ class AuxiliaryFit:
         self.optimizer.load_state(state["optimizer"])
         self.buffer.load_state(state["buffer"], self.weights.floats.device)
 
-    def _agreement(self, targets: list[Target]) -> dict[str, float]:
+    def _agreement(self, targets: list[Target]) -> Agreement:
         agreement = Agreement()
         for z, y, target in targets:
             agreement.add(cut_layer_gradient(self.model, z, y), target)
-        return agreement.read() or {}
+        return agreement

@@ -45,14 +45,24 @@ class Scheduler:
         window: uploads of one client that the server may still have to train on.
         depth_first: `client_major`.
         device: of the clients.
+        staged: what is sent passes through host memory, so that it must be there.
     """
 
-    def __init__(self, send: Send, window: int, depth_first: bool, timeline: Timeline, device: torch.device):
+    def __init__(
+        self,
+        send: Send,
+        window: int,
+        depth_first: bool,
+        timeline: Timeline,
+        device: torch.device,
+        staged: bool = False,
+    ):
         self._send = send
         self._window = window
         self._depth_first = depth_first
         self._timeline = timeline
         self._device = device
+        self._staged = staged
         self._replies: queue.SimpleQueue[tuple[ClientProgress, Push | Exchange | Align, Any]] = (
             queue.SimpleQueue()
         )
@@ -114,8 +124,9 @@ class Scheduler:
         request = Request(progress.client, progress.requests, body)
         progress.requests += 1
         self._in_flight += 1
-        with self._timeline.phase("forward_backward"):  # what is sent must be there; on a CPU it is
-            synchronise(self._device)
+        if self._staged:
+            with self._timeline.phase("forward_backward"):
+                synchronise(self._device)
         row, arrow = f"client {request.client}", Arrow("request", request.client, request.number)
         # Handing over: serialising, and in the local transport the server's work too.
         with self._timeline.phase(body.waits_as, row, arrow):

@@ -2,24 +2,25 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fslsage_rpc.measure.activity import Activity
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
-from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, Target, cut_layer_gradient
+from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, FitRecord, Target, cut_layer_gradient
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
+from fslsage_rpc.parties.streams import Place, WorkQueue, current_place
 
 Reply = Callable[[Answer], None]
 
@@ -27,7 +28,14 @@ Reply = Callable[[Answer], None]
 class Lane:
     """One server-model instance; it executes one request at a time, in the order of its mailbox."""
 
-    def __init__(self, model: nn.Module, optimizer: ScheduledOptimizer, order: str, timeline: Timeline):
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: ScheduledOptimizer,
+        order: str,
+        timeline: Timeline,
+        queue: WorkQueue | None = None,
+    ):
         self.model = model
         self.weights = flatten(model)
         self.optimizer = optimizer
@@ -35,6 +43,7 @@ class Lane:
         self.released: deque[Request] = deque()
         self.busy = False
         self.timeline = timeline
+        self.queue = queue or WorkQueue()
         self.losses = LossSum()
 
     def train(self, z: Tensor, y: Tensor, gradient: bool) -> Tensor | None:
@@ -60,44 +69,22 @@ class Lane:
         self.optimizer.load_state(state["optimizer"])
 
 
-class Activity:
-    """For how long auxiliary models were fitted while no lane executed a request: the lanes' timelines do not
-    know that.
-    """
+@dataclass
+class Arrival:
+    """When a request came, by the clock and as a place in a stream, and who is to have its answer."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._active = {"lane": 0, "fit": 0}
-        self._since = clock()
-        self._fitting_alone = 0.0
-
-    @contextmanager
-    def of(self, kind: str) -> Iterator[None]:
-        """A lane, or a fit, is at work inside."""
-        self._change(kind, 1)
-        try:
-            yield
-        finally:
-            self._change(kind, -1)
-
-    def take_fitting_alone(self) -> float:
-        """The seconds so far; they start again from zero."""
-        taken, self._fitting_alone = self._fitting_alone, 0.0
-        return taken
-
-    def _change(self, kind: str, by: int) -> None:
-        with self._lock:
-            now = clock()
-            if self._active["fit"] and not self._active["lane"]:
-                self._fitting_alone += now - self._since
-            self._since = now
-            self._active[kind] += by
+    seconds: float
+    place: Place
+    reply: Reply
 
 
 @dataclass
 class ServerReport:
     """What the server has to say of one round; `phases` are mean seconds per lane, and `alignment` those in
     which nothing but fits of auxiliary models ran.
+
+    `device_seconds`, empty on a CPU: a GPU's, mean per lane; of `alignment` the sum over all fits, which
+    overlap.
     """
 
     loss_sum: float
@@ -105,6 +92,7 @@ class ServerReport:
     phases: dict[str, float]
     alignments: list[dict[str, float]] = field(default_factory=list)
     drifts: list[dict[str, float]] = field(default_factory=list)
+    device_seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Server:
@@ -141,14 +129,14 @@ class Server:
         self.measure_drift = measure_drift
         self._device = device
         self._start = start
-        self._arrived: dict[tuple[int, int], tuple[float, Reply]] = {}
+        self._arrived: dict[tuple[int, int], Arrival] = {}
         self._changed = threading.Condition()  # guards mailboxes, arrivals and the lanes' queues
         self._timeline = timeline
         self._failure: BaseException | None = None
         self._unfitted: set[int] = set()  # clients whose targets are there and whose fit has not ended
         self._activity = Activity()
         self._plans: dict[int, Sequence[int]] = {}
-        self._alignments: dict[int, dict[str, float]] = {}
+        self._alignments: dict[int, FitRecord] = {}
         self._drifts: dict[int, Agreement] = {}
 
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
@@ -172,7 +160,8 @@ class Server:
         try:
             with self._changed:
                 lane = self.lanes[request.client]
-                self._arrived[request.client, request.number] = clock(), reply
+                arrival = Arrival(clock(), current_place(self._device), reply)
+                self._arrived[request.client, request.number] = arrival
                 lane.released += lane.mailbox.deliver(request)
                 idle = bool(lane.released) and not lane.busy
                 lane.busy = lane.busy or idle
@@ -180,10 +169,10 @@ class Server:
             self._fail(error)
             raise
         if idle:
-            self._start("lane", lambda: self._work(lane))
+            self._run("lane", lambda: self._work(lane))
 
     def wait(self) -> None:
-        """Return when every announced request of the round has been executed.
+        """Return when every announced request of the round has been executed, on a GPU by the device.
 
         Raises:
             Exception: what a request raised.
@@ -192,6 +181,7 @@ class Server:
             self._changed.wait_for(lambda: self._failure or self._idle())
             if self._failure:
                 raise self._failure
+        synchronise(self._device)
 
     def average(self, shares: Mapping[int, float], auxiliaries: bool) -> None:
         """Replace replicas (and, if asked, auxiliary models) by their weighted means over the participants.
@@ -232,12 +222,14 @@ class Server:
         phases["averaging"] = self._timeline.take().get("averaging", 0.0)
         phases["idle"] = round_seconds - sum(phases.values())
         drifts = [self._drifts[client].read() for client in sorted(self._drifts)]
+        alignments = [self._alignments[client].read() for client in sorted(self._alignments)]
         report = ServerReport(
             loss_sum=sum(loss for _, loss, _ in lanes),
             samples=sum(samples for _, _, samples in lanes),
             phases=phases,
-            alignments=[self._alignments[client] for client in sorted(self._alignments)],
+            alignments=[alignment for alignment in alignments if alignment],
             drifts=[drift for drift in drifts if drift],
+            device_seconds=self._take_device_seconds(),
         )
         self._alignments, self._drifts = {}, {}
         return report
@@ -258,33 +250,43 @@ class Server:
         for client, fit in self.fits.items():
             fit.load_state(state["fits"][client])
 
+    def _take_device_seconds(self) -> dict[str, float]:
+        lanes = [lane.timeline.take_device_seconds() for lane in self._distinct]
+        seconds = {
+            name: sum(taken.get(name, 0.0) for taken in lanes) / len(lanes)
+            for name in ("step", "targets", "drift")
+            if any(lanes)
+        }
+        for timeline in (self._timeline, *(fit.timeline for fit in self.fits.values())):
+            for name, taken in timeline.take_device_seconds().items():
+                seconds[name] = seconds.get(name, 0.0) + taken
+        return seconds
+
     def _execute(self, lane: Lane, request: Request) -> Any:
         """What the request asks for, an alignment's targets; on the lane's turn, on one thread at a time per
-        lane.
+        lane. On a GPU it is queued, not done, on return.
         """
         body = request.body.to(self._device)
+        if not isinstance(body, Align):
+            lane.queue.keep(body.z, body.y)
         arrow = Arrow("execution", request.client, request.number)
         fit = self.fits.get(request.client)
         match body:
             case Align():
                 assert fit is not None, "the algorithm aligns nothing"
                 with lane.timeline.phase("targets", arrow=arrow):
-                    targets = fit.targets(lane.model)
-                    synchronise(self._device)
-                return targets
+                    return fit.targets(lane.model)
             case Exchange():
                 with lane.timeline.phase("step", arrow=arrow):
-                    gradient = lane.train(body.z, body.y, gradient=True)
-                    synchronise(self._device)
-                return gradient
+                    return lane.train(body.z, body.y, gradient=True)
             case Push():
                 with lane.timeline.phase("step", arrow=arrow):
                     gradient = lane.train(body.z, body.y, gradient=fit is not None and self.measure_drift)
                     if fit is not None:
                         fit.buffer.add(body.z, body.y)
-                    synchronise(self._device)
                 if gradient is not None and fit is not None:
                     with lane.timeline.phase("drift"):
+                        lane.queue.after_queue(fit.queue)  # the client's last fit has made this model
                         estimate = cut_layer_gradient(fit.model, body.z, body.y)
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
                 return None
@@ -294,11 +296,9 @@ class Server:
         side.
         """
         fit = self.fits[client]
+        fit.queue.keep(*(tensor for target in targets for tensor in target))
         with fit.timeline.phase("alignment"):
-            weights, record = fit.fit(targets)
-            synchronise(self._device)
-        if record:
-            self._alignments[client] = record
+            weights, self._alignments[client] = fit.fit(targets)
         return weights
 
     def _idle(self) -> bool:
@@ -309,50 +309,71 @@ class Server:
             self._failure = self._failure or error
             self._changed.notify_all()
 
-    def _work(self, lane: Lane) -> None:
-        """Execute what the lane's mailbox has released, until there is no more of it."""
-        try:
-            while True:
-                with self._changed:
-                    if not lane.released:
-                        lane.busy = False
-                        self._changed.notify_all()
-                        return
-                    request = lane.released.popleft()
-                    arrived, reply = self._arrived.pop((request.client, request.number))
-                started = clock()
-                with self._activity.of("lane"):
-                    value = self._execute(lane, request)
-                answer = Answer(value, started - arrived, clock() - started)
-                if isinstance(request.body, Align):
-                    self._begin_fit(request.client, answer, reply)
-                else:
-                    reply(answer)
-        except BaseException as error:
-            self._fail(error)
-            raise
+    def _run(self, kind: str, work: Callable[[], None]) -> None:
+        """Start a piece of work whose failure ends the round."""
 
-    def _begin_fit(self, client: int, targets: Answer, reply: Reply) -> None:
-        """Have the client's auxiliary model fitted, and the alignment answered, by another thread."""
-        waiting = clock()
-
-        def work() -> None:
+        def guarded() -> None:
             try:
-                started = clock()
-                with self._activity.of("fit"):
-                    weights = self._fit(client, targets.value)
-                queue, compute = started - waiting, clock() - started
-                reply(Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute))
-                with self._changed:
-                    self._unfitted.remove(client)
-                    self._changed.notify_all()
+                work()
             except BaseException as error:
                 self._fail(error)
                 raise
 
+        self._start(kind, guarded)
+
+    def _work(self, lane: Lane) -> None:
+        """Execute what the lane's mailbox has released, until there is no more of it."""
+        while True:
+            with self._changed:
+                if not lane.released:
+                    lane.busy = False
+                    self._changed.notify_all()
+                    return
+                request = lane.released.popleft()
+                arrival = self._arrived.pop((request.client, request.number))
+            with lane.queue.after(arrival.place):
+                started = clock()
+                with self._activity.of("lane"):
+                    value = self._execute(lane, request)
+                answer = Answer(value, started - arrival.seconds, clock() - started)
+                match request.body:
+                    case Align():
+                        self._begin_fit(request.client, answer, arrival.reply)
+                    case Push():
+                        self._answer_push(answer, arrival.reply, started, lane.queue.end())
+                    case Exchange():
+                        arrival.reply(answer)
+
+    def _answer_push(self, answer: Answer, reply: Reply, started: float, trained: Place) -> None:
+        """Free the upload's place in the window: once the device, too, has trained on it."""
+        if trained is None:
+            reply(answer)
+            return
+
+        def work() -> None:
+            trained.synchronize()
+            reply(replace(answer, compute_seconds=clock() - started))
+
+        self._run("answer", work)
+
+    def _begin_fit(self, client: int, targets: Answer, reply: Reply) -> None:
+        """Have the client's auxiliary model fitted, and the alignment answered, by another thread."""
+        waiting, place = clock(), current_place(self._device)
+
+        def work() -> None:
+            started = clock()
+            with self.fits[client].queue.after(place):
+                with self._activity.of("fit"):
+                    weights = self._fit(client, targets.value)
+                queue, compute = started - waiting, clock() - started
+                reply(Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute))
+            with self._changed:
+                self._unfitted.remove(client)
+                self._changed.notify_all()
+
         with self._changed:
             self._unfitted.add(client)
-        self._start("fit", work)
+        self._run("fit", work)
 
 
 def _average(models: Mapping[int, Weights], shares: Mapping[int, float]) -> None:

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.comm.world import open_world, server_workers
+from fslsage_rpc.comm.world import choose_device, open_world, server_workers
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import changed_keys, from_tree, to_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
@@ -103,7 +103,8 @@ def calibrate_here(config: Config) -> Calibration:
         lines = _train_here(variant)
         here = measure_costs(lines[1:], Scenario(variant, NO_LINK, client_ranks=1))
         costs[name] = replace(here, sending=0.0, handling=0.0)  # a call of the server, which holds its work
-    return Calibration(config, costs, NO_LINK, server_workers(), math.inf)
+    workers = server_workers(choose_device(config.device, 0))
+    return Calibration(config, costs, NO_LINK, workers, math.inf)
 
 
 def _train_here(config: Config) -> list[Line]:

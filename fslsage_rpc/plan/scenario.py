@@ -54,10 +54,10 @@ class Scenario:
             shares, clients.participation, clients.batch_size, clients.local_epochs, config.seed
         )
         self.algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, self.federation)
-        dtype = PRECISIONS[config.precision]
+        precision = PRECISIONS[config.precision]
         with torch.device("meta"):
-            split = build(config.model, spec.classes, spec.image_shape, config.seed, dtype)
-        self.sizes = model_sizes(split, dtype)
+            split = build(config.model, spec.classes, spec.image_shape, config.seed, precision.weights)
+        self.sizes = model_sizes(split, precision)
 
     def round(self, round: int) -> PlannedRound:
         """What this round has to do."""

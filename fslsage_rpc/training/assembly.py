@@ -14,6 +14,7 @@ from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Lane, Server
+from fslsage_rpc.parties.streams import WorkQueue
 from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
 
@@ -30,10 +31,14 @@ def build_server(
     def fresh(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(world.device)
 
+    def queue() -> WorkQueue:
+        return WorkQueue.beside_others(world.device) if world.works_beside else WorkQueue()
+
     def lane(row: str) -> Lane:
         model = fresh(split.server)
         optimizer = ScheduledOptimizer(config.optimizer.server, model.parameters())
-        return Lane(model, optimizer, config.server.order, Timeline(row, tracer))
+        timeline = Timeline(row, tracer, world.device)
+        return Lane(model, optimizer, config.server.order, timeline, queue())
 
     def fit(client: int) -> AuxiliaryFit:
         keys = config.algorithm.alignment
@@ -44,7 +49,8 @@ def build_server(
             optimizer=ScheduledOptimizer(config.optimizer.auxiliary, model.parameters()),
             buffer=AlignmentBuffer(keys.buffer_size),
             keys=keys,
-            timeline=Timeline(f"alignment of client {client}", tracer),
+            timeline=Timeline(f"alignment of client {client}", tracer, world.device),
+            queue=queue(),
         )
 
     if algorithm.client_holds_whole_model:
@@ -62,7 +68,7 @@ def build_server(
         measure_drift=config.algorithm.measure_drift,
         device=world.device,
         start=world.start,
-        timeline=Timeline("averaging", tracer),
+        timeline=Timeline("averaging", tracer, world.device),
     )
     if saved is not None:
         assert saved.server is not None
@@ -93,7 +99,7 @@ def build_clients(
             experiment.spec,
             config.clients.batch_size,
             world.device,
-            experiment.dtype,
+            experiment.precision.weights,
         )
         client = Client(
             id=id,

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fslsage_rpc.comm.world import choose_device
+from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.comm.world import open_device
 from fslsage_rpc.configuration import load
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.data.datasets import SPECS, prepare
@@ -47,9 +48,11 @@ def evaluate_run(folder: str | Path) -> Score:
     """
     folder = Path(folder)
     config = load(folder / "config.yaml")
-    dtype, spec = PRECISIONS[config.precision], SPECS[config.data.name]
-    split = build(config.model, spec.classes, spec.image_shape, config.seed, dtype)
-    device = choose_device(config.device, 0)
+    precision, spec = PRECISIONS[config.precision], SPECS[config.data.name]
+    split = build(
+        config.model, spec.classes, spec.image_shape, config.seed, precision.weights, precision.autocast
+    )
+    device = open_device(config, 0)
     model = split.whole().to(device)
     try:
         model.load_state_dict(torch.load(folder / "model.pt", map_location=device, weights_only=True))
@@ -60,6 +63,10 @@ def evaluate_run(folder: str | Path) -> Score:
         ) from None
     prepare(config.data)
     data = ImageBatches(
-        load_data(config.data, train=False), spec, config.evaluation.batch_size, device, dtype
+        load_data(config.data, train=False), spec, config.evaluation.batch_size, device, precision.weights
     )
+    if not ALGORITHMS[config.algorithm.name].client_holds_whole_model:
+        model = nn.Sequential(
+            split.client, split.server
+        )  # the same blocks, rounded at the cut as in training
     return evaluate(model, data)

@@ -15,7 +15,7 @@ from fslsage_rpc.data.datasets import LabelledImages, Spec
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.flat import module_bytes
-from fslsage_rpc.models.splitting import PRECISIONS, SplitModel, build, has_batch_norm
+from fslsage_rpc.models.splitting import PRECISIONS, Precision, SplitModel, build, has_batch_norm
 from fslsage_rpc.parties.optimizers import check_scheduler
 
 
@@ -67,7 +67,7 @@ class Experiment:
     federation: Federation
     algorithm: Algorithm
     split: SplitModel
-    dtype: torch.dtype
+    precision: Precision
 
     @classmethod
     def prepare(cls, config: Config) -> "Experiment":
@@ -87,8 +87,10 @@ class Experiment:
             clients.local_epochs,
             config.seed,
         )
-        dtype = PRECISIONS[config.precision]
-        split = build(config.model, spec.classes, spec.image_shape, config.seed, dtype)
+        precision = PRECISIONS[config.precision]
+        split = build(
+            config.model, spec.classes, spec.image_shape, config.seed, precision.weights, precision.autocast
+        )
         algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
         if has_batch_norm(split.client) or has_batch_norm(split.server):
             _check_alignment_batches(config, federation, algorithm)
@@ -108,7 +110,7 @@ class Experiment:
             federation=federation,
             algorithm=algorithm,
             split=split,
-            dtype=dtype,
+            precision=precision,
         )
 
     def client_model(self) -> nn.Module:
@@ -117,16 +119,16 @@ class Experiment:
 
     def sizes(self) -> Sizes:
         """The sizes that the paper ledger counts with."""
-        return model_sizes(self.split, self.dtype)
+        return model_sizes(self.split, self.precision)
 
 
-def model_sizes(split: SplitModel, dtype: torch.dtype) -> Sizes:
+def model_sizes(split: SplitModel, precision: Precision) -> Sizes:
     """The sizes of a model that the paper ledger counts with."""
     return Sizes(
         client=module_bytes(split.client),
         server=module_bytes(split.server),
         auxiliary=module_bytes(split.auxiliary),
-        smashed=torch.Size(split.smashed_shape).numel() * torch.empty((), dtype=dtype).element_size(),
+        smashed=torch.Size(split.smashed_shape).numel() * precision.smashed.itemsize,
     )
 
 

@@ -31,11 +31,13 @@ class RankReport:
     """What one rank measured in one round.
 
     `seconds` runs from leaving the barrier before the round to leaving the one after it; `phases` is None on
-    a rank without clients. `loss_sum` over `samples` is of its clients that train the whole model.
+    a rank without clients, `device_seconds` empty on a CPU. `loss_sum` over `samples` is of its clients that
+    train the whole model.
     """
 
     seconds: float
     phases: dict[str, float] | None
+    device_seconds: dict[str, float]
     loss_sum: float
     samples: int
     wire: WireBytes
@@ -63,6 +65,13 @@ def client_phases(reports: Sequence[RankReport]) -> dict[str, float]:
     phases["drain_wait"] += sum(held_up) / len(measured)
     phases["other"] = round_seconds(reports) - sum(phases.values())
     return phases
+
+
+def client_device_seconds(reports: Sequence[RankReport]) -> dict[str, float]:
+    """Mean seconds of a GPU per phase, over the client ranks that have one; empty where none has."""
+    measured = [report.device_seconds for report in reports if report.device_seconds]
+    names = [name for name in CLIENT_PHASES if any(name in seconds for seconds in measured)]
+    return {name: sum(s.get(name, 0.0) for s in measured) / len(measured) for name in names}
 
 
 class RoundRecorder:
@@ -121,6 +130,9 @@ class RoundRecorder:
             "alignment": _mean_record(server.alignments),
             "drift": _mean_record(server.drifts),
         }
+        on_devices = {"client": client_device_seconds(reports), "server": server.device_seconds}
+        if any(on_devices.values()):
+            line["device_seconds"] = on_devices
         line = _finite(line)
         self.lines.append(line)
         return line

@@ -64,7 +64,7 @@ class Trainer:
             self._algorithm.paper_bytes(self._sizes, round) for round in range(self._first_round)
         )
         self._tracer = Tracer() if experiment.config.trace else None
-        self._timeline = Timeline("rank", self._tracer)
+        self._timeline = Timeline("rank", self._tracer, world.device)
         self._ledger = WireLedger()
         self.server = build_server(experiment, world, self._tracer, saved) if world.hosts_server else None
         self._log = RequestLog()
@@ -135,9 +135,11 @@ class Trainer:
                 depth_first=depth_first,
                 timeline=self._timeline,
                 device=self.world.device,
+                staged=self._link.staged,
             )
             scheduler.run({client: algorithm.client_round(self.clients[client], round) for client in mine})
             with self._timeline.phase("drain_wait"):
+                synchronise(self.world.device)  # no CUDA call may be in flight when NCCL begins
                 self.world.client_barrier()
             with self._timeline.phase("averaging"):
                 self._average_clients(shares, averages_auxiliary)
@@ -190,6 +192,7 @@ class Trainer:
         report = RankReport(
             seconds=seconds,
             phases=phases,
+            device_seconds=self._timeline.take_device_seconds(),
             loss_sum=sum(loss for loss, _ in losses),
             samples=sum(samples for _, samples in losses),
             wire=self._ledger.take(),
@@ -253,7 +256,7 @@ class Trainer:
             self.experiment.spec,
             self._config.evaluation.batch_size,
             self.world.device,
-            self.experiment.dtype,
+            self.experiment.precision.weights,
         )
 
     def _paper_limit_reached(self) -> bool:

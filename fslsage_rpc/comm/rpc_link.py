@@ -1,0 +1,176 @@
+"""The two ends of a client rank's calls to the server, by torch RPC.
+
+The tensors of a request and of its answer go from GPU to GPU where the client rank has a device map to the
+server's, and through host memory elsewhere. What is sent once or off the clock, the initial and the averaged
+weights, always goes through host memory.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed import rpc
+from torch.futures import Future
+
+from fslsage_rpc.comm.ledger import WireLedger
+from fslsage_rpc.comm.link import CPU, ServerLink
+from fslsage_rpc.errors import ConnectionLost
+from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.requests import Answer, Request
+from fslsage_rpc.parties.server import Server
+
+NO_TIMEOUT = 0  # a call waits for a slow rank while it lives: the watchdog ends dead ones
+SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "timed out", "unreachable")
+
+
+class ServerEndpoint:
+    """The server as its RRef's callers see it. Handlers never block a thread of the RPC pool."""
+
+    def __init__(self, server: Server, device: torch.device):
+        self._server = server
+        self._device = device
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
+        return object, ()
+
+    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+        """See `Server.announce`."""
+        self._server.announce(plans, ranking)
+
+    def clock(self) -> float:
+        """The server's clock, in seconds."""
+        return clock()
+
+    def echo(self, payload: torch.Tensor, down_bytes: int) -> torch.Tensor:
+        """Bytes up, bytes down: what a link's speed is measured with."""
+        return torch.zeros(down_bytes, dtype=torch.uint8, device=payload.device)
+
+    def initial(self) -> tuple[Weights, Weights | None]:
+        """See `Server.initial`."""
+        weights, auxiliary = self._server.initial
+        return weights.to(CPU), auxiliary.to(CPU) if auxiliary else None
+
+    def submit(self, request: Request, device_map: bool) -> Future[Answer]:
+        """See `Server.submit`; the future is the answer, its tensors on the GPU if the caller has a device
+        map.
+
+        It is completed on the stream that computes the answer, whose place in it the future keeps.
+        """
+        future: Future[Answer] = Future(devices=[self._device] if device_map else None)
+        self._server.submit(
+            request, lambda answer: future.set_result(_on_gpu(answer) if device_map else answer.to(CPU))
+        )
+        return future
+
+    def deposit_average(self, weights: Weights) -> None:
+        """Take the averaged client model."""
+        self._server.averaged_weights.load(weights)
+
+    def deposit_auxiliary(self, weights: Weights) -> None:
+        """See `Server.take_auxiliary`."""
+        self._server.take_auxiliary(weights)
+
+
+class RpcLink(ServerLink):
+    """Calls the server through its RRef; made by the thread that the clients compute on.
+
+    Args:
+        device: of the clients.
+        device_map: there is one from this device to the server's.
+    """
+
+    def __init__(
+        self, server: rpc.RRef, ledger: WireLedger, log: RequestLog, device: torch.device, device_map: bool
+    ):
+        super().__init__(ledger, log, carrier=device if device_map else CPU)
+        self._server = server
+        self._device = device
+        self._device_map = device_map
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.staged = device.type == "cuda" and not device_map
+
+    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+        with peers_may_be_lost():
+            self._server.rpc_sync(timeout=NO_TIMEOUT).announce(plans, ranking)
+
+    def server_clock(self) -> float:
+        with peers_may_be_lost():
+            return self._server.rpc_sync(timeout=NO_TIMEOUT).clock()
+
+    def _echo(self, payload: torch.Tensor, down_bytes: int) -> None:
+        with peers_may_be_lost():
+            self._server.rpc_sync(timeout=NO_TIMEOUT).echo(payload, down_bytes)
+        synchronise(self.carrier)
+
+    def _initial_weights(self) -> tuple[Weights, Weights | None]:
+        with peers_may_be_lost():
+            return self._server.rpc_sync(timeout=NO_TIMEOUT).initial()
+
+    def _submit(self, request: Request, on_answer: Callable[[Any], None]) -> None:
+        travelling = Request(request.client, request.number, request.body.to(self.carrier))
+
+        def deliver(future: Future[Any]) -> None:
+            try:
+                # The clients' stream waits for the answer's tensors; neither this thread nor theirs does.
+                with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                    on_answer(future.wait().to(self._device))
+            except Exception as error:
+                on_answer(_named(error))
+
+        # Not by the RRef's own rpc_async: its future is made without devices, so nobody would wait for the
+        # answer's tensors, and it may send from a stream that has not waited for the request's.
+        with peers_may_be_lost():
+            call = rpc.rpc_async(
+                self._server.owner(),
+                _submit,
+                args=(self._server, travelling, self._device_map),
+                timeout=NO_TIMEOUT,
+            )
+            call.add_done_callback(deliver)
+
+    def _deposit_average(self, weights: Weights) -> None:
+        with peers_may_be_lost():
+            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_average(weights.to(CPU))
+
+    def _deposit_auxiliary(self, weights: Weights) -> None:
+        with peers_may_be_lost():
+            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_auxiliary(weights.to(CPU))
+
+
+@contextmanager
+def peers_may_be_lost() -> Iterator[None]:
+    """torch reports a peer's death as a RuntimeError like any other; name it."""
+    try:
+        yield
+    except RuntimeError as error:
+        named = _named(error)
+        if named is error:
+            raise
+        raise named from error
+
+
+def _named(error: Exception) -> Exception:
+    """ConnectionLost where the text of torch's error says that a peer is gone; else the error as it is."""
+    text = str(error)
+    if isinstance(error, ConnectionLost) or not any(sign in text.lower() for sign in SIGNS_OF_LOSS):
+        return error
+    return ConnectionLost(text.partition("\n")[0])
+
+
+@rpc.functions.async_execution
+def _submit(server: rpc.RRef, request: Request, device_map: bool) -> Future[Answer]:
+    """On the server's rank."""
+    return server.local_value().submit(request, device_map)
+
+
+def _on_gpu(answer: Answer) -> Answer:
+    """The answer as it is, but for an empty tensor, which has no address on a GPU to be sent from."""
+    weights = answer.value
+    if isinstance(weights, Weights) and not weights.integers.numel():
+        return replace(answer, value=Weights(weights.floats, weights.integers.to(CPU)))
+    return answer

@@ -1,0 +1,69 @@
+"""Streams of a GPU: work is queued by the host and done later, so what depends on it waits for its place in a
+stream, and the host goes on.
+
+On a CPU work is done when the call that does it returns, and all of this does nothing.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Place = torch.cuda.Event | None
+"""A place in a stream: the device gets there when it has done all that was queued before. None on a CPU."""
+
+
+def current_place(device: torch.device) -> Place:
+    """The place that the calling thread's current stream has got to."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_stream(device).record_event()
+
+
+class WorkQueue:
+    """Where a lane, or a fit, queues its work: a stream of its own beside all others of its GPU.
+
+    Without a stream (on a CPU, or where one thread does everything) work is queued where the caller is.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None = None):
+        self._stream = stream
+
+    @classmethod
+    def beside_others(cls, device: torch.device) -> "WorkQueue":
+        """A queue with a stream of its own, on a GPU; what the caller has queued so far comes first."""
+        if device.type != "cuda":
+            return cls()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        return cls(stream)
+
+    @contextmanager
+    def after(self, place: Place) -> Iterator[None]:
+        """What this thread queues inside goes here, and comes after a place in some other stream."""
+        if self._stream is None or place is None:
+            yield
+            return
+        self._stream.wait_event(place)
+        with torch.cuda.stream(self._stream):  # makes its device the thread's current one, too
+            yield
+
+    def after_queue(self, other: "WorkQueue") -> None:
+        """What is queued here from now on comes after what is in the other queue now."""
+        if self._stream is not None and other._stream is not None:
+            self._stream.wait_stream(other._stream)
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Tensors that were made on another stream: when they are freed, their memory is used again only
+        after what is queued here by then.
+        """
+        for tensor in tensors:
+            if self._stream is not None and tensor.is_cuda:
+                tensor.record_stream(self._stream)
+
+    def end(self) -> Place:
+        """The end of the queue, for a thread that waits there asleep; None where all is done."""
+        if self._stream is None:
+            return None
+        return self._stream.record_event(torch.cuda.Event(blocking=True))

@@ -1,0 +1,123 @@
+"""Who is on which GPU, and what follows; the parts of the GPU path that a machine without one can try."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
+
+from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps
+from fslsage_rpc.comm.rpc_link import ServerEndpoint, _on_gpu
+from fslsage_rpc.comm.world import server_workers, set_tf32
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.measure.clock import device_clock
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.models.flat import Weights, flatten
+from fslsage_rpc.parties.requests import Answer
+from fslsage_rpc.parties.streams import WorkQueue, current_place
+
+CPU = torch.device("cpu")
+FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
+OWN = [GpuPlace("a", "gpu 0"), GpuPlace("a", "gpu 1"), GpuPlace("b", "gpu 0")]
+SHARED = [GpuPlace("a", "gpu 0"), GpuPlace("a", "gpu 0")]
+WITHOUT = [GpuPlace("a", "gpu 0"), GpuPlace("a", None)]
+
+
+def test_tensors_go_from_gpu_to_gpu_where_both_ends_have_one() -> None:
+    assert device_maps([FIRST, FIRST], "auto") == {1: (FIRST, FIRST)}
+    assert device_maps([SECOND, FIRST, CPU, SECOND], "auto") == {1: (FIRST, SECOND), 3: (SECOND, SECOND)}
+    assert device_maps([CPU, FIRST, SECOND], "auto") == {}
+    assert device_maps([FIRST, CPU], "auto") == {}
+    assert device_maps([FIRST, FIRST], "never") == {}
+
+
+def test_nccl_averages_where_every_client_rank_has_a_gpu_of_its_own() -> None:
+    assert choose_averaging("auto", OWN, nccl_built=True) == "nccl"
+    assert choose_averaging("nccl", OWN, nccl_built=True) == "nccl"
+    assert choose_averaging("gloo", OWN, nccl_built=True) == "gloo"
+    assert choose_averaging("auto", OWN, nccl_built=False) == "gloo"
+    assert choose_averaging("auto", [GpuPlace.of(CPU)], nccl_built=True) == "gloo"
+
+
+def test_client_ranks_that_share_a_gpu_average_by_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SHARED_GPUS, raising=False)
+    assert choose_averaging("auto", SHARED, nccl_built=True) == "gloo"
+    with pytest.raises(InputError, match=r"comm\.averaging: got 'nccl'.*client ranks share a GPU"):
+        choose_averaging("nccl", SHARED, nccl_built=True)
+    for places in (WITHOUT, [GpuPlace.of(CPU)]):
+        with pytest.raises(InputError, match=r"comm\.averaging: got 'nccl'.*not every client rank has a GPU"):
+            choose_averaging("nccl", places, nccl_built=True)
+    monkeypatch.setenv(SHARED_GPUS, "1")  # asked for by name, on the user's own account
+    assert choose_averaging("nccl", SHARED, nccl_built=True) == "nccl"
+    assert choose_averaging("auto", SHARED, nccl_built=True) == "gloo"
+
+
+def test_torch_finds_nothing_to_pickle_in_what_the_rref_holds() -> None:
+    """With devices, making an RRef pickles its value to find tensors; a server has locks, and stays here."""
+
+    class Unpicklable:
+        lock = threading.Condition()
+
+        def __reduce__(self) -> str:
+            raise TypeError("cannot be pickled")
+
+    endpoint = ServerEndpoint(Unpicklable(), FIRST)  # type: ignore[arg-type]
+    assert _extract_tensors(endpoint) == []
+
+
+def test_tensors_are_found_in_answers() -> None:
+    gradient, weights = torch.ones(2), flatten(nn.BatchNorm1d(2))
+    assert _extract_tensors(Answer(gradient, 0.0, 0.0)) == [gradient]
+    assert len(_extract_tensors(Answer(weights, 0.0, 0.0))) == 2
+    assert _extract_tensors(Answer(None, 0.0, 0.0)) == []
+
+
+def test_an_empty_tensor_is_not_sent_from_a_gpu() -> None:
+    full, empty = flatten(nn.BatchNorm1d(2)), flatten(nn.Linear(2, 2))
+    assert _on_gpu(Answer(full, 0.0, 0.0)).value is full
+    sent = _on_gpu(Answer(empty, 1.0, 2.0))
+    assert isinstance(sent.value, Weights)
+    assert sent.value.floats is empty.floats
+    assert sent.value.integers.device == CPU
+    assert (sent.queue_seconds, sent.compute_seconds) == (1.0, 2.0)
+
+
+def test_streams_and_device_clocks_do_nothing_on_a_cpu() -> None:
+    assert current_place(CPU) is None
+    assert device_clock(CPU) is None
+    queue = WorkQueue.beside_others(CPU)
+    with queue.after(current_place(CPU)):
+        queue.keep(torch.ones(1))
+        queue.after_queue(WorkQueue())
+    assert queue.end() is None
+    timeline = Timeline(device=CPU)
+    with timeline.phase("step"):
+        pass
+    assert timeline.take_device_seconds() == {}
+    assert timeline.take()["step"] >= 0
+
+
+def test_a_gpu_needs_one_thread_for_each_lane() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert server_workers(FIRST) >= server_workers(CPU) >= 1
+        torch.set_num_threads(1)
+        assert server_workers(FIRST) == server_workers(CPU)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_tf32_is_switched_for_products_and_convolutions() -> None:
+    def now() -> tuple[str, str]:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+
+    before = now()
+    try:
+        set_tf32(True)
+        assert now() == ("tf32", "tf32")
+        set_tf32(False)
+        assert now() == ("ieee", "ieee")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
