@@ -106,7 +106,7 @@ def test_a_tolerance_stops_the_passes_when_they_gain_too_little() -> None:
     passes = []
     for tolerance in (None, 1e-9, 0.2):
         fit, server = linear_fit(tolerance=tolerance)
-        _, record = fit.fit(fit.targets(server))
+        record = fit.fit(fit.targets(server))[1].read()
         assert record["nmse_after"] < record["nmse_before"]
         passes.append(record["passes"])
     assert passes[:2] == [40, 40]
@@ -117,7 +117,7 @@ def test_lbfgs_fits_a_linear_auxiliary_model_better_in_as_many_passes() -> None:
     left = {}
     for solver in ("optimizer", "lbfgs"):
         fit, server = linear_fit(solver=solver)
-        _, record = fit.fit(fit.targets(server))
+        record = fit.fit(fit.targets(server))[1].read()
         assert record["passes"] <= 40 + 25 * (solver == "lbfgs")  # a line search is brought to its end
         left[solver] = record["nmse_after"]
         assert all(parameter.grad is None for parameter in fit.model.parameters())
