@@ -129,7 +129,7 @@ def main() -> None:
         return
     lines = []
     for algorithm in ("fsl_sage", "splitfed_v1"):
-        lines += report(algorithm, "simple_conv", [4, 16, 64, 256])
+        lines += report(algorithm, "simple_conv", [4, 64, 256])
         lines += report(algorithm, "resnet18", [4, 16, 32])
     print("\n".join(lines))
 
