@@ -62,7 +62,9 @@ class Arithmetic:
     def __init__(self, trainer: Trainer, world: World):
         self._algorithm: Algorithm = trainer.experiment.algorithm
         self._clients = trainer.clients
-        self._server: Server | None = build_server(trainer.experiment, world, None) if self._clients else None
+        self._server: Server | None = (
+            build_server(trainer.experiment, world, None, None) if self._clients else None
+        )
         self._batches = {id: list(client.batches(0)) for id, client in self._clients.items()}
 
     def cpu_seconds(self, rounds: range) -> float:
