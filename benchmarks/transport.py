@@ -35,29 +35,21 @@ WINDOW = 4
 SMALL_CALLS = 300
 
 
-class Sink:
-    """Takes requests and answers at once, by the way that the server's endpoint does."""
-
-    @rpc.functions.async_execution
-    def submit(self, request: Request) -> Future[Answer]:
-        """The answer to an upload."""
-        future: Future[Answer] = Future()
-        future.set_result(Answer(None, 0.0, 0.0))
-        return future
+@rpc.functions.async_execution
+def submit(request: Request) -> Future[Answer]:
+    """On the server's rank: answers at once, in the way that the program's server does."""
+    future: Future[Answer] = Future()
+    future.set_result(Answer(None, 0.0, 0.0))
+    return future
 
 
-def make_sink() -> Sink:
-    """On the server's rank."""
-    return Sink()
-
-
-def upload(sink: rpc.RRef, body: Push, count: int) -> None:
+def upload(body: Push, count: int) -> None:
     """So many uploads, a few of them under way at a time."""
     under_way: list[Future[Answer]] = []
     for number in range(count):
         if len(under_way) == WINDOW:
             under_way.pop(0).wait()
-        under_way.append(sink.rpc_async(timeout=0).submit(Request(0, number, body)))
+        under_way.append(rpc.rpc_async("server", submit, args=(Request(0, number, body),), timeout=0))
     for future in under_way:
         future.wait()
 
@@ -70,7 +62,7 @@ def seconds_of(work: Callable[[], None]) -> float:
     return clock() - started
 
 
-def compare(sink: rpc.RRef | None, size: float) -> tuple[float, float, float]:
+def compare(sends: bool, size: float) -> tuple[float, float, float]:
     """Collective: MiB/s by dist.send and by RPC, and the median of the paired ratios (0 on the receiver)."""
     count = max(4, int(SAMPLE_MIB / size))
     z = torch.randn(int(size * MIB / 4))
@@ -78,16 +70,16 @@ def compare(sink: rpc.RRef | None, size: float) -> tuple[float, float, float]:
 
     def by_send() -> None:
         for _ in range(count):
-            dist.send(z, 0) if sink else dist.recv(z, 1)
-        dist.recv(done, 0) if sink else dist.send(done, 1)
+            dist.send(z, 0) if sends else dist.recv(z, 1)
+        dist.recv(done, 0) if sends else dist.send(done, 1)
 
     def by_rpc() -> None:
-        if sink:
-            upload(sink, body, count)
+        if sends:
+            upload(body, count)
 
     pairs = [(seconds_of(by_send), seconds_of(by_rpc)) for _ in range(PAIRS + 1)][1:]
     dist.barrier()
-    if sink is None:
+    if not sends:
         return 0.0, 0.0, 0.0
     send, call = (count * size / statistics.median(seconds) for seconds in zip(*pairs, strict=True))
     return send, call, statistics.median(by_send / by_call for by_send, by_call in pairs)
@@ -101,29 +93,28 @@ def main() -> None:
         command = [sys.executable, *launcher, str(Path(__file__)), *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=environment).returncode)
     world = open_world(from_tree({"ranks": 2, "device": "cpu"}, sys.argv[1:]))
-    sink = rpc.remote("server", make_sink) if world.client_rank == 0 else None
+    sends = world.client_rank == 0
     ratios = {}
-    if sink:
+    if sends:
         print(f"transports {world.describe()['rpc_transports']}, {os.cpu_count()} cores", flush=True)
     for size in SIZES:
-        send, call, ratio = compare(sink, size)
-        if sink:
+        send, call, ratio = compare(sends, size)
+        if sends:
             ratios[size] = ratio
             print(f"{size:6.2f} MiB   dist.send {send:6.0f} MiB/s   RPC {call:6.0f} MiB/s", flush=True)
-    if sink:
+    if sends:
         small = Push(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-        calls = [seconds_of_call(sink, small) for _ in range(SMALL_CALLS)]
+        calls = [seconds_of_call(small) for _ in range(SMALL_CALLS)]
         print(f"one small call {1e6 * statistics.median(calls):.0f} us", flush=True)
         for size, ratio in ratios.items():
             print(f"{size:.2f} MiB RPC / dist.send {ratio:.2f}", flush=True)
-        del sink
     world.close()
 
 
-def seconds_of_call(sink: rpc.RRef, body: Push) -> float:
+def seconds_of_call(body: Push) -> float:
     """There and back."""
     started = clock()
-    upload(sink, body, 1)
+    upload(body, 1)
     return clock() - started
 
 

@@ -33,13 +33,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options = _parser().parse_args(arguments)
+        options = _parse(arguments)
         return options.command(options, arguments)
     except InputError as error:
         _report(error)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Options and overrides in any order: argparse itself takes no overrides behind an option."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
