@@ -121,16 +121,16 @@ class Measured:
     """from the costs of the one over loopback"""
 
 
-def read_place(place: Place, runs: Path) -> Measured:
+def read_place(place: Place, runs: Path, loopback: Calibration) -> Measured:
     """What the benchmark left in its folder."""
-    folder, loopback = runs / place.name, runs / LOOPBACK.name
+    folder = runs / place.name
     _, benches = read([str(folder)])
     return Measured(
         place,
         json.loads((folder / "bench.json").read_text(encoding="utf-8")),
         benches[0],
         predictions(place, read_calibration(folder)),
-        predictions(place, read_calibration(loopback)),
+        predictions(place, loopback),
     )
 
 
@@ -262,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for place in (LOOPBACK, *EMULATED):
         measure(place, str(Path(options.data).resolve()), options.runs.resolve())
-    loopback, *emulated = (read_place(place, options.runs) for place in (LOOPBACK, *EMULATED))
+    costs = read_calibration(options.runs / LOOPBACK.name)
+    loopback, *emulated = (read_place(place, options.runs, costs) for place in (LOOPBACK, *EMULATED))
     write(options.out / "latency-loopback.md", section(loopback, options.out))
     parts = [section(place, options.out) for place in emulated]
     parts += ["## Predictions", predictions_table([loopback, *emulated])]
