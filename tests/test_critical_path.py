@@ -107,8 +107,8 @@ def steps_of(client: ClientPieces, kind: str) -> list[Step]:
     server, up = client.server_seconds / client.requests, client.up_bytes / client.requests
     steps, since_request = [], 0.0
     for k in range(client.steps):
-        before = since_request + compute / 3
-        steps.append(Step(before, kind, k, server, up, client.down_bytes / client.requests))
+        steps += [Step(since_request, "turn", k)]
+        steps.append(Step(compute / 3, kind, k, server, up, client.down_bytes / client.requests))
         if k == 0 and client.alignment_seconds:
             steps.append(Step(0.0, "align", 0, client.alignment_seconds, 0, client.auxiliary_bytes))
         since_request = compute * 2 / 3

@@ -25,6 +25,11 @@ from fslsage_rpc.plan.wire import INITIAL_WINDOW_BYTES, Connection
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
 
 
+def with_turns(steps: list[Step]) -> list[Step]:
+    """Before each request its turn, as every request here is in a local step of its own."""
+    return [s for step in steps for s in ((Step(0.0, "turn", step.turn), step) if step.kind else (step,))]
+
+
 def simulate(
     *clients: list[Step],
     ranks: int = 1,
@@ -34,7 +39,7 @@ def simulate(
     cores: float = math.inf,
 ) -> float:
     simulation = RoundSimulation(
-        steps=dict(enumerate(clients)),
+        steps={client: with_turns(steps) for client, steps in enumerate(clients)},
         lane_of={client: client if replicas else 0 for client in range(len(clients))},
         ranks=ranks,
         link=LINK,
@@ -84,12 +89,13 @@ def test_a_lane_waits_for_the_turn_that_is_due() -> None:
 
 
 def test_uploads_overlap_until_the_window_is_full() -> None:
-    steps = [push(1.0, turn) for turn in range(3)] + [Step(1.0)]
-    assert simulate(steps) == pytest.approx(4.0)  # the last is trained on before the client ends
-    slow = [push(1.0, turn, server=10.0) for turn in range(3)] + [Step(1.0)]
-    assert simulate(slow) == pytest.approx(1.0 + 0.2 + 30.0)
-    # A window of one: each upload leaves when the one before it is trained on, and takes a trip of its own.
-    assert simulate(slow, window=1) == pytest.approx(1.0 + 3 * (0.2 + 10.0) + 2 * 0.1)
+    def uploads(server: float) -> list[Step]:
+        return [*(push(1.0, turn, server) for turn in range(3)), Step(1.0)]
+
+    assert simulate(uploads(0.5)) == pytest.approx(4.0)  # the last is trained on before the client ends
+    assert simulate(uploads(10.0)) == pytest.approx(1.0 + 0.2 + 30.0)
+    # A window of one: each step begins when the upload before it is trained on, and takes a trip of its own.
+    assert simulate(uploads(10.0), window=1) == pytest.approx(3 * (1.0 + 0.2 + 10.0) + 2 * 0.1)
 
 
 def test_a_link_carries_one_transfer_at_a_time() -> None:

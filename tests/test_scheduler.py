@@ -2,15 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
+from fslsage_rpc.parties.requests import Align, ClientRound, Exchange, Push, Request, Turn
 from fslsage_rpc.parties.scheduler import Scheduler
+from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 
 Answer = Callable[[Any], None]
 CPU = torch.device("cpu")
@@ -20,6 +21,17 @@ def push() -> Push:
     return Push(torch.zeros(1), torch.zeros(1))
 
 
+def exchange() -> Exchange:
+    return Exchange(torch.zeros(1), torch.zeros(1))
+
+
+def uploads(steps: int) -> ClientRound:
+    """A client that uploads at every step."""
+    for step in range(steps):
+        yield Turn(step)
+        yield push()
+
+
 class FakeServer:
     """Keeps requests until they are answered by hand."""
 
@@ -27,12 +39,14 @@ class FakeServer:
         self.pending: list[tuple[Request, Answer]] = []
         self.log: list[tuple[int, int]] = []
         self.most_uploads = 0
+        self.most_pending = 0
 
     def send(self, request: Request, on_answer: Answer) -> None:
         self.log.append((request.client, request.number))
         self.pending.append((request, on_answer))
         mine = [r for r, _ in self.pending if r.client == request.client and isinstance(r.body, Push)]
         self.most_uploads = max(self.most_uploads, len(mine))
+        self.most_pending = max(self.most_pending, len(self.pending))
 
     def answer_all_soon(self, stop: threading.Event, seconds: float) -> None:
         while not stop.wait(seconds):
@@ -42,7 +56,7 @@ class FakeServer:
 
 
 def run(
-    rounds: dict[int, Generator[Any, Any, None]],
+    rounds: dict[int, ClientRound],
     window: int = 2,
     depth_first: bool = False,
     seconds: float = 0.005,
@@ -60,11 +74,7 @@ def run(
 
 
 def test_the_window_bounds_the_uploads_in_flight_of_each_client() -> None:
-    def client() -> Generator[Push, None, None]:
-        for _ in range(8):
-            yield push()
-
-    server, timeline = run({0: client(), 1: client()}, window=3)
+    server, timeline = run({0: uploads(8), 1: uploads(8)}, window=3)
     assert server.most_uploads == 3
     assert [number for c, number in server.log if c == 0] == list(range(8))
     assert timeline.seconds["upload_wait"] > 0
@@ -74,24 +84,69 @@ def test_the_window_bounds_the_uploads_in_flight_of_each_client() -> None:
 def test_a_full_window_suspends_that_client_and_not_its_rank() -> None:
     seen: list[str] = []
 
-    def uploader() -> Generator[Push, None, None]:
-        for _ in range(3):
+    def uploader() -> ClientRound:
+        for step in range(2):
+            yield Turn(step)
             yield push()
             seen.append("uploaded")
 
-    def worker() -> Generator[Push, None, None]:
+    def worker() -> ClientRound:
+        yield Turn(1)
         seen.append("worked")
         yield push()
 
     run({0: uploader(), 1: worker()}, window=1, seconds=0.1)
-    assert seen.index("worked") < seen.index("uploaded", 1 + seen.index("uploaded"))
+    assert seen == ["uploaded", "worked", "uploaded"]
+
+
+def test_an_upload_does_not_interrupt_its_step() -> None:
+    seen: list[int] = []
+
+    def client(id: int) -> ClientRound:
+        yield Turn(0)
+        yield push()
+        seen.append(id)  # before anybody else begins: its activations are free
+
+    server, _ = run({id: client(id) for id in range(3)}, seconds=0.05)
+    assert seen == [0, 1, 2]
+    assert [client for client, _ in server.log] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", [push, exchange])
+def test_a_rank_has_so_many_steps_open_however_many_clients(kind: Callable[[], Any]) -> None:
+    def client() -> ClientRound:
+        for step in range(2):
+            yield Turn(step)
+            yield kind()
+
+    clients = 3 * MOST_OPEN_STEPS
+    server, _ = run({id: client() for id in range(clients)}, seconds=0.001)
+    assert server.most_pending == MOST_OPEN_STEPS
+    assert sorted(server.log) == [(id, number) for id in range(clients) for number in range(2)]
+
+
+def test_the_earliest_step_is_let_in_first_whoever_has_made_more_requests() -> None:
+    """Client 0 makes two requests at its first step, and its second step is still due before client 1's."""
+
+    def client(id: int) -> ClientRound:
+        for step in range(2):
+            yield Turn(step)
+            yield push()
+            if id == 0 and step == 0:
+                yield Align()
+
+    server, _ = run({0: client(0), 1: client(1)}, window=5, seconds=0.05)
+    assert server.log == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]  # 0 waits for its answer, 1 goes on
+    server, _ = run({id: client(id) for id in (0, 1)}, window=5, seconds=1e-6, depth_first=True)
+    assert [entry for entry in server.log if entry[0] == 0] == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_answers_reach_the_client_that_asked() -> None:
     answers: dict[int, list[Any]] = {0: [], 1: []}
 
-    def client(id: int) -> Generator[Exchange | Align, Any, None]:
-        answers[id].append((yield Exchange(torch.zeros(1), torch.zeros(1))))
+    def client(id: int) -> ClientRound:
+        yield Turn(0)
+        answers[id].append((yield exchange()))
         answers[id].append((yield Align()))
 
     _, timeline = run({0: client(0), 1: client(1)})
@@ -103,10 +158,11 @@ def test_answers_reach_the_client_that_asked() -> None:
 def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
     """Four clients share a rank that always has one to go on with: waiting is measured only at the end."""
 
-    def client(id: int) -> Generator[Exchange, Any, None]:
-        for _ in range(5):
+    def client(id: int) -> ClientRound:
+        for step in range(5):
+            yield Turn(step)
             time.sleep(0.02)  # stands for computation
-            yield Exchange(torch.zeros(1), torch.zeros(1))
+            yield exchange()
 
     _, timeline = run({id: client(id) for id in range(4)}, seconds=0.001)
     waited = timeline.seconds.get("gradient_wait", 0.0)
@@ -116,18 +172,15 @@ def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
 @pytest.mark.parametrize(
     ("depth_first", "expected"), [(False, [0, 1, 0, 1, 0, 1]), (True, [0, 0, 0, 1, 1, 1])]
 )
-def test_clients_take_turns_by_request_or_one_goes_ahead(depth_first: bool, expected: list[int]) -> None:
-    def client() -> Generator[Push, None, None]:
-        for _ in range(3):
-            yield push()
-
-    server, _ = run({0: client(), 1: client()}, window=5, depth_first=depth_first)
+def test_clients_take_turns_by_step_or_one_goes_ahead(depth_first: bool, expected: list[int]) -> None:
+    server, _ = run({0: uploads(3), 1: uploads(3)}, window=5, depth_first=depth_first)
     assert [client for client, _ in server.log] == expected
 
 
 def test_an_error_from_the_transport_ends_the_run() -> None:
-    def client() -> Generator[Exchange, Any, None]:
-        yield Exchange(torch.zeros(1), torch.zeros(1))
+    def client() -> ClientRound:
+        yield Turn(0)
+        yield exchange()
 
     with pytest.raises(ValueError, match="lost"):
         Scheduler(lambda _, on_answer: on_answer(ValueError("lost")), 1, False, Timeline(), CPU).run(

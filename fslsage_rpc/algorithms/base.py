@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
 from fslsage_rpc.config import AlgorithmKeys
 from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import ClientRound
+from fslsage_rpc.parties.requests import ClientRound, ClientStep, Turn
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Sizes:
 class Algorithm(ABC):
     """One federated (split) learning algorithm.
 
-    A subclass is a page: its paper, the round of a client, the steps at which that round makes requests, its
-    line of the paper ledger, and its critical path.
+    A subclass is a page: its paper, a client's local step, the steps that make requests, its line of the
+    paper ledger, and its critical path.
     """
 
     name: ClassVar[str]
@@ -47,12 +49,12 @@ class Algorithm(ABC):
         self.federation = federation
 
     @abstractmethod
-    def client_round(self, client: Client, round: int) -> ClientRound:
-        """The round of one participating client, starting from the averaged client model."""
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        """One local step of a participating client on x `[B, ...]` and labels y `[B]`."""
 
     @abstractmethod
     def request_steps(self, client: int, round: int) -> list[int]:
-        """The local steps, ascending, at which `client_round` yields: one entry per request."""
+        """The local steps, ascending, at which `client_step` yields: one entry per request."""
 
     @abstractmethod
     def paper_bytes(self, sizes: Sizes, round: int) -> int:
@@ -61,6 +63,18 @@ class Algorithm(ABC):
     @abstractmethod
     def bound_seconds(self, pieces: RoundPieces) -> float:
         """The lower bound of a round: the longest of the chains that the algorithm's dependencies make."""
+
+    def client_round(self, client: Client, round: int) -> ClientRound:
+        """The round of one participating client, starting from the averaged client model.
+
+        Between two steps it holds neither a batch nor activations.
+        """
+        batches = client.batches(round)
+        with_requests = set(self.request_steps(client.id, round))
+        for step in range(self.federation.steps(client.id)):
+            if step in with_requests:
+                yield Turn(step)
+            yield from self.client_step(client, round, step, *next(batches))
 
     def ranking(self, round: int) -> list[int]:
         """The participants in the order that the server takes them in within a step."""

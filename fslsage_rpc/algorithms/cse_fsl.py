@@ -1,9 +1,11 @@
 """CSE-FSL: communication- and storage-efficient federated split learning (arXiv 2302.05599, 2507.15816)."""
 
+from torch import Tensor
+
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import ClientRound, Push
+from fslsage_rpc.parties.requests import ClientStep, Push
 
 
 class CseFsl(Algorithm):
@@ -16,12 +18,11 @@ class CseFsl(Algorithm):
     uses = frozenset({"upload_every"})
     auxiliary = "trained"
 
-    def client_round(self, client: Client, round: int) -> ClientRound:
-        for step, (x, y) in enumerate(client.batches(round)):
-            z = client.forward(x)  # smashed data [B, C, H, W]
-            if step % self.keys.upload_every == 0:
-                yield Push(z, y)  # one way: waits only for room in the upload window
-            client.backward(z, client.train_auxiliary(z, y))  # the auxiliary loss's own gradient
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        z = client.forward(x)  # smashed data [B, C, H, W]
+        if step % self.keys.upload_every == 0:
+            yield Push(z, y)  # one way
+        client.backward(z, client.train_auxiliary(z, y))  # the auxiliary loss's own gradient
 
     def request_steps(self, client: int, round: int) -> list[int]:
         return list(range(0, self.federation.steps(client), self.keys.upload_every))

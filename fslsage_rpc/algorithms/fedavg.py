@@ -1,9 +1,11 @@
 """FedAvg: communication-efficient learning of deep networks from decentralized data (arXiv 1602.05629)."""
 
+from torch import Tensor
+
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import ClientRound
+from fslsage_rpc.parties.requests import ClientStep
 
 
 class FedAvg(Algorithm):
@@ -12,9 +14,8 @@ class FedAvg(Algorithm):
     name = "fedavg"
     client_holds_whole_model = True
 
-    def client_round(self, client: Client, round: int) -> ClientRound:
-        for x, y in client.batches(round):
-            client.train_whole_model(x, y)
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        client.train_whole_model(x, y)
         yield from ()  # it asks nothing of the server
 
     def request_steps(self, client: int, round: int) -> list[int]:

@@ -1,12 +1,14 @@
 """FSL-SAGE: federated split learning via smashed-activation gradient estimation (arXiv 2505.23182)."""
 
+from torch import Tensor
+
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.algorithms.cse_fsl import CseFsl
 from fslsage_rpc.config import AlgorithmKeys
 from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import Align, ClientRound, Push
+from fslsage_rpc.parties.requests import Align, ClientStep, Push
 
 
 class FslSage(Algorithm):
@@ -28,18 +30,17 @@ class FslSage(Algorithm):
         super().__init__(keys, federation)
         self._warm_start = CseFsl(keys, federation)
 
-    def client_round(self, client: Client, round: int) -> ClientRound:
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         if self.warms_up(round):
-            yield from self._warm_start.client_round(client, round)
+            yield from self._warm_start.client_step(client, round, step, x, y)
             return
-        for step, (x, y) in enumerate(client.batches(round)):
-            z = client.forward(x)  # smashed data [B, C, H, W]
-            if step % self.keys.upload_every == 0:
-                yield Push(z, y)  # one way: waits only for room in the upload window
-            if step == 0 and self.aligns(client.id, round):
-                fitted = yield Align()  # the only blocking remote forward and backward
-                client.auxiliary_weights.load(fitted)
-            client.backward(z, client.estimate(z, y))  # ĝ in place of g
+        z = client.forward(x)  # smashed data [B, C, H, W]
+        if step % self.keys.upload_every == 0:
+            yield Push(z, y)  # one way
+        if step == 0 and self.aligns(client.id, round):
+            fitted = yield Align()  # the only blocking remote forward and backward
+            client.auxiliary_weights.load(fitted)
+        client.backward(z, client.estimate(z, y))  # ĝ in place of g
 
     def request_steps(self, client: int, round: int) -> list[int]:
         uploads = list(range(0, self.federation.steps(client), self.keys.upload_every))

@@ -1,20 +1,21 @@
 """SplitFed: split learning with parallel clients and federated averaging (arXiv 2004.12088)."""
 
+from torch import Tensor
+
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import ClientRound, Exchange
+from fslsage_rpc.parties.requests import ClientStep, Exchange
 from fslsage_rpc.randomness import numpy_stream
 
 
 class SplitFed(Algorithm):
     """Every client step waits for the true cut-layer gradient of its batch."""
 
-    def client_round(self, client: Client, round: int) -> ClientRound:
-        for x, y in client.batches(round):
-            z = client.forward(x)  # smashed data [B, C, H, W]
-            g = yield Exchange(z, y)  # true cut-layer gradient, [B, C, H, W]
-            client.backward(z, g)
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        z = client.forward(x)  # smashed data [B, C, H, W]
+        g = yield Exchange(z, y)  # true cut-layer gradient, [B, C, H, W]
+        client.backward(z, g)
 
     def request_steps(self, client: int, round: int) -> list[int]:
         return list(range(self.federation.steps(client)))

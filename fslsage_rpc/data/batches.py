@@ -55,15 +55,17 @@ class ImageBatches:
             mirrored = self._moved(torch.rand(samples, generator=chance) < 0.5)
             for first in range(0, samples, self.batch_size):
                 here = slice(first, first + self.batch_size)
-                images = self.images[order[here]]
-                if augment:
-                    images = self._augment(images, corners[here], mirrored[here])
-                yield self._normalise(images), self.labels[order[here]]
+                crop = (corners[here], mirrored[here]) if augment else None
+                yield self._batch(order[here], crop), self.labels[order[here]]
 
     def _moved(self, drawn: Tensor) -> Tensor:
         """What was drawn on the CPU, where the images are. From pinned memory: the host does not wait."""
         device = self.labels.device
         return drawn if device.type == "cpu" else drawn.pin_memory().to(device, non_blocking=True)
+
+    def _batch(self, samples: Tensor, crop: tuple[Tensor, Tensor] | None) -> Tensor:
+        images = self.images[samples]
+        return self._normalise(images if crop is None else self._augment(images, *crop))
 
     def _normalise(self, images: Tensor) -> Tensor:
         return images.to(self._scale.dtype) * self._scale - self._shift

@@ -63,15 +63,17 @@ class Client:
         return self._auxiliary_weights
 
     def batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The client's training batches of a round: x `[B, C, H, W]`, y `[B]`."""
+        """The client's training batches of a round, each made when it is asked for: x `[B, C, H, W]`, y
+        `[B]`.
+        """
         keys = self._keys
         batches = self.data.shuffled(keys.seed, round, self.id, keys.local_epochs, keys.augment)
-        while True:
+
+        def draw() -> tuple[Tensor, Tensor] | None:
             with self._phase("data"):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
+                return next(batches, None)
+
+        return iter(draw, None)  # keeps no batch, as a generator's own variables would
 
     def forward(self, x: Tensor) -> Tensor:
         """Smashed data z `[B, ...]` of images x `[B, C, H, W]`, with its autograd graph."""

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Wait, before a local step that makes requests, until it may begin: see `Turns`."""
+
+    step: int
+
+
 @dataclass
 class SmashedData:
     """Smashed data z `[B, ...]` with its labels y `[B]`, made at local step `step`; z is cut off its autograd
@@ -27,7 +34,7 @@ class SmashedData:
 
 @dataclass
 class Push(SmashedData):
-    """Train on (z, y) and return nothing. The client waits only for room in its upload window."""
+    """Train on (z, y) and return nothing. The client goes on at once."""
 
     kind: ClassVar[str] = "push"
     waits_as: ClassVar[str] = "upload_wait"
@@ -53,6 +60,9 @@ class Align:
         return self
 
 
+Body = Push | Exchange | Align
+
+
 @dataclass
 class Request:
     """One request of one client; `number` counts the client's requests in the round from 0.
@@ -62,7 +72,7 @@ class Request:
 
     client: int
     number: int
-    body: Push | Exchange | Align
+    body: Body
 
 
 @dataclass
@@ -82,5 +92,8 @@ class Answer:
         return type(self)(value, self.queue_seconds, self.compute_seconds)
 
 
-ClientRound = Generator[Push | Exchange | Align, Any, None]
-"""One client's round: yields what it asks of the server and is resumed with the answer (None for a push)."""
+ClientStep = Generator[Body, Any, None]
+"""One local step: yields what it asks of the server and is resumed with the answer (None for a push)."""
+
+ClientRound = Generator[Turn | Body, Any, None]
+"""One client's round: its steps, with a turn before each that makes requests."""

@@ -1,6 +1,5 @@
 """Drives the rounds of all clients of a rank, so that one client's wait is another's time to compute."""
 
-import heapq
 import queue
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ import torch
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
-from fslsage_rpc.parties.requests import Align, ClientRound, Exchange, Push, Request
+from fslsage_rpc.parties.requests import Body, ClientRound, Push, Request, Turn
+from fslsage_rpc.parties.turns import Turns
 
 Send = Callable[[Request, Callable[[Any], None]], None]
 """Hands a request to the transport, which calls back, from any thread, with the answer or the exception."""
@@ -19,31 +19,26 @@ Send = Callable[[Request, Callable[[Any], None]], None]
 
 @dataclass
 class ClientProgress:
-    """How far one client is in its round."""
+    """How far one client is in its round; `place` is its number among the clients of its rank."""
 
     client: int
-    position: int
+    place: int
     generator: ClientRound
     requests: int = 0
-    uploads_in_flight: int = 0
-    held: Push | None = None
-    """an upload that waits for room in the window"""
     answer: Any = None
-    waited_as: str = ""
 
 
 class Scheduler:
     """Interleaves the client rounds of one rank.
 
-    The clients that can go on take turns by request (with `client_major`: the first one goes on as long as it
-    can, as the server wants its requests first). A client that waits, for room in its window or for an
-    answer, is suspended; the rank waits only when all its clients do, and that time is entered under what the
-    wait was for.
+    Clients take turns by local step (`Turns`). A client that waits, for its turn or for an answer, is
+    suspended; the rank waits only when all its clients do, and that time is entered under what ended it.
 
     Args:
         send: hands a request to the transport.
         window: uploads of one client that the server may still have to train on.
-        depth_first: `client_major`.
+        depth_first: `client_major`: the first client goes on as long as it can, as the server wants its
+            requests first.
         device: of the clients.
         staged: what is sent passes through host memory, so that it must be there.
     """
@@ -58,16 +53,11 @@ class Scheduler:
         staged: bool = False,
     ):
         self._send = send
-        self._window = window
-        self._depth_first = depth_first
+        self._turns = Turns(window, depth_first)
         self._timeline = timeline
         self._device = device
         self._staged = staged
-        self._replies: queue.SimpleQueue[tuple[ClientProgress, Push | Exchange | Align, Any]] = (
-            queue.SimpleQueue()
-        )
-        self._ready: list[tuple[int, int, ClientProgress]] = []
-        self._in_flight = 0
+        self._replies: queue.SimpleQueue[tuple[ClientProgress, int, Body, Any]] = queue.SimpleQueue()
 
     def run(self, rounds: Mapping[int, ClientRound]) -> None:
         """Run these clients' rounds (in this order where they compete) to their end and drain all requests in
@@ -76,73 +66,68 @@ class Scheduler:
         Raises:
             Exception: what a client's round, or the transport, raised.
         """
-        unfinished = len(rounds)
-        for position, (client, generator) in enumerate(rounds.items()):
-            self._resume(ClientProgress(client, position, generator), None)
+        clients = [
+            ClientProgress(id, place, generator) for place, (id, generator) in enumerate(rounds.items())
+        ]
+        unfinished = sum(self._advance(progress) for progress in clients)
         while unfinished:
             while not self._replies.empty():
                 self._settle(*self._replies.get())
-            if not self._ready:
+            turn = self._turns.take()
+            if turn is None:
                 self._wait()
-            progress = heapq.heappop(self._ready)[-1]
-            try:
-                body = progress.generator.send(progress.answer)
-            except StopIteration:
+            elif not self._advance(clients[turn]):
                 unfinished -= 1
-            else:
-                self._request(progress, body)
         with self._timeline.phase("forward_backward"):
             synchronise(self._device)
-        while self._in_flight:
+        while self._turns.in_flight:
             with self._timeline.phase("drain_wait"):
                 reply = self._replies.get()
             self._settle(*reply)
 
+    def _advance(self, progress: ClientProgress) -> bool:
+        """Let a client compute until it has to wait.
+
+        Returns:
+            Has it anything left to do?
+        """
+        while True:
+            answer, progress.answer = progress.answer, None
+            try:
+                wanted = progress.generator.send(answer)
+            except StopIteration:
+                self._turns.leave(progress.place)
+                return False
+            if isinstance(wanted, Turn):
+                self._turns.begin(progress.place, wanted.step)
+                return True
+            self._request(progress, wanted)
+            if not isinstance(wanted, Push):
+                return True
+
     def _wait(self) -> None:
-        """Wait until some client can go on, and enter the time under what that client waited for."""
-        waited, began = 0.0, clock()
-        while not self._ready:
-            started = clock()
-            reply = self._replies.get()
-            waited += clock() - started
-            self._settle(*reply)
-        self._timeline.add(self._ready[0][-1].waited_as, began, waited)
+        """Wait for the next answer, and enter the time under what its request waits as."""
+        began = clock()
+        progress, step, body, answer = self._replies.get()
+        self._timeline.add(body.waits_as, began, clock() - began)
+        self._settle(progress, step, body, answer)
 
-    def _resume(self, progress: ClientProgress, answer: Any) -> None:
-        progress.answer = answer
-        turn = 0 if self._depth_first else progress.requests
-        heapq.heappush(self._ready, (turn, progress.position, progress))
-
-    def _request(self, progress: ClientProgress, body: Push | Exchange | Align) -> None:
-        """Send a request, or hold it until there is room in the client's window."""
-        progress.waited_as = body.waits_as
-        if isinstance(body, Push):
-            if progress.uploads_in_flight == self._window:
-                progress.held = body
-                return
-            progress.uploads_in_flight += 1
+    def _request(self, progress: ClientProgress, body: Body) -> None:
+        """Send a request."""
         request = Request(progress.client, progress.requests, body)
         progress.requests += 1
-        self._in_flight += 1
+        step = self._turns.sent(progress.place, isinstance(body, Push))
         if self._staged:
             with self._timeline.phase("forward_backward"):
                 synchronise(self._device)
         row, arrow = f"client {request.client}", Arrow("request", request.client, request.number)
         # Handing over: serialising, and in the local transport the server's work too.
         with self._timeline.phase(body.waits_as, row, arrow):
-            self._send(request, lambda answer: self._replies.put((progress, body, answer)))
-        if isinstance(body, Push):
-            self._resume(progress, None)
+            self._send(request, lambda answer: self._replies.put((progress, step, body, answer)))
 
-    def _settle(self, progress: ClientProgress, body: Push | Exchange | Align, answer: Any) -> None:
+    def _settle(self, progress: ClientProgress, step: int, body: Body, answer: Any) -> None:
         """Take in the answer to one request."""
         if isinstance(answer, BaseException):
             raise answer
-        self._in_flight -= 1
-        if not isinstance(body, Push):
-            self._resume(progress, answer)
-            return
-        progress.uploads_in_flight -= 1
-        if progress.held is not None:
-            held, progress.held = progress.held, None
-            self._request(progress, held)
+        progress.answer = answer  # None, for an upload
+        self._turns.settled(progress.place, step, isinstance(body, Push))

@@ -64,8 +64,11 @@ def client_steps(scenario: Scenario, costs: Costs, client: int, planned: Planned
     exchanges = scenario.algorithm.auxiliary == "none"
     every = 1 if exchanges else scenario.config.algorithm.upload_every
     steps: list[Step] = []
-    compute = 0.0  # since the last request
+    compute = 0.0  # since the last request or turn
     for k, samples in enumerate(batches):
+        if k % every == 0:
+            steps.append(Step(compute, "turn", k))
+            compute = 0.0
         compute += FORWARD_SHARE * costs.client_per_sample * samples
         if k % every == 0:
             steps.append(

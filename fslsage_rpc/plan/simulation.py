@@ -1,7 +1,7 @@
 """One round of the real scheduler, mailbox and links in simulated time.
 
 Ranks, links and lanes take one thing at a time; clients and requests wait for them by the program's own rules
-(`parties/scheduler.py`, and `parties/mailbox.py` with `round_robin`). All times are in seconds.
+(`parties/turns.py` itself, and `parties/mailbox.py` with `round_robin`). All times are in seconds.
 """
 
 import heapq
@@ -12,18 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.parties.turns import Turns
 from fslsage_rpc.plan.cores import Cores
 from fslsage_rpc.plan.wire import RPC_LANES, Connection
 
 
 @dataclass(frozen=True)
 class Step:
-    """Client compute, and the request that follows it; the last one of a round has none."""
+    """Client compute, and what follows it: a request, the turn to begin a local step with requests in it, or
+    (None) the end of the round.
+    """
 
     compute_seconds: float
     kind: str | None = None
     turn: int = 0
-    """the local step at which the request is made: its place in the server's order"""
+    """the local step that is begun or that the request is made at: its place in the server's order"""
     server_seconds: float = 0.0
     up_bytes: float = 0.0
     down_bytes: float = 0.0
@@ -37,9 +40,6 @@ class Progress:
     rank: int
     steps: Sequence[Step]
     at: int = 0
-    in_flight: int = 0
-    held: int | None = None
-    """the place of an upload that waits for room in the window"""
 
 
 @dataclass
@@ -79,13 +79,13 @@ class RoundSimulation:
         handling_seconds: float,
         shared_cores: float = math.inf,
     ):
-        self._window, self._delay = window, (link.round_trip_seconds + handling_seconds) / 2
+        self._delay = (link.round_trip_seconds + handling_seconds) / 2
         self._sending = sending_seconds
         self._now = self._clients_ended = self._server_ended = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
         self.cores = Cores(shared_cores, lambda: self._now, self._after)
-        self._ready: list[list[tuple[int, int, Progress]]] = [[] for _ in range(ranks)]
+        self._turns = [Turns(window, depth_first=False) for _ in range(ranks)]
         self._rank_busy = [False] * ranks
         rates = {"up": link.up_bytes_per_second, "down": link.down_bytes_per_second}
         self._connections = {
@@ -99,11 +99,14 @@ class RoundSimulation:
         turns: dict[int, list[tuple[int, int, int]]] = {}
         for client, mine in steps.items():
             for place, step in enumerate(mine):
-                if step.kind is not None:
+                if step.kind not in (None, "turn"):
                     turns.setdefault(lane_of[client], []).append((step.turn, client, place))
         self._lanes = {lane: SimulatedLane(deque(sorted(mine))) for lane, mine in turns.items()}
-        for client, mine in steps.items():
-            self._make_ready(Progress(client, client % ranks, mine))
+        self._clients = {client: Progress(client, client % ranks, mine) for client, mine in steps.items()}
+        for progress in self._clients.values():
+            self._turns[progress.rank].begin(progress.client, 0)
+        for rank in range(ranks):
+            self._compute(rank)
 
     def run(self) -> tuple[float, float]:
         """Seconds until every client has ended, and until the server has executed every request."""
@@ -115,29 +118,34 @@ class RoundSimulation:
     def _after(self, seconds: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self._now + seconds, next(self._number), happen))
 
-    def _make_ready(self, progress: Progress) -> None:
-        heapq.heappush(self._ready[progress.rank], (progress.at, progress.client, progress))
-        self._compute(progress.rank)
-
     def _compute(self, rank: int) -> None:
-        """The rank takes its next ready client, if it is free and there is one."""
-        if self._rank_busy[rank] or not self._ready[rank]:
+        """The rank takes the client whose turn it is, if it is free and there is one."""
+        if self._rank_busy[rank]:
             return
-        self._rank_busy[rank] = True
-        *_, progress = heapq.heappop(self._ready[rank])
+        turn = self._turns[rank].take()
+        if turn is not None:
+            self._rank_busy[rank] = True
+            self._advance(self._clients[turn])
+
+    def _advance(self, progress: Progress) -> None:
+        """Let a client compute until it has to wait."""
         place, step = progress.at, progress.steps[progress.at]
+        asks = step.kind not in (None, "turn")
 
         def done() -> None:
             progress.at += 1
-            self._rank_busy[rank] = False
             self._clients_ended = self._now
-            if step.kind == "push" and progress.in_flight == self._window:
-                progress.held = place
-            elif step.kind is not None:
+            if asks:
                 self._send(progress, place)
-            self._compute(rank)
+            if step.kind == "push":
+                self._advance(progress)
+                return
+            if step.kind == "turn":
+                self._turns[progress.rank].begin(progress.client, step.turn)
+            self._rank_busy[progress.rank] = False
+            self._compute(progress.rank)
 
-        self.cores.run("client", step.compute_seconds + (self._sending if step.kind else 0.0), done)
+        self.cores.run("client", step.compute_seconds + (self._sending if asks else 0.0), done)
 
     def _send(self, progress: Progress, place: int) -> None:
         step = progress.steps[place]
@@ -148,10 +156,8 @@ class RoundSimulation:
             lane.arrived[key] = progress, step
             self._execute(lane)
 
+        self._turns[progress.rank].sent(progress.client, step.kind == "push")
         self._after(self._transfer("up", progress.rank, step.up_bytes), arrive)
-        if step.kind == "push":
-            progress.in_flight += 1
-            self._make_ready(progress)
 
     def _execute(self, lane: SimulatedLane) -> None:
         """The lane takes its next turn, if it is free, a worker is, and the request has arrived."""
@@ -195,13 +201,8 @@ class RoundSimulation:
         self._after(seconds, lambda: self._answer(progress, step))
 
     def _answer(self, progress: Progress, step: Step) -> None:
-        if step.kind != "push":
-            self._make_ready(progress)
-            return
-        progress.in_flight -= 1
-        if progress.held is not None:
-            held, progress.held = progress.held, None
-            self._send(progress, held)
+        self._turns[progress.rank].settled(progress.client, step.turn, step.kind == "push")
+        self._compute(progress.rank)
 
     def _transfer(self, way: str, rank: int, bytes: float) -> float:
         """How long until these bytes are over the rank's link."""
