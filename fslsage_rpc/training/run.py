@@ -73,7 +73,8 @@ def _train(
     del saved  # the parties have copies
     checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder)
     if folder is None:
-        trainer.train(lambda line, reports: None, checkpoints)
+        with checkpoints:
+            trainer.train(lambda line, reports: None, checkpoints)
         return
     folder.start(
         {"versions": versions(), **world.describe(), "ranks": ranks, **links},
@@ -88,7 +89,8 @@ def _train(
         folder.add_round(line)
         screen.show_round(line)
 
-    trainer.train(on_round, checkpoints)
+    with checkpoints:
+        trainer.train(on_round, checkpoints)
     if trainer.trace:
         folder.add_trace(trainer.trace.text())
     summary = trainer.recorder.summary(experiment.algorithm.name, experiment.algorithm.interval)

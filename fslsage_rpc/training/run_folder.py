@@ -20,7 +20,6 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.tensorboard import TensorBoard
 from fslsage_rpc.training.checkpoint_files import (
     Damaged,
-    Extent,
     Manifest,
     complete_folders,
     read_manifest,
@@ -136,9 +135,10 @@ class RunFolder:
         except OSError as error:
             self.warn(said(error, self.path / EVENTS))
 
-    def sync_metrics(self) -> Extent:
-        """See `MetricsFile.sync`."""
-        return self._metrics.sync()
+    @property
+    def metrics(self) -> MetricsFile:
+        """`metrics.jsonl`."""
+        return self._metrics
 
     def add_trace(self, text: str) -> None:
         """Write `trace.json`."""
@@ -153,6 +153,7 @@ class RunFolder:
         """
         self._tensorboard.close()
         with self._writing():
+            self._metrics.extent()
             self._metrics.sync()
             write_durably(self.path / "model.pt", serialised(dict(model)))
             self._write("summary.json", _json(summary))

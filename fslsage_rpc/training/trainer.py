@@ -98,8 +98,6 @@ class Trainer:
             return
         for round in range(self._first_round, self._config.rounds):
             seconds = self.train_round(round)
-            if checkpoints:
-                checkpoints.complete()  # before this round's line: `metrics.jsonl` ends where it was begun
             last = self._close_round(round, seconds, on_round)
             if checkpoints:
                 checkpoints.begin(round + 1, last, self.state)
