@@ -145,7 +145,7 @@ class RpcWorld(World):
     def gather_beside(self, name: str, value: Any) -> list[Any] | None:
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         with peers_may_be_lost():
-            self._side_store.set(keys[self.rank], pickle.dumps(value))
+            self._side_store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
             if self.rank != 0:
                 return None
             self._side_store.wait(keys, FOREVER)

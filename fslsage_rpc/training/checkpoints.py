@@ -79,6 +79,10 @@ class Checkpoints:
             self._writing.result()
             self._writing = None
 
+    def newest(self) -> Path | None:
+        """The folder of the newest complete checkpoint, as rank 0 sees it."""
+        return next(iter(complete_folders(self._root)), None)
+
     def _lines_so_far(self) -> Extent | str:
         """What `metrics.jsonl` holds now, before lines of later rounds; or what the system says."""
         assert self._folder is not None

@@ -44,7 +44,8 @@ FREE_KEYS = {
     "bench",
 }
 """what may differ between a run and the run whose folder it finds"""
-ENDINGS = ("summary.json", "model.pt", "trace.json", "links.json")
+STOPPED = "STOPPED"
+ENDINGS = (STOPPED, "summary.json", "model.pt", "trace.json", "links.json")
 """what a run leaves at its end"""
 EVENTS = "tensorboard"
 ANOTHER = "choose another name=, or resume=never to replace that run"
@@ -144,6 +145,15 @@ class RunFolder:
         """Write `trace.json`."""
         with self._writing():
             self._write("trace.json", text)
+
+    def mark_stopped(self, checkpoint: Path) -> None:
+        """Write `STOPPED`, by which a launcher knows that the run can be gone on with, from this checkpoint.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        with self._writing():
+            self._write(STOPPED, f"goes on from {checkpoint}\n")
 
     def finish(self, summary: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
         """Write the final model and, last, the summary that marks the run as complete.
