@@ -5,26 +5,28 @@ the device and then, on the CPU, for the other client ranks, before it averages.
 """
 
 import os
+import pickle
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed import rpc
-from torch.distributed.rendezvous import rendezvous
 
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.comm.memory import keep_large_blocks
 from fslsage_rpc.comm.placement import ONE_HOST_CHANNELS, GpuPlace, choose_averaging, device_maps
+from fslsage_rpc.comm.roll_call import Presence, roll_call
 from fslsage_rpc.comm.rpc_link import RpcLink, ServerEndpoint, peers_may_be_lost
-from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
+from fslsage_rpc.comm.watchdog import Watchdog, claim_failure, leave
 from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
@@ -32,9 +34,13 @@ from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.stopping import NOBODY_READS
 
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
 SHM_CORES_PER_RANK = 2  # TensorPipe's shm transport keeps up to a core busy per rank, also while it waits
+
+FIRST_WORD_SECONDS = 5.0
+"""how long another rank leaves it to rank 1 to report that there is no store to ask who reports"""
 
 _offered: rpc.RRef | None = None  # rank 0's current server
 
@@ -58,12 +64,23 @@ class RpcWorld(World):
         self._pools: dict[str, ThreadPoolExecutor] = {}
         keep_large_blocks()
         timeout = timedelta(seconds=config.comm.timeout_seconds)
+        self._hosts_store = self.rank == 0 and not _launcher_hosts_store()
+        self._store: dist.Store | None = None
         self._watchdog: Watchdog | None = None
         try:
-            store = self._find_store(timeout)
-            self._watchdog = Watchdog(store.clone(), self.rank, self.size, config.comm.timeout_seconds)
-            devices = self._roll_call(store, timeout)
+            self._store = store = self._find_store(timeout)
+            self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
+            ranks = roll_call(store, Presence.here(self.rank, self.device), self.size, timeout)
+            devices = [torch.device(rank.device) for rank in ranks]
             self._device_maps = device_maps(devices, config.comm.device_maps)
+            self._watchdog = Watchdog(
+                store.clone(),
+                ranks,
+                self.rank,
+                config.comm.timeout_seconds,
+                lambda: self.activity(),
+                _launcher_hosts_store(),
+            )
             self._watchdog.start()
             with peers_may_be_lost():
                 self._join(store, config.comm)
@@ -74,13 +91,25 @@ class RpcWorld(World):
         """The job's key-value store, its keys apart from those of earlier attempts of the same job.
 
         Raises:
-            ConnectionLost: it cannot be reached, or (on the rank that hosts it) ranks are missing.
+            ConnectionLost: it cannot be reached.
         """
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
-            store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=timeout)))
+            store = dist.TCPStore(
+                address,
+                port,
+                is_master=self._hosts_store,
+                timeout=timeout,
+                wait_for_workers=False,  # the roll call does, and knows who is missing
+                multi_tenant=True,  # init_rpc opens it once more
+            )
         except RuntimeError as error:
+            host = "the launcher" if _launcher_hosts_store() else "rank 0"
             reason = str(error).partition("\n")[0]
-            raise ConnectionLost(f"the {self.size} ranks did not all meet: {reason}") from None
+            raise ConnectionLost(
+                f"{host} did not open the job's store at {address}, port {port}, within "
+                f"{timeout.total_seconds():g} s ({reason})"
+            ) from None
         return dist.PrefixStore(f"fslsage_rpc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def _join(self, store: dist.Store, keys: Comm) -> None:
@@ -140,6 +169,18 @@ class RpcWorld(World):
             dist.gather_object(value, values)
         return values
 
+    def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        with peers_may_be_lost():
+            self._side_store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
+            if self.rank != 0:
+                return None
+            self._side_store.wait(keys, FOREVER)
+            values = [pickle.loads(self._side_store.get(key)) for key in keys]
+            for key in keys:
+                self._side_store.delete_key(key)
+        return values
+
     def broadcast(self, value: Any) -> Any:
         box = [value]
         with peers_may_be_lost():
@@ -174,23 +215,36 @@ class RpcWorld(World):
         }
 
     def fail(self, error: BaseException) -> NoReturn:
-        role = "server" if self.rank == 0 else "clients"
         # An error that came back from a call begins with a line that names the worker.
         said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
-        reason = f"{type(error).__name__}: {said[0] if said else ''}"
-        message, status = f"fslsage_rpc: rank {self.rank} ({role}) failed: {reason}", 1
+        reason = said[0] if said else ""
+        before, message, status = "", reason, 1
         if isinstance(error, InputError):
-            message, status = f"fslsage_rpc: {error}", 2
+            message, status = str(error), 2
         elif isinstance(error, KeyboardInterrupt):
-            message, status = "fslsage_rpc: interrupted", 130
-        elif not isinstance(error, ConnectionLost):
-            message = "".join(traceback.format_exception(error)) + message
-        if self._watchdog is None or self._watchdog.claim(wait=isinstance(error, ConnectionLost)):
-            print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(2 * PERIOD_SECONDS)  # this process hosts the store: let the others see the claim
-        os._exit(status)  # sys.exit would wait for RPC threads that wait for peers that are gone
+            message, status = "interrupted", 130
+        elif isinstance(error, BrokenPipeError):
+            message, status = "", NOBODY_READS  # this rank's output: connections fail as RuntimeErrors
+        elif isinstance(error, ConnectionLost):
+            message = self._watchdog.explain_loss(reason) if self._watchdog else reason
+        else:
+            before = "".join(traceback.format_exception(error))
+            where = f"{Presence.here(self.rank, self.device)} failed in {self.activity()}"
+            message = f"{where}: {type(error).__name__}: {reason}"
+        if self._speaks() and message:
+            print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
+        leave(status, self._hosts_store)
+
+    def _speaks(self) -> bool:
+        """Is this rank the one to report a failure?"""
+        if self._watchdog:
+            return self._watchdog.claim()
+        with suppress(RuntimeError):
+            if self._store is not None:
+                return claim_failure(self._store, self.rank)
+        if self.rank != 1:
+            time.sleep(FIRST_WORD_SECONDS)  # if rank 1 has the same problem, its end ends this rank
+        return True
 
     def close(self) -> None:
         global _offered
@@ -215,26 +269,6 @@ class RpcWorld(World):
         on_server_host = self.rank == local_rank
         return local_rank - 1 if on_server_host else local_rank
 
-    def _roll_call(self, store: dist.Store, timeout: timedelta) -> list[torch.device]:
-        """Wait for all ranks to have started.
-
-        Returns:
-            The device of each rank, as the rank itself calls it.
-
-        Raises:
-            ConnectionLost: some did not, within the time-out.
-        """
-        store.set(f"here/{self.rank}", str(self.device))
-        keys = [f"here/{rank}" for rank in range(self.size)]
-        try:
-            store.wait(keys, timeout)
-        except RuntimeError:
-            absent = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
-            raise ConnectionLost(
-                f"rank {absent} did not start within {timeout.total_seconds():g} s"
-            ) from None
-        return [torch.device(store.get(key).decode()) for key in keys]
-
 
 def _offered_server() -> rpc.RRef:
     assert _offered is not None
@@ -243,6 +277,10 @@ def _offered_server() -> rpc.RRef:
 
 def _worker(rank: int) -> str:
     return "server" if rank == 0 else f"clients{rank}"
+
+
+def _launcher_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _on_one_host() -> bool:

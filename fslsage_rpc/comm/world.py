@@ -33,6 +33,9 @@ class World(ABC):
     client_rank: int | None
     """this rank's place among them, from 0; None where it hosts none"""
 
+    activity: Callable[[], str] = staticmethod(lambda: "the start")
+    """what this rank is doing, in words; told to the other ranks with its signs of life"""
+
     @property
     def hosts_server(self) -> bool:
         """Does this rank own the server?"""
@@ -57,6 +60,14 @@ class World(ABC):
     @abstractmethod
     def gather(self, value: Any) -> list[Any] | None:
         """Collective: every rank's value, by rank, on rank 0; None elsewhere."""
+
+    @abstractmethod
+    def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+        """`gather` from a thread beside the main one, out of step with it. Only rank 0 waits for the others.
+
+        Args:
+            name: of what is gathered, the same on every rank; not used again before rank 0 has got it.
+        """
 
     @abstractmethod
     def broadcast(self, value: Any) -> Any:

@@ -14,6 +14,7 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.progress import Progress
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
@@ -69,6 +70,7 @@ class Trainer:
         self.server = build_server(experiment, world, self._tracer, saved) if world.hosts_server else None
         self._log = RequestLog()
         self._link = world.connect(self.server, self._ledger, self._log)
+        world.activity = self._progress = Progress(self._timeline, self._first_round)
         self.clients = (
             build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
         )
@@ -90,23 +92,35 @@ class Trainer:
         speeds = self.world.gather((self.world.client_rank, mine)) or []
         return {rank: speed for rank, speed in speeds if speed is not None}
 
-    def train(self, on_round: OnRound, checkpoints: Checkpoints | None = None) -> None:
-        """Train until the configured end; `on_round` gets each round's metrics line, and the ranks' reports
-        that it was made from, on the server's rank.
+    def train(
+        self,
+        on_round: OnRound,
+        checkpoints: Checkpoints | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train until the configured end, or the end of the round in which a rank is asked to stop.
+
+        Args:
+            on_round: on the server's rank, gets each round's metrics line, and the ranks' reports that it was
+                made from.
+            stop_requested: has this rank been asked to stop?
+
+        Returns:
+            Is there more to train?
         """
         if self._first_round and self.world.broadcast(self._had_ended()):
-            return
+            return False
+        stops = False
         for round in range(self._first_round, self._config.rounds):
             seconds = self.train_round(round)
+            last, stops = self._close_round(round, seconds, on_round, stop_requested())
             if checkpoints:
-                checkpoints.complete()  # before this round's line: `metrics.jsonl` ends where it was begun
-            last = self._close_round(round, seconds, on_round)
-            if checkpoints:
-                checkpoints.begin(round + 1, last, self.state)
-            if last:
+                checkpoints.begin(round + 1, last or stops, self.state)
+            if last or stops:
                 break
         if checkpoints:
             checkpoints.complete()
+        return stops
 
     def train_round(self, round: int) -> float:
         """One round on the training clock: client rounds and server steps, then averaging.
@@ -114,6 +128,7 @@ class Trainer:
         Returns:
             Seconds from the barrier before the round to the one after averaging.
         """
+        self._progress.round = round
         federation, algorithm = self.experiment.federation, self._algorithm
         shares = federation.shares(round)
         averages_auxiliary = algorithm.averages_auxiliary(round)
@@ -174,11 +189,13 @@ class Trainer:
             name: t.cpu().clone() for half in self.server.halves() for name, t in half.state_dict().items()
         }
 
-    def _close_round(self, round: int, seconds: float, on_round: OnRound) -> bool:
+    def _close_round(
+        self, round: int, seconds: float, on_round: OnRound, stop_requested: bool
+    ) -> tuple[bool, bool]:
         """Collective: evaluate and record a round that has been trained.
 
         Returns:
-            Was it the last one?
+            Was it the last one? If not, has a rank been asked to stop after it?
         """
         paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
         self._paper_bytes_total += paper_bytes
@@ -199,8 +216,10 @@ class Trainer:
             requests=self._log.take(),
             spans=self._tracer.take() if self._tracer else [],
         )
-        reports = self.world.gather(report)
-        if self.server and reports:
+        gathered = self.world.gather((report, stop_requested))
+        stops = False
+        if self.server and gathered:
+            reports, requests = zip(*gathered, strict=True)
             score = self._evaluate(self.server) if evaluated else None
             line = self.recorder.add(
                 round=round,
@@ -215,7 +234,8 @@ class Trainer:
                 self.trace.add_round(round, [report.spans for report in reports])
             on_round(line, reports)
             last = last or self._accuracy_reached(line)
-        return self.world.broadcast(last)
+            stops = any(requests) and not last
+        return self.world.broadcast((last, stops))
 
     def _open_trace(self) -> TraceFile | None:
         """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""
