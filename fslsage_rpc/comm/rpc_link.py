@@ -17,7 +17,7 @@ from torch.futures import Future
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.errors import ConnectionLost
-from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.clock import clock, synchronise, synchronise_stream
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request
@@ -70,10 +70,12 @@ class ServerEndpoint:
     def deposit_average(self, weights: Weights) -> None:
         """Take the averaged client model."""
         self._server.averaged_weights.load(weights)
+        synchronise_stream(self._device)  # this thread's stream is not the one that evaluates
 
     def deposit_auxiliary(self, weights: Weights) -> None:
         """See `Server.take_auxiliary`."""
         self._server.take_auxiliary(weights)
+        synchronise_stream(self._device)
 
 
 class RpcLink(ServerLink):

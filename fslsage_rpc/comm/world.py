@@ -114,11 +114,18 @@ def choose_device(keys_device: str, index: int) -> torch.device:
 
 
 def open_device(config: Config, index: int) -> torch.device:
-    """The device of a rank that would take GPU number `index`, made the current one, TF32 as configured."""
+    """The device of a rank that would take GPU number `index`, made the current one, TF32 as configured.
+
+    With CUDA graphs the thread gets a stream of its own: on the device's default one none can be captured.
+    """
     device = choose_device(config.device, index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         set_tf32(config.tf32)
+        if config.graphs == "auto":
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            torch.cuda.set_stream(stream)
     return device
 
 

@@ -13,6 +13,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def synchronise_stream(device: torch.device) -> None:
+    """Wait for what this thread has queued in its current stream of a GPU."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def device_clock(device: torch.device) -> torch.cuda.Event | None:
     """Reads the device's clock when the device gets to here in the thread's current stream; None on a CPU."""
     if device.type != "cuda":

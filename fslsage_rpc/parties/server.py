@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, FitRecord, Target, cut_layer_gradient
+from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -26,7 +28,11 @@ Reply = Callable[[Answer], None]
 
 
 class Lane:
-    """One server-model instance; it executes one request at a time, in the order of its mailbox."""
+    """One server-model instance; it executes one request at a time, in the order of its mailbox.
+
+    Args:
+        graphs: its steps are captured.
+    """
 
     def __init__(
         self,
@@ -35,6 +41,7 @@ class Lane:
         order: str,
         timeline: Timeline,
         queue: WorkQueue | None = None,
+        graphs: bool = False,
     ):
         self.model = model
         self.weights = flatten(model)
@@ -45,6 +52,10 @@ class Lane:
         self.timeline = timeline
         self.queue = queue or WorkQueue()
         self.losses = LossSum()
+        self.steps = {
+            gradient: Graphed(partial(self._step, gradient=gradient), graphs, optimizer)
+            for gradient in (False, True)
+        }
 
     def train(self, z: Tensor, y: Tensor, gradient: bool) -> Tensor | None:
         """One optimizer step on smashed data z `[B, ...]` and labels y `[B]`.
@@ -52,12 +63,17 @@ class Lane:
         Returns:
             The true cut-layer gradient g = dL/dz `[B, ...]` at the weights before the step, if asked for.
         """
+        loss, *gradients = self.steps[gradient](z, y)
+        self.optimizer.advance()
+        self.losses.add(loss, len(y))
+        return gradients[0] if gradients else None
+
+    def _step(self, z: Tensor, y: Tensor, gradient: bool) -> Tensors:
         z = z.detach().requires_grad_(gradient)
         loss = F.cross_entropy(self.model(z), y)
         loss.backward()
-        self.optimizer.step()
-        self.losses.add(loss, len(y))
-        return z.grad
+        self.optimizer.apply()
+        return (loss,) if z.grad is None else (loss, z.grad)
 
     def state(self) -> dict[str, Any]:
         """Everything that stays from round to round."""

@@ -12,6 +12,7 @@ from fslsage_rpc.measure.trace import Tracer
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
+from fslsage_rpc.parties.graphs import can_capture
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Lane, Server
 from fslsage_rpc.parties.streams import WorkQueue
@@ -27,6 +28,7 @@ def build_server(
     """
     config, algorithm, split = experiment.config, experiment.algorithm, experiment.split
     clients = range(len(experiment.parts))
+    graphs = uses_graphs(experiment, world)
 
     def fresh(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(world.device)
@@ -38,7 +40,7 @@ def build_server(
         model = fresh(split.server)
         optimizer = ScheduledOptimizer(config.optimizer.server, model.parameters())
         timeline = Timeline(row, tracer, world.device)
-        return Lane(model, optimizer, config.server.order, timeline, queue())
+        return Lane(model, optimizer, config.server.order, timeline, queue(), graphs)
 
     def fit(client: int) -> AuxiliaryFit:
         keys = config.algorithm.alignment
@@ -51,6 +53,7 @@ def build_server(
             keys=keys,
             timeline=Timeline(f"alignment of client {client}", tracer, world.device),
             queue=queue(),
+            graphs=graphs,
         )
 
     if algorithm.client_holds_whole_model:
@@ -74,6 +77,11 @@ def build_server(
         assert saved.server is not None
         server.load_state(saved.server)
     return server
+
+
+def uses_graphs(experiment: Experiment, world: World) -> bool:
+    """Are the steps of this rank's parties captured?"""
+    return experiment.config.graphs == "auto" and can_capture(world.device)
 
 
 def hosted_clients(experiment: Experiment, world: World) -> range:
@@ -114,6 +122,7 @@ def build_clients(
             data=data,
             keys=keys,
             timeline=timeline,
+            graphs=uses_graphs(experiment, world),
         )
         if saved is not None:
             client.load_state(saved.clients[id])
