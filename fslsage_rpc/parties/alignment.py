@@ -188,7 +188,7 @@ class AuxiliaryFit:
         """
         last = math.inf
         for passes in range(1, self.keys.epochs + 1):
-            objectives = []
+            objectives: list[Tensor] = []
             for target in targets:
                 objectives += self.steps(*target)
                 self.optimizer.advance()

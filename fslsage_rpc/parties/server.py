@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fslsage_rpc.measure.activity import Activity
 from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.requests import ByClient, DeviceLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
@@ -100,7 +101,7 @@ class ServerReport:
     which nothing but fits of auxiliary models ran.
 
     `device_seconds`, empty on a CPU: a GPU's, mean per lane; of `alignment` the sum over all fits, which
-    overlap.
+    overlap. `requests`, empty on a CPU: queue and compute seconds by the GPU's clock.
     """
 
     loss_sum: float
@@ -109,6 +110,7 @@ class ServerReport:
     alignments: list[dict[str, float]] = field(default_factory=list)
     drifts: list[dict[str, float]] = field(default_factory=list)
     device_seconds: dict[str, float] = field(default_factory=dict)
+    requests: ByClient = field(default_factory=dict)
 
 
 class Server:
@@ -151,6 +153,7 @@ class Server:
         self._failure: BaseException | None = None
         self._unfitted: set[int] = set()  # clients whose targets are there and whose fit has not ended
         self._activity = Activity()
+        self._on_device = DeviceLog()
         self._plans: dict[int, Sequence[int]] = {}
         self._alignments: dict[int, FitRecord] = {}
         self._drifts: dict[int, Agreement] = {}
@@ -246,6 +249,7 @@ class Server:
             alignments=[alignment for alignment in alignments if alignment],
             drifts=[drift for drift in drifts if drift],
             device_seconds=self._take_device_seconds(),
+            requests=self._on_device.take(),
         )
         self._alignments, self._drifts = {}, {}
         return report
@@ -348,13 +352,15 @@ class Server:
                 request = lane.released.popleft()
                 arrival = self._arrived.pop((request.client, request.number))
             with lane.queue.after(arrival.place):
-                started = clock()
+                started, began = clock(), current_place(self._device)
                 with self._activity.of("lane"):
                     value = self._execute(lane, request)
+                ended = current_place(self._device)
+                self._on_device.add(request.client, request.body.kind, arrival.place, began, ended)
                 answer = Answer(value, started - arrival.seconds, clock() - started)
                 match request.body:
                     case Align():
-                        self._begin_fit(request.client, answer, arrival.reply)
+                        self._begin_fit(request.client, answer, ended, arrival.reply)
                     case Push():
                         self._answer_push(answer, arrival.reply, started, lane.queue.end())
                     case Exchange():
@@ -372,15 +378,19 @@ class Server:
 
         self._run("answer", work)
 
-    def _begin_fit(self, client: int, targets: Answer, reply: Reply) -> None:
-        """Have the client's auxiliary model fitted, and the alignment answered, by another thread."""
-        waiting, place = clock(), current_place(self._device)
+    def _begin_fit(self, client: int, targets: Answer, place: Place, reply: Reply) -> None:
+        """Have the client's auxiliary model fitted behind its targets' place, and the alignment answered, by
+        another thread.
+        """
+        waiting = clock()
 
         def work() -> None:
             started = clock()
             with self.fits[client].queue.after(place):
+                began = current_place(self._device)
                 with self._activity.of("fit"):
                     weights = self._fit(client, targets.value)
+                self._on_device.add(client, Align.kind, place, began, current_place(self._device))
                 queue, compute = started - waiting, clock() - started
                 reply(Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute))
             with self._changed:

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-Place = torch.cuda.Event | None
+from fslsage_rpc.measure.clock import Reading, device_clock
+
+Place = Reading
 """A place in a stream: the device gets there when it has done all that was queued before. None on a CPU."""
 
 
 def current_place(device: torch.device) -> Place:
-    """The place that the calling thread's current stream has got to."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_stream(device).record_event()
+    """The place that the calling thread's current stream has got to; it can be read as a clock."""
+    return device_clock(device)
 
 
 class WorkQueue:
