@@ -1,5 +1,4 @@
-"""Everything that needs a GPU: equality with the CPU, streams, device maps, averaging, bf16, graphs, no hidden
-waits.
+"""What needs a GPU: equality with the CPU, streams, device maps, averaging, bf16, graphs, no hidden waits.
 
 Run by `launch/gpu_check.sh` too. All ranks of a job share one GPU.
 """
@@ -29,8 +28,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 ALGORITHMS = ["fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"]
 SAME_IN_FP64 = 1e-8
 """the largest relative difference of weights after three rounds: the order of sums, and nothing else"""
-SAME_WITH_GRAPHS = 1e-6
-"""likewise, where a learning rate moves, of which captured steps have fp32 digits"""
+SAME_WITH_GRAPHS = 1e-4
+"""likewise of losses, with Adam, and learning rates that move, of which captured steps have fp32 digits"""
 NEAR_IN_BF16 = 0.05
 """likewise of losses"""
 PARTIES = ("client", "server", "auxiliary")

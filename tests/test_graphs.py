@@ -22,6 +22,7 @@ from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.graphs import SHAPES, Graphed
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Lane
+from fslsage_rpc.training.assembly import build_server
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 
@@ -232,3 +233,18 @@ def test_a_thread_that_has_computed_nothing_yet_does_not_capture(recorder: Recor
     second.start()
     second.join()
     assert other.shapes == 0
+
+
+def test_lanes_and_fits_that_share_streams_are_not_captured(recorder: Recorder) -> None:
+    tree = {"device": "cpu", "graphs": "auto", "clients": {"count": 32}, "data": {"partition": "iid"}}
+    config = from_tree(tree)
+
+    class Beside(LocalWorld):
+        works_beside = True  # as over RPC, where each has a stream
+
+    with pytest.warns(UserWarning, match="graphs: for fewer than 32 clients: the server's steps run without"):
+        server = build_server(Experiment.prepare(config), Beside(config), None, None)
+    z, y = torch.randn(4, 64, 2, 2), torch.arange(4)
+    for _ in range(3):
+        server.lanes[0].train(z, y, gradient=False)
+    assert recorder.captures == 0

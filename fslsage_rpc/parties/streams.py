@@ -15,6 +15,9 @@ from fslsage_rpc.measure.clock import Reading, device_clock
 Place = Reading
 """A place in a stream: the device gets there when it has done all that was queued before. None on a CPU."""
 
+STREAMS = 32
+"""that torch has for a device: further queues share them, and queue between each other's work"""
+
 
 def current_place(device: torch.device) -> Place:
     """The place that the calling thread's current stream has got to; it can be read as a clock."""

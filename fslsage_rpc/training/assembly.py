@@ -1,6 +1,7 @@
 """Builds the server and the clients of an experiment on the ranks that host them."""
 
 import copy
+import warnings
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from fslsage_rpc.parties.client import Client, TrainingKeys
 from fslsage_rpc.parties.graphs import can_capture
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Lane, Server
-from fslsage_rpc.parties.streams import WorkQueue
+from fslsage_rpc.parties.streams import STREAMS, WorkQueue
 from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
 
@@ -29,6 +30,12 @@ def build_server(
     config, algorithm, split = experiment.config, experiment.algorithm, experiment.split
     clients = range(len(experiment.parts))
     graphs = uses_graphs(experiment, world)
+    if graphs and world.works_beside and len(clients) >= STREAMS:
+        # One would capture what another lane, or fit, queues in the same stream.
+        warnings.warn(
+            f"graphs: for fewer than {STREAMS} clients: the server's steps run without", stacklevel=2
+        )
+        graphs = False
 
     def fresh(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(world.device)
