@@ -1,19 +1,24 @@
 """Captured steps against steps that are not, bit for bit; CUDA's graphs themselves are in test_cuda.py."""
 
+import gc
 import json
 import threading
 import warnings
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rank_program import Outcome, train_locally
+from rank_program import train as train_in
 from recorded_graphs import Recorder, recorder
 from torch import nn
 
 from fslsage_rpc.comm.local import LocalWorld
-from fslsage_rpc.config import Alignment, OptimizerKeys, SchedulerKeys
+from fslsage_rpc.config import Alignment, Config, OptimizerKeys, SchedulerKeys
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
@@ -209,15 +214,19 @@ def test_a_fit_captures_its_step_and_stops_where_it_would(recorder: Recorder) ->
     assert recorder.captures == 2  # one for each batch; the second alignment needs no more
 
 
+def add_one(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x + 1,)
+
+
 def test_a_thread_that_has_computed_nothing_yet_does_not_capture(recorder: Recorder) -> None:
     """Libraries make their handles at a thread's first use, which is not for a capture."""
-    step = Graphed(lambda x: (x + 1,), enabled=True)
+    step = Graphed(enabled=True)
     calls: list[int] = []
 
     def call() -> None:
-        step(torch.ones(2))
+        step(add_one, torch.ones(2))
         calls.append(recorder.captures)
-        step(torch.ones(2))
+        step(add_one, torch.ones(2))
         calls.append(recorder.captures)
 
     for _ in range(2):
@@ -225,23 +234,64 @@ def test_a_thread_that_has_computed_nothing_yet_does_not_capture(recorder: Recor
         thread.start()
         thread.join()
     assert calls == [0, 1, 1, 1]
-    other = Graphed(lambda x: (x + 1,), enabled=True)
-    first = threading.Thread(target=lambda: other(torch.ones(2)))
+    other = Graphed(enabled=True)
+    first = threading.Thread(target=lambda: other(add_one, torch.ones(2)))
     first.start()
     first.join()
-    second = threading.Thread(target=lambda: other(torch.ones(2)))
+    second = threading.Thread(target=lambda: other(add_one, torch.ones(2)))
     second.start()
     second.join()
     assert other.shapes == 0
 
 
+def test_parties_are_freed_when_nobody_holds_them(tmp_path: Path) -> None:
+    """Without the garbage collector's help, which does not know how large they are."""
+    config = from_tree({**tree(tmp_path, "fsl_sage", "never"), "transport": "local"})
+    trainer = Trainer(Experiment.prepare(config), LocalWorld(config))
+    trainer.train_round(0)
+    assert trainer.server is not None
+    parties = (trainer.clients[0], trainer.server.lanes[0], trainer.server.fits[0])
+    alive = [weakref.ref(party.weights.floats) for party in parties]
+    gc.disable()
+    try:
+        del trainer, parties
+        assert [reference() for reference in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+class Beside(LocalWorld):
+    """Lanes and fits have threads of their own, as over RPC."""
+
+    works_beside = True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+
+    def start(self, kind: str, work: Callable[[], None]) -> None:
+        self._pools.setdefault(kind, ThreadPoolExecutor(3)).submit(work)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.shutdown()
+
+
+@pytest.mark.parametrize("algorithm", ["fsl_sage", "splitfed_v1"])
+def test_lanes_and_fits_on_threads_of_their_own_too(
+    algorithm: str, tmp_path: Path, recorder: Recorder
+) -> None:
+    without = train_locally(tree(tmp_path, algorithm, "never", rounds=6))
+    config = from_tree({**tree(tmp_path, algorithm, rounds=6), "transport": "local"})
+    world = Beside(config)
+    assert_same(without, train_in(Experiment.prepare(config), world))
+    world.close()
+    assert recorder.replays > 2 * recorder.captures > 0
+
+
 def test_lanes_and_fits_that_share_streams_are_not_captured(recorder: Recorder) -> None:
     tree = {"device": "cpu", "graphs": "auto", "clients": {"count": 32}, "data": {"partition": "iid"}}
     config = from_tree(tree)
-
-    class Beside(LocalWorld):
-        works_beside = True  # as over RPC, where each has a stream
-
     with pytest.warns(UserWarning, match="graphs: for fewer than 32 clients: the server's steps run without"):
         server = build_server(Experiment.prepare(config), Beside(config), None, None)
     z, y = torch.randn(4, 64, 2, 2), torch.arange(4)

@@ -157,7 +157,7 @@ class AuxiliaryFit:
     graphs: bool = False
 
     def __post_init__(self) -> None:
-        self.steps = Graphed(self._step, self.graphs, self.optimizer)
+        self.steps = Graphed(self.graphs, self.optimizer)
 
     def targets(self, server_model: nn.Module) -> list[Target]:
         """The buffer in batches, oldest first, with the server model's true gradients on them.
@@ -190,7 +190,7 @@ class AuxiliaryFit:
         for passes in range(1, self.keys.epochs + 1):
             objectives: list[Tensor] = []
             for target in targets:
-                objectives += self.steps(*target)
+                objectives += self.steps(self._step, *target)
                 self.optimizer.advance()
             if self.keys.tolerance is not None:
                 now = torch.stack(objectives).sum().item()  # waits for the device: only where it is asked for

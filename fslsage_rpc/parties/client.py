@@ -61,10 +61,10 @@ class Client:
             self._auxiliary_weights = flatten(auxiliary)
             if auxiliary_optimizer is None:
                 self.freeze_auxiliary()
-        self.passes = Graphed(self._forward, graphs, optimizer, then=self._backward)
-        self.whole_steps = Graphed(self._whole_step, graphs, optimizer)
-        self.estimates = Graphed(self._estimate, graphs)
-        self.auxiliary_steps = Graphed(self._auxiliary_step, graphs, auxiliary_optimizer)
+        self.passes = Graphed(graphs, optimizer)
+        self.whole_steps = Graphed(graphs, optimizer)
+        self.estimates = Graphed(graphs)
+        self.auxiliary_steps = Graphed(graphs, auxiliary_optimizer)
 
     @property
     def auxiliary_weights(self) -> Weights:
@@ -85,13 +85,13 @@ class Client:
     def forward(self, x: Tensor) -> Tensor:
         """Smashed data z `[B, ...]` of images x `[B, C, H, W]`, to be given back to `backward`."""
         with self._phase("forward_backward"):
-            return self.passes(x)[0]
+            return self.passes(self._forward, x, then=self._backward)[0]
 
     def estimate(self, z: Tensor, y: Tensor) -> Tensor:
         """The auxiliary model's estimate ĝ `[B, ...]` of the cut-layer gradient."""
         assert self._auxiliary is not None, "the algorithm has no auxiliary model"
         with self._phase("estimate"):
-            return self.estimates(z, y)[0]
+            return self.estimates(self._estimate, z, y)[0]
 
     def train_auxiliary(self, z: Tensor, y: Tensor) -> Tensor:
         """One optimizer step of the client's own auxiliary model on (z, y).
@@ -102,14 +102,14 @@ class Client:
         assert self._auxiliary is not None
         assert self._auxiliary_optimizer is not None
         with self._phase("estimate"):
-            (gradient,) = self.auxiliary_steps(z, y)
+            (gradient,) = self.auxiliary_steps(self._auxiliary_step, z, y)
             self._auxiliary_optimizer.advance()
             return gradient
 
     def train_whole_model(self, x: Tensor, y: Tensor) -> None:
         """One optimizer step of a client whose model is the whole model."""
         with self._phase("forward_backward"):
-            (loss,) = self.whole_steps(x, y)
+            (loss,) = self.whole_steps(self._whole_step, x, y)
             self.optimizer.advance()
             self.losses.add(loss, len(y))
 
@@ -118,7 +118,7 @@ class Client:
         step.
         """
         with self._phase("forward_backward"):
-            self.passes.finish(z, gradient)
+            self.passes.finish(self._backward, z, gradient)
             self.optimizer.advance()
 
     def end_round(self) -> None:

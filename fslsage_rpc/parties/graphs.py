@@ -17,6 +17,8 @@ from torch import Tensor
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 
 Tensors = tuple[Tensor, ...]
+Compute = Callable[..., Tensors]
+Then = Callable[[Tensor, Tensor], None]
 SHAPES = 4
 """captured for one computation; batches of any further shape are computed without"""
 
@@ -53,7 +55,7 @@ def capture(work: Callable[[], Tensors], pool: Any) -> tuple[Callable[[], None],
 class Captured:
     """A computation for tensors of fixed shapes, which it is given in tensors of its own."""
 
-    def __init__(self, compute: Callable[..., Tensors], like: Tensors, pool: Any):
+    def __init__(self, compute: Compute, like: Tensors, pool: Any):
         self._inputs = tuple(tensor.detach().clone() for tensor in like)
         self._replay, outputs = capture(lambda: compute(*self._inputs), pool)
         self.outputs = tuple(tensor.detach() for tensor in outputs)
@@ -71,31 +73,19 @@ class Graphed:
 
     The first call for a shape computes as usual, by which everything is there that a graph must find: states
     of optimizers, handles of libraries, plans of convolutions. The second one captures. Called by one thread
-    at a time.
+    at a time, and always for the same computation: it is not kept, as it is its owner's, who keeps this.
 
     Args:
-        compute: from tensors to tensors; it may change weights and states in place.
         enabled: else every call computes as usual.
-        optimizer: that `compute` (or `then`) applies, if any.
-        then: a second half, as a backward pass: from the first output, with its autograd graph, and a tensor
-            like it, to nothing.
+        optimizer: that the computation applies, if any.
     """
 
-    def __init__(
-        self,
-        compute: Callable[..., Tensors],
-        enabled: bool,
-        optimizer: ScheduledOptimizer | None = None,
-        then: Callable[[Tensor, Tensor], None] | None = None,
-    ):
-        self._compute = compute
+    def __init__(self, enabled: bool, optimizer: ScheduledOptimizer | None = None):
         self._enabled = enabled
         self._optimizer = optimizer
-        self._then = then
         self._seen: set[Any] = set()
         self._captured: dict[Any, tuple[Captured, Captured | None, Any]] = {}
         self._pool: Any = None
-        self._held: Tensor | None = None
         self._given: tuple[Tensor, Captured] | None = None  # the last first half, if it was a graph's
 
     @property
@@ -103,28 +93,33 @@ class Graphed:
         """For how many shapes there is a graph."""
         return len(self._captured)
 
-    def __call__(self, *inputs: Tensor) -> Tensors:
-        """The first half, or all of it."""
+    def __call__(self, compute: Compute, *inputs: Tensor, then: Then | None = None) -> Tensors:
+        """Compute from tensors to tensors; weights and states may change in place.
+
+        Args:
+            then: the second half, as a backward pass, which `finish` computes.
+        """
         self._given = None
-        halves = self._halves(inputs) if self._enabled else None
+        halves = self._halves(compute, inputs, then) if self._enabled else None
         if halves is None:
-            return self._compute(*inputs)
+            return compute(*inputs)
         first, second = halves
         outputs = first(*inputs)
         if second is not None:
             self._given = outputs[0], second
         return outputs
 
-    def finish(self, output: Tensor, tensor: Tensor) -> None:
-        """The second half, of the call that gave this output."""
-        assert self._then is not None
+    def finish(self, then: Then, output: Tensor, tensor: Tensor) -> None:
+        """The second half of the call whose first output this was, with a tensor like it."""
         if self._given is not None and self._given[0] is output:
             self._given[1](tensor)
         else:
-            self._then(output, tensor)
+            then(output, tensor)
         self._given = None
 
-    def _halves(self, inputs: Tensors) -> tuple[Captured, Captured | None] | None:
+    def _halves(
+        self, compute: Compute, inputs: Tensors, then: Then | None
+    ) -> tuple[Captured, Captured | None] | None:
         """The graphs for inputs of these shapes, if there are any or it is time to capture them."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         constants = None
@@ -132,18 +127,17 @@ class Graphed:
             self._optimizer.place_rate()
             constants = self._optimizer.constants()
         if key in self._captured:
-            first, second, then = self._captured[key]
-            return (first, second) if then == constants else None
+            first, second, at_capture = self._captured[key]
+            return (first, second) if at_capture == constants else None
         warm = key in self._seen and getattr(_thread, "warm", False)
         self._seen.add(key)
         _thread.warm = True  # libraries' handles are a thread's own
         if not warm or len(self._captured) == SHAPES:
             return None
         try:
-            first, second = self._capture(inputs)
+            first, second = self._capture(compute, inputs, then)
         except RuntimeError as error:
             self._enabled = False
-            self._held = None
             if self._optimizer is not None:
                 self._optimizer.clear()
             reason = str(error).partition("\n")[0]
@@ -152,25 +146,26 @@ class Graphed:
         self._captured[key] = first, second, constants
         return first, second
 
-    def _capture(self, inputs: Tensors) -> tuple[Captured, Captured | None]:
+    def _capture(
+        self, compute: Compute, inputs: Tensors, then: Then | None
+    ) -> tuple[Captured, Captured | None]:
         if self._pool is None and inputs[0].is_cuda:
             self._pool = torch.cuda.graph_pool_handle()
+        held: list[Tensor] = []  # the first output, with the autograd graph that the second half goes through
+
+        def first_half(*inputs: Tensor) -> Tensors:
+            outputs = compute(*inputs)
+            held[:] = outputs[:1]
+            return outputs
+
+        def second_half(tensor: Tensor) -> Tensors:
+            assert then is not None
+            then(held[0], tensor)
+            return ()
+
         captured = self._optimizer.captured() if self._optimizer is not None else nullcontext()
         with _one_at_a_time, captured:
-            if self._then is None:
-                return Captured(self._compute, inputs, self._pool), None
-            first = Captured(self._first_half, inputs, self._pool)
-            second = Captured(self._second_half, first.outputs, self._pool)
-        self._held = None
-        return first, second
-
-    def _first_half(self, *inputs: Tensor) -> Tensors:
-        outputs = self._compute(*inputs)
-        self._held = outputs[0]
-        return outputs
-
-    def _second_half(self, tensor: Tensor) -> Tensors:
-        assert self._then is not None
-        assert self._held is not None
-        self._then(self._held, tensor)
-        return ()
+            if then is None:
+                return Captured(compute, inputs, self._pool), None
+            first = Captured(first_half, inputs, self._pool)
+            return first, Captured(second_half, first.outputs[:1], self._pool)

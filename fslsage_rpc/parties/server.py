@@ -53,10 +53,7 @@ class Lane:
         self.timeline = timeline
         self.queue = queue or WorkQueue()
         self.losses = LossSum()
-        self.steps = {
-            gradient: Graphed(partial(self._step, gradient=gradient), graphs, optimizer)
-            for gradient in (False, True)
-        }
+        self.steps = {gradient: Graphed(graphs, optimizer) for gradient in (False, True)}
 
     def train(self, z: Tensor, y: Tensor, gradient: bool) -> Tensor | None:
         """One optimizer step on smashed data z `[B, ...]` and labels y `[B]`.
@@ -64,7 +61,7 @@ class Lane:
         Returns:
             The true cut-layer gradient g = dL/dz `[B, ...]` at the weights before the step, if asked for.
         """
-        loss, *gradients = self.steps[gradient](z, y)
+        loss, *gradients = self.steps[gradient](partial(self._step, gradient=gradient), z, y)
         self.optimizer.advance()
         self.losses.add(loss, len(y))
         return gradients[0] if gradients else None
