@@ -18,7 +18,7 @@ from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
 from fslsage_rpc.parties.server import Lane, Server
-from fslsage_rpc.parties.streams import WorkQueue, current_place
+from fslsage_rpc.parties.streams import PRIORITY, WorkQueue, can_capture, current_place
 
 GPU = torch.device("cuda", 0)
 
@@ -32,7 +32,8 @@ class Cuda:
         self.made = 0
         self.milliseconds = 0.0
 
-    def stream(self, device: torch.device) -> "Stream":
+    def stream(self, device: torch.device, priority: int = 0) -> "Stream":
+        assert priority == PRIORITY  # torch's own calls take others
         self.made += 1
         return Stream(f"stream {self.made}", self)
 
@@ -98,6 +99,21 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 def test_a_queue_of_its_own_starts_behind_what_was_queued_before(cuda: Cuda) -> None:
     WorkQueue.beside_others(GPU)
     assert cuda.asked == ["stream 1 waits for default"]
+
+
+def test_graphs_need_a_priority_that_nobody_else_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        highest = -3
+
+        def priority_range(self) -> tuple[int, int]:
+            return 0, self.highest
+
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert can_capture(GPU)
+    assert not can_capture(torch.device("cpu"))
+    stream.highest = PRIORITY
+    assert not can_capture(GPU)
 
 
 def test_work_goes_to_the_queue_and_waits_for_its_place_elsewhere(cuda: Cuda) -> None:

@@ -138,11 +138,11 @@ class RpcLink(ServerLink):
 
     def _there(self, answered: Future[Any]) -> Reading:
         """When an answer's tensors are on the GPU, by its clock: read in a stream that has nothing else to
-        do, of high priority, as the clients' own is not. None where they come through host memory.
+        do. None where they come through host memory.
         """
         if not self._device_map:
             return None
-        with torch.cuda.stream(torch.cuda.Stream(self._device, priority=-1)):
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
             answered.wait()
             return device_clock(self._device)
 

@@ -15,6 +15,7 @@ from fslsage_rpc.errors import HostError
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.parties.streams import own_stream
 
 
 class World(ABC):
@@ -123,9 +124,7 @@ def open_device(config: Config, index: int) -> torch.device:
         torch.cuda.set_device(device)
         set_tf32(config.tf32)
         if config.graphs == "auto":
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            torch.cuda.set_stream(stream)
+            torch.cuda.set_stream(own_stream(device))
     return device
 
 

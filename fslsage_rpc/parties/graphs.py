@@ -1,6 +1,6 @@
 """CUDA graphs: the kernels of a step are captured once and queued again in one call, not one call for each.
 
-What is captured must run on a stream that is not the device's default one (`open_device`, `WorkQueue`), do
+What is captured must run on a stream that nobody else queues in meanwhile (`open_device`, `WorkQueue`), do
 nothing that waits for the device, and find its weights and optimizer states where they were: they are only
 ever changed in place. Where torch or CUDA refuses, the steps run as they would without graphs.
 """
@@ -24,11 +24,6 @@ SHAPES = 4
 
 _one_at_a_time = threading.Lock()  # torch supports one capture in a process
 _thread = threading.local()
-
-
-def can_capture(device: torch.device) -> bool:
-    """Are there graphs on this kind of device?"""
-    return device.type == "cuda"
 
 
 def capture(work: Callable[[], Tensors], pool: Any) -> tuple[Callable[[], None], Tensors]:

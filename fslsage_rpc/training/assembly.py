@@ -13,10 +13,9 @@ from fslsage_rpc.measure.trace import Tracer
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
-from fslsage_rpc.parties.graphs import can_capture
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Lane, Server
-from fslsage_rpc.parties.streams import STREAMS, WorkQueue
+from fslsage_rpc.parties.streams import STREAMS, WorkQueue, can_capture
 from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
 
