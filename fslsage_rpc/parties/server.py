@@ -16,7 +16,7 @@ from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.requests import ByClient, DeviceLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
-from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
+from fslsage_rpc.models.flat import Weights, flatten, load_mean
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, FitRecord, Target, cut_layer_gradient
 from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import LossSum
@@ -31,8 +31,7 @@ Reply = Callable[[Answer], None]
 class Lane:
     """One server-model instance; it executes one request at a time, in the order of its mailbox.
 
-    Args:
-        graphs: its steps are captured.
+    With `graphs` its steps are captured.
     """
 
     def __init__(
@@ -97,8 +96,8 @@ class ServerReport:
     """What the server has to say of one round; `phases` are mean seconds per lane, and `alignment` those in
     which nothing but fits of auxiliary models ran.
 
-    `device_seconds`, empty on a CPU: a GPU's, mean per lane; of `alignment` the sum over all fits, which
-    overlap. `requests`, empty on a CPU: queue and compute seconds by the GPU's clock.
+    Of a GPU, empty on a CPU: `device_seconds`, mean per lane, of `alignment` the sum over all fits, which
+    overlap; `requests`, their queue and compute seconds.
     """
 
     loss_sum: float
@@ -206,9 +205,9 @@ class Server:
         """
         with self._timeline.phase("averaging"):
             if len(self._distinct) > 1:
-                _average({client: lane.weights for client, lane in self.lanes.items()}, shares)
+                load_mean({client: lane.weights for client, lane in self.lanes.items()}, shares)
             if auxiliaries and self.fits:
-                _average({client: fit.weights for client, fit in self.fits.items()}, shares)
+                load_mean({client: fit.weights for client, fit in self.fits.items()}, shares)
             synchronise(self._device)
 
     def take_auxiliary(self, weights: Weights) -> None:
@@ -376,9 +375,7 @@ class Server:
         self._run("answer", work)
 
     def _begin_fit(self, client: int, targets: Answer, place: Place, reply: Reply) -> None:
-        """Have the client's auxiliary model fitted behind its targets' place, and the alignment answered, by
-        another thread.
-        """
+        """Have the client's model fitted behind its targets' place, and answered, by another thread."""
         waiting = clock()
 
         def work() -> None:
@@ -397,11 +394,3 @@ class Server:
         with self._changed:
             self._unfitted.add(client)
         self._run("fit", work)
-
-
-def _average(models: Mapping[int, Weights], shares: Mapping[int, float]) -> None:
-    """Give all models the weighted mean of those that have a share."""
-    members = [models[client] for client in shares]
-    mean = weighted_sum(members, list(shares.values()), like=members[0])
-    for weights in models.values():
-        weights.load(mean)
