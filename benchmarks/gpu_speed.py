@@ -3,10 +3,15 @@
     python benchmarks/gpu_speed.py FOLDER [--data ROOT] [--tiny]
 
 Starts a server rank and one client rank that share the GPU. For FSL-SAGE and SplitFedV1, in each precision,
-real rounds over RPC take turns with rounds of `transport: local` (one process) and with the floor: the bare
-arithmetic of the same round, in one process and on one stream, with no transport, order, data preparation or
-averaging. All are wall-clock seconds with the device idle before and after. The floor computes one thing
-after the other; rounds over RPC, whose two processes queue work for the GPU at the same time, may be faster.
+real rounds over RPC take turns with rounds of `transport: local` (one process), each with `graphs: never` and
+`graphs: auto`, and with the floor: the bare arithmetic of the same round, in one process and on one stream,
+without graphs, transport, order, data preparation or averaging. All are wall-clock seconds with the device
+idle before and after. The floor computes one thing after the other; rounds over RPC, whose two processes
+queue work for the GPU at the same time, may be faster, and so may captured steps.
+
+Reckoned for one H200, not measured: a full fp32 round is about 1.5 s (0.4 TFLOP a batch, 32 batches, 10 to 15
+TFLOP/s, and the fits), one of TF32 or bf16 a third of it; 20 turns of 2 rounds of FSL-SAGE and of 1 round of
+SplitFedV1 in each precision come to 90 s + 2 x 30 s, and with building models and capturing to 3 minutes.
 
 Images are synthetic, or CIFAR-10's from a folder that holds them; nothing here looks at what is learnt.
 Writes gpu-speed.json and gpu-speed.md into FOLDER. Without a GPU a tiny setting runs on the CPU, which shows
@@ -20,6 +25,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +48,10 @@ PRECISIONS = {
     "tf32": {"precision": "fp32", "tf32": True},
     "bf16": {"precision": "bf16"},
 }
-FULL = {"clients": 4, "batch": 128, "batches": 10, "pairs": 4}
+FULL = {"clients": 4, "batch": 128, "batches": 8, "pairs": 3}
 TINY = {"clients": 2, "batch": 4, "batches": 2, "pairs": 1}
-SECONDS = ("rpc", "local", "floor")
+WAYS = {"rpc": "never", "rpc graphed": "auto", "local": "never", "local graphed": "auto"}
+"""and the key `graphs` of each"""
 
 
 def configuration(algorithm: str, keys: dict[str, Any], setting: dict[str, int], data: str | None) -> Config:
@@ -81,28 +88,46 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return clock() - started
 
 
-def measure(config: Config, world: World, pairs: int) -> dict[str, float]:
-    """Median seconds per round of each way, which take turns; on the client rank."""
+def measure(config: Config, world: World, pairs: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Median seconds per round of each way, which take turns, on the client rank; and on every rank how many
+    graphs it has captured in the ways that have them.
+    """
     set_tf32(config.tf32)  # the world was opened with another configuration's
-    over_rpc = Trainer(Experiment.prepare(config), world)
-    interval = over_rpc.experiment.algorithm.interval
-    here = arithmetic = None
-    if not world.hosts_server:
-        here = Trainer(Experiment.prepare(config), LocalWorld(config))
-        arithmetic = Arithmetic(here, here.world)
-    taken: dict[str, list[float]] = {name: [] for name in SECONDS}
+    trainers: dict[str, Trainer] = {}
+    for way, graphs in WAYS.items():
+        if graphs == "auto" and world.device.type != "cuda":
+            continue
+        mine = replace(config, graphs=graphs)  # type: ignore[arg-type]
+        if way.startswith("rpc"):
+            trainers[way] = Trainer(Experiment.prepare(mine), world)
+        elif not world.hosts_server:
+            trainers[way] = Trainer(Experiment.prepare(mine), LocalWorld(mine))
+    interval = trainers["rpc"].experiment.algorithm.interval
+    arithmetic = None if world.hosts_server else Arithmetic(trainers["local"], trainers["local"].world)
+    taken: dict[str, list[float]] = {}
     for pair in range(pairs + 1):
         rounds = range(pair * interval, (pair + 1) * interval)
-        seconds = {"rpc": sum(over_rpc.train_round(round) for round in rounds)}
-        if here and arithmetic:
-            in_one_process, floor = here, arithmetic
-            seconds["local"] = sum(in_one_process.train_round(round) for round in rounds)
-            seconds["floor"] = seconds_of(lambda floor=floor, rounds=rounds: floor.run(rounds), world.device)  # type: ignore[misc]
+        for way, trainer in trainers.items():
+            if not way.startswith("rpc"):
+                synchronise(world.device)
+            taken.setdefault(way, []).append(sum(trainer.train_round(round) for round in rounds) / interval)
+        if arithmetic:
+            floor = arithmetic
+            seconds = seconds_of(lambda floor=floor, rounds=rounds: floor.run(rounds), world.device)  # type: ignore[misc]
+            taken.setdefault("floor", []).append(seconds / interval)
         world.barrier()
-        if pair:  # the first one warms up
-            for name, value in seconds.items():
-                taken[name].append(value / interval)
-    return {name: statistics.median(values) for name, values in taken.items() if values}
+    medians = {way: statistics.median(values[1:]) for way, values in taken.items()}  # the first one warms up
+    return medians, {way: captured(trainer) for way, trainer in trainers.items() if "graphed" in way}
+
+
+def captured(trainer: Trainer) -> int:
+    """The graphs of the parties that this rank hosts."""
+    graphs = [graphed for client in trainer.clients.values() for graphed in (client.passes, client.estimates)]
+    if trainer.server:
+        lanes = {id(lane): lane for lane in trainer.server.lanes.values()}.values()
+        graphs += [steps for lane in lanes for steps in lane.steps.values()]
+        graphs += [fit.steps for fit in trainer.server.fits.values()]
+    return sum(graphed.shapes for graphed in graphs)
 
 
 def as_rank(options: argparse.Namespace) -> None:
@@ -117,13 +142,16 @@ def as_rank(options: argparse.Namespace) -> None:
             if precision == "tf32" and not torch.cuda.is_available():
                 continue
             config = configuration(algorithm, keys, setting, options.data)
-            world = world or open_world(config)
-            mine = measure(config, world, setting["pairs"])
-            gathered = world.gather(mine)
+            world = world or open_world(replace(config, graphs="auto"))  # captures need its stream
+            gathered = world.gather(measure(config, world, setting["pairs"]))
             if gathered:
+                (_, graphs_of_server), (seconds, graphs_of_clients) = gathered
                 samples = setting["clients"] * setting["batches"] * setting["batch"]
-                row = {"algorithm": algorithm, "precision": precision, "round_seconds": gathered[1]}
-                row["samples_per_second"] = {name: samples / gathered[1][name] for name in SECONDS}
+                row = {"algorithm": algorithm, "precision": precision, "round_seconds": seconds}
+                row["samples_per_second"] = {way: samples / value for way, value in seconds.items()}
+                row["graphs_captured"] = {
+                    way: graphs_of_server.get(way, 0) + count for way, count in graphs_of_clients.items()
+                }
                 rows.append(row)
                 print(line(row), flush=True)
                 environment = world.describe()
@@ -136,9 +164,10 @@ def as_rank(options: argparse.Namespace) -> None:
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     rates = row["samples_per_second"]
-    shares = " | ".join(f"{rates[way] / rates['floor']:.2f}" for way in ("rpc", "local"))
-    speeds = " | ".join(f"{rates[way]:,.0f}" for way in SECONDS)
-    return f"| {row['algorithm']} | {row['precision']} | {speeds} | {shares} |"
+    speeds = " | ".join(f"{rates[way]:,.0f}" if way in rates else "-" for way in (*WAYS, "floor"))
+    shares = " | ".join(f"{rates[way] / rates['floor']:.2f}" if way in rates else "-" for way in WAYS)
+    graphs = " + ".join(str(count) for count in row["graphs_captured"].values()) or "-"
+    return f"| {row['algorithm']} | {row['precision']} | {speeds} | {shares} | {graphs} |"
 
 
 def write(
@@ -172,13 +201,17 @@ def write(
         "",
         f"ResNet-18 on CIFAR-10 shapes ({result['setting']['data']}), {setting['clients']} clients, "  # type: ignore[index]
         f"{setting['batches']} batches of {setting['batch']} each in a round; medians of {setting['pairs']} "
-        "turns, after one that warms up. The floor is the same arithmetic alone, one thing after the other "
-        "(`benchmarks/gpu_speed.py`). Everything is eager.",
+        "turns, after one that warms up; samples per second. The floor is the same arithmetic alone, "
+        "one thing after the other and without graphs (`benchmarks/gpu_speed.py`). The last column counts "
+        "the graphs that were captured, over RPC and locally."
+        + ("" if on_gpu else " Graphed: skipped, as there is no GPU; nor is there TF32."),
         "",
         f"Averaging: {environment['averaging']}; requests: {environment['request_tensors']}.",
         "",
-        "| algorithm | precision | rpc, samples/s | local | floor | rpc / floor | local / floor |",
-        "|---|---|---|---|---|---|---|",
+        " | ".join(
+            ("| algorithm | precision", *WAYS, "floor", *(f"{way} / floor" for way in WAYS), "graphs |")
+        ),
+        "|" + "---|" * (2 * len(WAYS) + 4),
         *map(line, rows),
         "",
     ]

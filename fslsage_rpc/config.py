@@ -263,6 +263,8 @@ class Config:
     """bf16: layers compute by autocast, smashed data and gradients travel so; weights and losses are fp32"""
     tf32: bool = False
     """GPUs may round the factors of fp32 products to TF32: faster, about three decimal digits"""
+    graphs: Literal["never", "auto"] = "never"
+    """auto: on a GPU the steps of clients, server and alignment are captured as CUDA graphs, with fallback"""
     output: str = "runs"
     resume: Literal["auto", "never"] = "auto"
     """auto: a run goes on from its last checkpoint, and a complete one is shown; never: it is replaced"""

@@ -3,8 +3,8 @@
 #
 #     launch/gpu_check.sh [FOLDER] [DATA]
 #
-# runs the tests that need a GPU, then measures samples per second against the bare arithmetic, and writes
-# gpu-speed.json and gpu-speed.md into FOLDER (docs/results). DATA is a folder with torchvision's CIFAR-10; without
+# runs the tests that need a GPU, then measures samples per second, with CUDA graphs and without, against the bare
+# arithmetic, and writes gpu-speed.json and gpu-speed.md into FOLDER (docs/results). DATA is a folder with torchvision's CIFAR-10; without
 # it images are synthetic. Nothing needs to be installed but torch, torchvision, pyyaml, rich and pytest. Without a
 # GPU the tests are skipped by name, and the measurement is a tiny one on the CPU, named so in its files.
 set -euo pipefail

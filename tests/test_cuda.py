@@ -1,4 +1,4 @@
-"""Everything that needs a GPU: equality with the CPU, streams, device maps, averaging, bf16, no hidden waits.
+"""What needs a GPU: equality with the CPU, streams, device maps, averaging, bf16, graphs, no hidden waits.
 
 Run by `launch/gpu_check.sh` too. All ranks of a job share one GPU.
 """
@@ -16,6 +16,7 @@ import torch
 from rank_program import Outcome, run_job, train_locally, train_on_ranks
 
 from fslsage_rpc.comm.local import LocalWorld
+from fslsage_rpc.comm.placement import SHARED_GPUS
 from fslsage_rpc.comm.world import set_tf32
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.parties.streams import WorkQueue, current_place
@@ -27,8 +28,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 ALGORITHMS = ["fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"]
 SAME_IN_FP64 = 1e-8
 """the largest relative difference of weights after three rounds: the order of sums, and nothing else"""
+SAME_WITH_GRAPHS = 1e-4
+"""likewise of losses, with Adam, and learning rates that move, of which captured steps have fp32 digits"""
 NEAR_IN_BF16 = 0.05
 """likewise of losses"""
+PARTIES = ("client", "server", "auxiliary")
 SLEEP_CYCLES = 100_000_000
 """of the device: some tens of milliseconds"""
 
@@ -49,7 +53,7 @@ def tree(folder: Path, algorithm: str, device: str = "cuda", **changes: Any) -> 
             "align_every": 2,
             "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
         },
-        "optimizer": {party: {"name": "sgd", "lr": 0.05} for party in ("client", "server", "auxiliary")},
+        "optimizer": {party: {"name": "sgd", "lr": 0.05} for party in PARTIES},
         "comm": {"timeout_seconds": 60},
         **changes,
     }
@@ -104,6 +108,15 @@ def staged(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
     return train_on_ranks(3, through_host, tmp_path_factory.mktemp("jobs") / "staged")
 
 
+@pytest.fixture(scope="module")
+def graphed(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """By device map, with captured steps; what cannot be captured is an error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONWARNINGS", "error:graphs")
+        with_graphs = [{**tree, "graphs": "auto"} for tree in trees]
+        return train_on_ranks(2, with_graphs, tmp_path_factory.mktemp("jobs") / "graphed")
+
+
 @pytest.mark.parametrize("case", range(len(ALGORITHMS)), ids=ALGORITHMS)
 class TestEquality:
     def test_a_gpu_computes_what_a_cpu_does(self, case: int, local: list[Outcome], tmp_path: Path) -> None:
@@ -118,6 +131,9 @@ class TestEquality:
         self, case: int, local: list[Outcome], staged: list[Outcome]
     ) -> None:
         assert_near(local[case], staged[case], SAME_IN_FP64)
+
+    def test_nor_do_graphs(self, case: int, local: list[Outcome], graphed: list[Outcome]) -> None:
+        assert_near(local[case], graphed[case], SAME_IN_FP64)
 
     def test_the_bytes_are_those_of_the_cpu(
         self, case: int, by_device_map: list[Outcome], tmp_path: Path
@@ -138,6 +154,54 @@ def test_device_seconds_stand_beside_the_hosts_phases(
             assert seconds["server"].get("alignment", 0.0) > 0 or round == 1
             assert not any(name.endswith("_wait") for name in seconds["client"])
             assert 0 < sum(seconds["client"].values()) <= 1.1 * line["round_seconds"]
+
+
+def test_requests_by_device_map_are_timed_by_the_gpus_clock(
+    by_device_map: list[Outcome], graphed: list[Outcome]
+) -> None:
+    for line in (line for outcome in by_device_map + graphed for line in outcome.lines):
+        server = line["device_seconds"]["server"]
+        for kind, times in line["requests"].items():
+            assert times["round_trip_seconds"] > times["compute_seconds"] > 0
+            assert times["queue_seconds"] >= 0
+            assert times["wire_seconds"] > -1e-4 * times["count"]  # two processes read the clock
+            if kind == "align":
+                assert times["compute_seconds"] >= 0.9 * server["alignment"]
+
+
+@pytest.mark.filterwarnings("error:graphs")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_captured_steps_follow_a_moving_rate(algorithm: str, tmp_path: Path) -> None:
+    scheduler = {"name": "ExponentialLR", "arguments": {"gamma": 0.9}, "per": "step"}
+    keys = {party: {"name": "adam", "lr": 1e-3, "scheduler": scheduler} for party in PARTIES}
+    plain = tree(tmp_path, algorithm, optimizer=keys)
+    config = from_tree({**plain, "graphs": "auto", "transport": "local"})
+    trainer = Trainer(Experiment.prepare(config), LocalWorld(config))
+    lines: list[dict[str, Any]] = []
+    trainer.train(lambda line, reports: lines.append(line))
+    for line, expected in zip(lines, train_locally(plain).lines, strict=True):
+        for key in ("train_loss", "test_loss"):
+            assert line[key] == pytest.approx(expected[key], rel=SAME_WITH_GRAPHS), key
+    client = trainer.clients[0]
+    assert (client.whole_steps if algorithm == "fedavg" else client.passes).shapes > 0
+    if trainer.server and trainer.server.lanes:
+        lane = trainer.server.lanes[0]
+        assert sum(steps.shapes for steps in lane.steps.values()) > 0
+        assert all(fit.steps.shapes > 0 for fit in trainer.server.fits.values())
+
+
+@pytest.mark.filterwarnings("error:graphs")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("algorithm", ["fsl_sage", "splitfed_v1"])
+def test_resnet18_with_graphs_trains_as_without(algorithm: str, precision: str, tmp_path: Path) -> None:
+    """To what its BatchNorms make of rounding: kernels may add in another order."""
+    changes = {"precision": precision, "model": {"name": "resnet18"}, "rounds": 2}
+    first, second = (
+        train_locally(tree(tmp_path, algorithm, graphs=graphs, **changes)).lines
+        for graphs in ("never", "auto")
+    )
+    for line, expected in zip(second, first, strict=True):
+        assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=NEAR_IN_BF16)
 
 
 def test_bf16_trains_like_fp32_locally_and_over_rpc(tmp_path: Path) -> None:
@@ -192,6 +256,20 @@ def test_nccl_among_ranks_that_share_a_gpu_is_refused_in_one_line(tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+def test_nccl_averages_ranks_that_share_a_gpu_where_it_allows_that(
+    trees: list[dict[str, Any]],
+    local: list[Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if torch.cuda.nccl.version() < (2, 30):
+        pytest.skip("NCCL before 2.30 refuses ranks that share a GPU")
+    monkeypatch.setenv(SHARED_GPUS, "1")
+    by_nccl = [{**tree, "comm": {**tree["comm"], "averaging": "nccl"}} for tree in trees]
+    for expected, outcome in zip(local, train_on_ranks(3, by_nccl, tmp_path / "job"), strict=True):
+        assert_near(expected, outcome, SAME_IN_FP64)
+
+
 def test_a_queue_starts_behind_the_place_that_it_is_given() -> None:
     device = torch.device("cuda", 0)
     first, second = WorkQueue.beside_others(device), WorkQueue.beside_others(device)
@@ -216,15 +294,17 @@ def test_a_queue_starts_behind_the_place_that_it_is_given() -> None:
     assert total.item() == 2000
 
 
+@pytest.mark.parametrize("graphs", ["never", "auto"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_round_never_waits_for_the_device_inside(algorithm: str, tmp_path: Path) -> None:
+def test_a_round_never_waits_for_the_device_inside(algorithm: str, graphs: str, tmp_path: Path) -> None:
     """torch refuses every copy to the host, and every other call that would wait for the GPU unseen."""
-    config = from_tree({**tree(tmp_path, algorithm, precision="fp32"), "transport": "local"})
+    config = from_tree({**tree(tmp_path, algorithm, precision="fp32", graphs=graphs), "transport": "local"})
     trainer = Trainer(Experiment.prepare(config), LocalWorld(config))
-    trainer.train_round(0)  # first use of the libraries
+    for round in range(3):  # first use of the libraries; and all is captured
+        trainer.train_round(round)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for round in (1, 2):  # the second of them aligns
+        for round in (3, 4):  # the second of them aligns
             trainer.train_round(round)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,13 +1,15 @@
 """Who is on which GPU, and what follows; the parts of the GPU path that a machine without one can try."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from rank_program import run_job
 from torch import nn
 from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 
-from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps
+from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps, fair_threads
 from fslsage_rpc.comm.rpc_link import ServerEndpoint, _on_gpu
 from fslsage_rpc.comm.world import server_workers, set_tf32
 from fslsage_rpc.errors import InputError
@@ -51,6 +53,29 @@ def test_client_ranks_that_share_a_gpu_average_by_gloo(monkeypatch: pytest.Monke
     monkeypatch.setenv(SHARED_GPUS, "1")  # asked for by name, on the user's own account
     assert choose_averaging("nccl", SHARED, nccl_built=True) == "nccl"
     assert choose_averaging("auto", SHARED, nccl_built=True) == "gloo"
+
+
+def test_cores_are_shared_out_among_the_ranks_that_may_use_them() -> None:
+    both, first, second = (frozenset(cores) for cores in ({0, 1, 2, 3}, {0, 1}, {2, 3}))
+    free = [("a", both), ("a", both), ("b", both)]  # as plain srun starts them
+    assert [fair_threads(rank, free) for rank in range(3)] == [2, 2, 4]
+    bound = [("a", first), ("a", second), ("b", first)]  # each to its own
+    assert [fair_threads(rank, bound) for rank in range(3)] == [2, 2, 2]
+    assert fair_threads(0, [("a", first)] * 5) == 1
+
+
+def test_ranks_whose_threads_nobody_has_set_share_the_cores(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os; os.environ.pop('OMP_NUM_THREADS')\n"
+        "import torch\n"
+        "from fslsage_rpc.comm.world import open_world, usable_cores\n"
+        "from fslsage_rpc.configuration import from_tree\n"
+        "world = open_world(from_tree({'device': 'cpu', 'comm': {'transports': ['uv']}}))\n"
+        "assert torch.get_num_threads() == max(1, len(usable_cores()) // 2), torch.get_num_threads()\n"
+        "world.close()\n"
+    )
+    run_job(["--nproc_per_node", "2", str(program)], timeout=100)
 
 
 def test_torch_finds_nothing_to_pickle_in_what_the_rref_holds() -> None:

@@ -6,9 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from fslsage_rpc.comm.ledger import WireLedger
+from fslsage_rpc.comm.local import LocalLink
+from fslsage_rpc.config import Alignment, OptimizerKeys
+from fslsage_rpc.measure.requests import RequestLog, RequestTimes, on_device
 from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.parties.streams import WorkQueue, current_place
+from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
+from fslsage_rpc.parties.server import Lane, Server
+from fslsage_rpc.parties.streams import PRIORITY, WorkQueue, can_capture, current_place
 
 GPU = torch.device("cuda", 0)
 
@@ -22,7 +32,8 @@ class Cuda:
         self.made = 0
         self.milliseconds = 0.0
 
-    def stream(self, device: torch.device) -> "Stream":
+    def stream(self, device: torch.device, priority: int = 0) -> "Stream":
+        assert priority == PRIORITY  # torch's own calls take others
         self.made += 1
         return Stream(f"stream {self.made}", self)
 
@@ -81,12 +92,28 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(torch.cuda, "Event", lambda **how: how)
     monkeypatch.setattr(torch.cuda, "stream", cuda.use)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: cuda.current)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     return cuda
 
 
 def test_a_queue_of_its_own_starts_behind_what_was_queued_before(cuda: Cuda) -> None:
     WorkQueue.beside_others(GPU)
     assert cuda.asked == ["stream 1 waits for default"]
+
+
+def test_graphs_need_a_priority_that_nobody_else_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        highest = -3
+
+        def priority_range(self) -> tuple[int, int]:
+            return 0, self.highest
+
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert can_capture(GPU)
+    assert not can_capture(torch.device("cpu"))
+    stream.highest = PRIORITY
+    assert not can_capture(GPU)
 
 
 def test_work_goes_to_the_queue_and_waits_for_its_place_elsewhere(cuda: Cuda) -> None:
@@ -129,3 +156,91 @@ def test_device_seconds_are_those_between_the_events_of_each_phase_but_waits(cud
     assert timeline.take_device_seconds() == pytest.approx({"step": 0.004, "drift": 0.002})
     assert timeline.take_device_seconds() == {}
     assert timeline.take().keys() == {"step", "upload_wait", "drift"}
+
+
+class ThereAlready:
+    """Of a request whose tensors a stand-in for a GPU needs not move."""
+
+    def to(self, device: torch.device) -> Any:
+        return self
+
+
+class ExchangeThere(ThereAlready, Exchange):
+    pass
+
+
+class PushThere(ThereAlready, Push):
+    pass
+
+
+def server_on(device: torch.device) -> Server:
+    """One client, whose auxiliary model is aligned; every phase of the device takes 2 ms of the stand-in."""
+    server_model, auxiliary = nn.Linear(4, 3), nn.Linear(4, 3)
+    keys = OptimizerKeys(name="sgd", lr=0.1)
+
+    def optimizer(model: nn.Module) -> ScheduledOptimizer:
+        return ScheduledOptimizer(keys, model.parameters())
+
+    timeline = Timeline(device=device)
+    fit = AuxiliaryFit(
+        auxiliary,
+        flatten(auxiliary),
+        optimizer(auxiliary),
+        AlignmentBuffer(8),
+        Alignment(epochs=2),
+        Timeline(device=device),
+    )
+    return Server(
+        initial=(flatten(nn.Linear(2, 4)), None),
+        averaged=nn.Linear(2, 4),
+        lanes={0: Lane(server_model, optimizer(server_model), "arrival", timeline)},
+        fits={0: fit},
+        measure_drift=False,
+        device=device,
+        start=lambda kind, work: work(),
+        timeline=Timeline(device=device),
+    )
+
+
+def test_requests_on_a_gpu_are_timed_by_its_clock(cuda: Cuda) -> None:
+    """Each reading of the stand-in's clock is 2 ms after the one before."""
+    server, log = server_on(GPU), RequestLog()
+    link = LocalLink(server, WireLedger(), log, GPU)
+    link.announce({0: [0, 0, 0, 1]}, [0])
+    z, y = torch.randn(5, 4), torch.arange(5) % 3
+    bodies = [PushThere(z, y), ExchangeThere(z, y), Align(), ExchangeThere(z, y)]
+    for number, body in enumerate(bodies):
+        link.send(Request(0, number, body), lambda answer: None)
+    server.wait()
+    told, report = log.take(), server.report(1.0)
+    on_device(told, report.requests)
+    # sent, came, begun, the phase of the lane, done, there
+    for kind, count in (("push", 1), ("exchange", 2)):
+        times = told[0][kind]
+        assert times.count == count
+        assert times.round_trip_seconds == pytest.approx(count * 0.012)
+        assert times.queue_seconds == pytest.approx(count * 0.002)
+        assert times.compute_seconds == pytest.approx(count * 0.006)
+        assert times.wire_seconds == pytest.approx(count * 0.004)
+    # sent, came, begun, the targets, done; begun, the fit, done, there
+    times = told[0]["align"]
+    assert times.round_trip_seconds == pytest.approx(0.020)
+    assert times.queue_seconds == pytest.approx(0.004)
+    assert times.compute_seconds == pytest.approx(0.012)
+    assert report.device_seconds == pytest.approx(
+        {"step": 0.006, "targets": 0.002, "drift": 0.0, "alignment": 0.002}
+    )
+    assert log.take() == server.report(1.0).requests == {}
+
+
+def test_on_a_cpu_requests_are_timed_by_the_hosts() -> None:
+    server, log = server_on(torch.device("cpu")), RequestLog()
+    link = LocalLink(server, WireLedger(), log, torch.device("cpu"))
+    link.announce({0: [0]}, [0])
+    link.send(Request(0, 0, Exchange(torch.randn(5, 4), torch.arange(5) % 3)), lambda answer: None)
+    told, report = log.take(), server.report(1.0)
+    before = RequestTimes(**vars(told[0]["exchange"]))
+    on_device(told, report.requests)
+    assert report.requests == {}
+    assert told[0]["exchange"] == before
+    assert before.round_trip_seconds >= before.compute_seconds > 0

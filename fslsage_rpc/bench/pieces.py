@@ -35,19 +35,21 @@ def round_pieces(
     for rank, report in enumerate(hosts):
         mine = [client for client in line["participants"] if client % len(hosts) == rank]
         steps = sum(federation.steps(client) for client in mine)
-        compute = sum((report.phases or {}).get(phase, 0.0) for phase in COMPUTE)
+        seconds = {**(report.phases or {}), **report.device_seconds}  # a GPU's in place of its host's
+        compute = sum(seconds.get(phase, 0.0) for phase in COMPUTE)
         for client in mine:
             share = federation.steps(client) / steps
             times = report.requests.get(client, {})
             clients[client] = _client_pieces(rank, federation.steps(client), share * compute, times)
     phases = line["phases"]
+    server = {**phases["server"], **line.get("device_seconds", {}).get("server", {})}
     return RoundPieces(
         clients=clients,
         links=links,
         server_workers=server_workers(device),
         averaging_seconds=phases["client"]["averaging"],
         server_averaging_seconds=phases["server"]["averaging"],
-        targets_seconds=phases["server"]["targets"],
+        targets_seconds=server["targets"],
     )
 
 

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.measure.clock import Reading, clock, device_clock
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request, SmashedData
 
 CPU = torch.device("cpu")
+OnAnswer = Callable[[Answer | BaseException, Reading], None]
+"""gets the answer or the exception, and the reading of the carrier's clock at which an answer's tensors are
+there; None where the carrier is no GPU"""
 PROBE_SECONDS = 0.1
 PROBE_BYTES = 2**24
 
@@ -53,8 +56,8 @@ class ServerLink(ABC):
     def _initial_weights(self) -> tuple[Weights, Weights | None]: ...
 
     @abstractmethod
-    def _submit(self, request: Request, on_answer: Callable[[Any], None]) -> None:
-        """`on_answer` is called with the `Answer`, or the exception."""
+    def _submit(self, request: Request, on_answer: OnAnswer) -> None:
+        """Carry a request to the server and its answer back."""
 
     @abstractmethod
     def _deposit_average(self, weights: Weights) -> None: ...
@@ -107,13 +110,13 @@ class ServerLink(ABC):
         for kind, bytes in up.items():
             self.ledger.count(kind, bytes, client)
 
-        def counted(answer: Answer | BaseException) -> None:
+        def counted(answer: Answer | BaseException, there: Reading) -> None:
             if isinstance(answer, BaseException):
                 on_answer(answer)
                 return
             times = RequestTimes(
                 count=1,
-                round_trip_seconds=clock() - started,
+                round_trip_seconds=clock() - started if sent is None or there is None else 0.0,
                 queue_seconds=answer.queue_seconds,
                 compute_seconds=answer.compute_seconds,
                 up_bytes=sum(up.values()),
@@ -125,9 +128,10 @@ class ServerLink(ABC):
                 times.down_bytes = answer.value.bytes
                 self.ledger.count("auxiliary_down", times.down_bytes, client)
             self.log.add(client, body.kind, times)
+            self.log.add_round_trip(client, body.kind, sent, there)
             on_answer(answer.value)
 
-        started = clock()
+        started, sent = clock(), device_clock(self.carrier)
         self._submit(request, counted)
         self.log.add(client, body.kind, RequestTimes(send_seconds=clock() - started))
 

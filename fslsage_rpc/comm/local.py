@@ -7,14 +7,15 @@ The server works inside the call that hands it a request, so nothing here happen
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from fslsage_rpc.comm.ledger import WireLedger
-from fslsage_rpc.comm.link import ServerLink
+from fslsage_rpc.comm.link import OnAnswer, ServerLink
 from fslsage_rpc.comm.world import World, open_device
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
-from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.measure.clock import clock, device_clock
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Request
@@ -33,7 +34,7 @@ class LocalWorld(World):
 
     def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink:
         assert server is not None
-        return LocalLink(server, ledger, log)
+        return LocalLink(server, ledger, log, self.device)
 
     def start(self, kind: str, work: Callable[[], None]) -> None:
         work()
@@ -75,8 +76,8 @@ class LocalWorld(World):
 class LocalLink(ServerLink):
     """Calls the server object."""
 
-    def __init__(self, server: Server, ledger: WireLedger, log: RequestLog):
-        super().__init__(ledger, log)
+    def __init__(self, server: Server, ledger: WireLedger, log: RequestLog, device: torch.device):
+        super().__init__(ledger, log, carrier=device)
         self._server = server
 
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
@@ -94,8 +95,8 @@ class LocalLink(ServerLink):
     def _initial_weights(self) -> tuple[Weights, Weights | None]:
         return self._server.initial
 
-    def _submit(self, request: Request, on_answer: Callable[[Any], None]) -> None:
-        self._server.submit(request, on_answer)
+    def _submit(self, request: Request, on_answer: OnAnswer) -> None:
+        self._server.submit(request, lambda answer: on_answer(answer, device_clock(self.carrier)))
 
     def _deposit_average(self, weights: Weights) -> None:
         self._server.averaged_weights.load(weights)

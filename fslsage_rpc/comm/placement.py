@@ -32,6 +32,21 @@ def device_maps(devices: Sequence[torch.device], wanted: str) -> DeviceMaps:
     return {rank: (mine, server) for rank, mine in enumerate(clients, start=1) if mine.type == "cuda"}
 
 
+Cores = tuple[str, frozenset[int]]
+"""a host, and the cores of it that a rank may run on"""
+
+
+def fair_threads(rank: int, cores: Sequence[Cores]) -> int:
+    """A rank's share of its cores, which others may use too (all of a host, or none where ranks are bound).
+
+    Args:
+        cores: by rank.
+    """
+    host, mine = cores[rank]
+    sharing = sum(other == host and bool(theirs & mine) for other, theirs in cores)
+    return max(1, len(mine) // sharing)
+
+
 @dataclass(frozen=True)
 class GpuPlace:
     """A rank's host and the identity of its GPU there, if it has one."""

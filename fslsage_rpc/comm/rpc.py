@@ -23,11 +23,17 @@ from torch.distributed import rpc
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.comm.memory import keep_large_blocks
-from fslsage_rpc.comm.placement import ONE_HOST_CHANNELS, GpuPlace, choose_averaging, device_maps
+from fslsage_rpc.comm.placement import (
+    ONE_HOST_CHANNELS,
+    GpuPlace,
+    choose_averaging,
+    device_maps,
+    fair_threads,
+)
 from fslsage_rpc.comm.roll_call import Presence, roll_call
 from fslsage_rpc.comm.rpc_link import RpcLink, ServerEndpoint, peers_may_be_lost
 from fslsage_rpc.comm.watchdog import Watchdog, claim_failure, leave
-from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers
+from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers, usable_cores
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
 from fslsage_rpc.measure.clock import synchronise
@@ -132,6 +138,10 @@ class RpcWorld(World):
         self._clients: Any = dist.new_group(clients, timeout=FOREVER, backend="gloo")
         places: list[Any] = [None] * self.size
         dist.all_gather_object(places, GpuPlace.of(self.device))
+        cores: list[Any] = [None] * self.size
+        dist.all_gather_object(cores, (os.uname().nodename, usable_cores()))
+        if "OMP_NUM_THREADS" not in os.environ:  # torchrun and our launchers set it; plain srun does not
+            torch.set_num_threads(fair_threads(self.rank, cores))
         self._averaging = choose_averaging(keys.averaging, places[1:], dist.is_nccl_available())
         nccl = self._averaging == "nccl"
         self._averaging_group: Any = (

@@ -5,7 +5,7 @@ server's, and through host memory elsewhere. What is sent once or off the clock,
 weights, always goes through host memory.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -15,9 +15,9 @@ from torch.distributed import rpc
 from torch.futures import Future
 
 from fslsage_rpc.comm.ledger import WireLedger
-from fslsage_rpc.comm.link import CPU, ServerLink
+from fslsage_rpc.comm.link import CPU, OnAnswer, ServerLink
 from fslsage_rpc.errors import ConnectionLost
-from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.clock import Reading, clock, device_clock, synchronise, synchronise_stream
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request
@@ -70,10 +70,12 @@ class ServerEndpoint:
     def deposit_average(self, weights: Weights) -> None:
         """Take the averaged client model."""
         self._server.averaged_weights.load(weights)
+        synchronise_stream(self._device)  # this thread's stream is not the one that evaluates
 
     def deposit_auxiliary(self, weights: Weights) -> None:
         """See `Server.take_auxiliary`."""
         self._server.take_auxiliary(weights)
+        synchronise_stream(self._device)
 
 
 class RpcLink(ServerLink):
@@ -111,16 +113,17 @@ class RpcLink(ServerLink):
         with peers_may_be_lost():
             return self._server.rpc_sync(timeout=NO_TIMEOUT).initial()
 
-    def _submit(self, request: Request, on_answer: Callable[[Any], None]) -> None:
+    def _submit(self, request: Request, on_answer: OnAnswer) -> None:
         travelling = Request(request.client, request.number, request.body.to(self.carrier))
 
         def deliver(future: Future[Any]) -> None:
             try:
+                there = self._there(future)
                 # The clients' stream waits for the answer's tensors; neither this thread nor theirs does.
                 with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                    on_answer(future.wait().to(self._device))
+                    on_answer(future.wait().to(self._device), there)
             except Exception as error:
-                on_answer(_named(error))
+                on_answer(_named(error), None)
 
         # Not by the RRef's own rpc_async: its future is made without devices, so nobody would wait for the
         # answer's tensors, and it may send from a stream that has not waited for the request's.
@@ -132,6 +135,16 @@ class RpcLink(ServerLink):
                 timeout=NO_TIMEOUT,
             )
             call.add_done_callback(deliver)
+
+    def _there(self, answered: Future[Any]) -> Reading:
+        """When an answer's tensors are on the GPU, by its clock: read in a stream that has nothing else to
+        do. None where they come through host memory.
+        """
+        if not self._device_map:
+            return None
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            answered.wait()
+            return device_clock(self._device)
 
     def _deposit_average(self, weights: Weights) -> None:
         with peers_may_be_lost():

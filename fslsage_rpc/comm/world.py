@@ -15,6 +15,7 @@ from fslsage_rpc.errors import HostError
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.parties.streams import own_stream
 
 
 class World(ABC):
@@ -125,11 +126,16 @@ def choose_device(keys_device: str, index: int) -> torch.device:
 
 
 def open_device(config: Config, index: int) -> torch.device:
-    """The device of a rank that would take GPU number `index`, made the current one, TF32 as configured."""
+    """The device of a rank that would take GPU number `index`, made the current one, TF32 as configured.
+
+    With CUDA graphs the thread gets a stream of its own: on the device's default one none can be captured.
+    """
     device = choose_device(config.device, index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         set_tf32(config.tf32)
+        if config.graphs == "auto":
+            torch.cuda.set_stream(own_stream(device))
     return device
 
 
@@ -138,6 +144,12 @@ def set_tf32(allowed: bool) -> None:
     rounding = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = rounding
     torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
+
+
+def usable_cores() -> frozenset[int]:
+    """The cores of this host that this process may run on."""
+    known = hasattr(os, "sched_getaffinity")
+    return frozenset(os.sched_getaffinity(0) if known else range(os.cpu_count() or 1))
 
 
 def server_workers(device: torch.device) -> int:

@@ -2,10 +2,15 @@
 
 The caller measures the round trip, the callee its own queue and compute seconds; what is left is the wire
 (serialising, copying and travelling, both ways). Clocks of two machines are never subtracted.
+
+Where tensors go from GPU to GPU an answer may be under way before it is computed. There all three are device
+seconds: the round trip from when the caller's GPU has made the request's tensors until it has the answer's.
 """
 
 import threading
 from dataclasses import dataclass
+
+from fslsage_rpc.measure.clock import DeviceIntervals, Reading
 
 
 @dataclass
@@ -50,6 +55,7 @@ class RequestLog:
 
     def __init__(self) -> None:
         self._times: ByClient = {}
+        self._round_trips: DeviceIntervals[tuple[int, str]] = DeviceIntervals()
         self._lock = threading.Lock()
 
     def add(self, client: int, kind: str, times: RequestTimes) -> None:
@@ -57,11 +63,52 @@ class RequestLog:
         with self._lock:
             self._times.setdefault(client, {}).setdefault(kind, RequestTimes()).add(times)
 
+    def add_round_trip(self, client: int, kind: str, sent: Reading, there: Reading) -> None:
+        """Count a round trip by a GPU's clock, where there is one."""
+        self._round_trips.add((client, kind), sent, there)
+
     def take(self) -> ByClient:
-        """The sums so far; the log starts again from zero."""
+        """The sums so far; the log starts again from zero. For the end of a round: it waits for a GPU."""
         with self._lock:
             taken, self._times = self._times, {}
+        for (client, kind), seconds in self._round_trips.take().items():
+            taken[client][kind].round_trip_seconds += seconds
         return taken
+
+
+class DeviceLog:
+    """A server's queue and compute seconds by the clock of its GPU; empty on a CPU."""
+
+    def __init__(self) -> None:
+        self._intervals: DeviceIntervals[tuple[int, str, str]] = DeviceIntervals()
+
+    def add(
+        self,
+        client: int,
+        kind: str,
+        came: Reading,
+        began: Reading,
+        ended: Reading,
+    ) -> None:
+        """Count a request, or a part of one, that came and waited, was begun, and ended."""
+        self._intervals.add((client, kind, "queue_seconds"), came, began)
+        self._intervals.add((client, kind, "compute_seconds"), began, ended)
+
+    def take(self) -> ByClient:
+        """The sums so far; the log starts again from zero. For the end of a round: it waits for the GPU."""
+        taken: ByClient = {}
+        for (client, kind, name), seconds in self._intervals.take().items():
+            setattr(taken.setdefault(client, {}).setdefault(kind, RequestTimes()), name, seconds)
+        return taken
+
+
+def on_device(told: ByClient, measured: ByClient) -> None:
+    """Put what a server's GPU measured in place of what the server told when it had only queued the work."""
+    for client, kinds in told.items():
+        for kind, times in kinds.items():
+            of_gpu = measured.get(client, {}).get(kind)
+            if of_gpu is not None:
+                times.queue_seconds, times.compute_seconds = of_gpu.queue_seconds, of_gpu.compute_seconds
 
 
 def by_kind(clients: ByClient) -> dict[str, RequestTimes]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fslsage_rpc.measure.clock import clock, device_clock
+from fslsage_rpc.measure.clock import DeviceIntervals, clock, device_clock
 from fslsage_rpc.measure.trace import Arrow, Span, Tracer
 
 
@@ -28,7 +28,7 @@ class Timeline:
         self.row = row
         self._tracer = tracer
         self._device = device or torch.device("cpu")
-        self._on_device: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._on_device: DeviceIntervals[str] = DeviceIntervals()
         self._open: str | None = None
 
     @property
@@ -53,9 +53,7 @@ class Timeline:
             yield
         finally:
             self._open = None
-            ended = began and device_clock(self._device)
-            if began and ended:
-                self._on_device.append((name, began, ended))
+            self._on_device.add(name, began, began and device_clock(self._device))
             self.add(name, started, clock() - started, row, arrow)
 
     def add(
@@ -75,9 +73,4 @@ class Timeline:
         """Per phase, from when the device came to its work until it had done it, gaps between kernels
         included; starts again from zero. Empty on a CPU. For the end of a round: it waits for the device.
         """
-        taken, self._on_device = self._on_device, []
-        seconds: dict[str, float] = {}
-        for name, began, ended in taken:
-            ended.synchronize()
-            seconds[name] = seconds.get(name, 0.0) + began.elapsed_time(ended) / 1000
-        return seconds
+        return self._on_device.take()

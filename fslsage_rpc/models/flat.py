@@ -1,6 +1,6 @@
 """A model's weights as one contiguous buffer, so that averaging or sending it is one operation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,3 +96,11 @@ def weighted_sum(members: Sequence[Weights], shares: Sequence[float], like: Weig
         total.floats.add_(member.floats, alpha=share)
         torch.maximum(total.integers, member.integers, out=total.integers)
     return total
+
+
+def load_mean(models: Mapping[int, Weights], shares: Mapping[int, float]) -> None:
+    """Give all models the weighted mean of those that have a share."""
+    members = [models[client] for client in shares]
+    mean = weighted_sum(members, list(shares.values()), like=members[0])
+    for weights in models.values():
+        weights.load(mean)

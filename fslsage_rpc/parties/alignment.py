@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fslsage_rpc.config import Alignment
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.streams import WorkQueue
 
@@ -142,7 +143,8 @@ class AuxiliaryFit:
     """What the server keeps for one client: its auxiliary model, that model's optimizer, and the alignment
     buffer.
 
-    `timeline` and `queue`: of the thread that fits.
+    `timeline` and `queue`: of the thread that fits. `graphs`: the optimizer's steps are captured; those of
+    L-BFGS are not.
     """
 
     model: nn.Module
@@ -152,6 +154,10 @@ class AuxiliaryFit:
     keys: Alignment
     timeline: Timeline
     queue: WorkQueue = field(default_factory=WorkQueue)
+    graphs: bool = False
+
+    def __post_init__(self) -> None:
+        self.steps = Graphed(self.graphs, self.optimizer)
 
     def targets(self, server_model: nn.Module) -> list[Target]:
         """The buffer in batches, oldest first, with the server model's true gradients on them.
@@ -182,10 +188,10 @@ class AuxiliaryFit:
         """
         last = math.inf
         for passes in range(1, self.keys.epochs + 1):
-            objectives = []
+            objectives: list[Tensor] = []
             for target in targets:
-                objectives.append(self._accumulate(target))
-                self.optimizer.step()
+                objectives += self.steps(self._step, *target)
+                self.optimizer.advance()
             if self.keys.tolerance is not None:
                 now = torch.stack(objectives).sum().item()  # waits for the device: only where it is asked for
                 if now > (1 - self.keys.tolerance) * last:
@@ -219,6 +225,12 @@ class AuxiliaryFit:
         solver.step(objective)
         solver.zero_grad()
         return passes
+
+    def _step(self, *target: Tensor) -> Tensors:
+        z, y, true = target
+        objective = self._accumulate((z, y, true))
+        self.optimizer.apply()
+        return (objective,)
 
     def _accumulate(self, target: Target, scale: Tensor | float = 1.0) -> Tensor:
         """||ĝ - g||^2 / scale on one batch; its gradient is added to the parameters'."""

@@ -12,6 +12,7 @@ from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 
@@ -29,6 +30,9 @@ class Client:
     """A client and everything that stays with it between rounds: weights, optimizer state and samples.
 
     Every computation is entered on the timeline of the rank that hosts it.
+
+    Args:
+        graphs: the computations of a step are captured.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Client:
         data: ImageBatches,
         keys: TrainingKeys,
         timeline: Timeline,
+        graphs: bool = False,
     ):
         self.id = id
         self.model = model
@@ -56,6 +61,10 @@ class Client:
             self._auxiliary_weights = flatten(auxiliary)
             if auxiliary_optimizer is None:
                 self.freeze_auxiliary()
+        self.passes = Graphed(graphs, optimizer)
+        self.whole_steps = Graphed(graphs, optimizer)
+        self.estimates = Graphed(graphs)
+        self.auxiliary_steps = Graphed(graphs, auxiliary_optimizer)
 
     @property
     def auxiliary_weights(self) -> Weights:
@@ -76,15 +85,15 @@ class Client:
         return iter(draw, None)  # keeps no batch, as a generator's own variables would
 
     def forward(self, x: Tensor) -> Tensor:
-        """Smashed data z `[B, ...]` of images x `[B, C, H, W]`, with its autograd graph."""
+        """Smashed data z `[B, ...]` of images x `[B, C, H, W]`, to be given back to `backward`."""
         with self._phase("forward_backward"):
-            return self.model(x)
+            return self.passes(self._forward, x, then=self._backward)[0]
 
     def estimate(self, z: Tensor, y: Tensor) -> Tensor:
         """The auxiliary model's estimate ĝ `[B, ...]` of the cut-layer gradient."""
         assert self._auxiliary is not None, "the algorithm has no auxiliary model"
         with self._phase("estimate"):
-            return cut_layer_gradient(self._auxiliary, z, y)
+            return self.estimates(self._estimate, z, y)[0]
 
     def train_auxiliary(self, z: Tensor, y: Tensor) -> Tensor:
         """One optimizer step of the client's own auxiliary model on (z, y).
@@ -95,18 +104,15 @@ class Client:
         assert self._auxiliary is not None
         assert self._auxiliary_optimizer is not None
         with self._phase("estimate"):
-            z = z.detach().requires_grad_()
-            F.cross_entropy(self._auxiliary(z), y).backward()
-            self._auxiliary_optimizer.step()
-            assert z.grad is not None
-            return z.grad
+            (gradient,) = self.auxiliary_steps(self._auxiliary_step, z, y)
+            self._auxiliary_optimizer.advance()
+            return gradient
 
     def train_whole_model(self, x: Tensor, y: Tensor) -> None:
         """One optimizer step of a client whose model is the whole model."""
         with self._phase("forward_backward"):
-            loss = F.cross_entropy(self.model(x), y)
-            loss.backward()
-            self.optimizer.step()
+            (loss,) = self.whole_steps(self._whole_step, x, y)
+            self.optimizer.advance()
             self.losses.add(loss, len(y))
 
     def backward(self, z: Tensor, gradient: Tensor) -> None:
@@ -114,8 +120,8 @@ class Client:
         step.
         """
         with self._phase("forward_backward"):
-            z.backward(gradient)
-            self.optimizer.step()
+            self.passes.finish(self._backward, z, gradient)
+            self.optimizer.advance()
 
     def end_round(self) -> None:
         """Learning rates that follow the rounds move on; absent clients' too."""
@@ -148,3 +154,29 @@ class Client:
         self._auxiliary_optimizer = None
         if self._auxiliary is not None:
             self._auxiliary.requires_grad_(False)
+
+    def _forward(self, x: Tensor) -> Tensors:
+        return (self.model(x),)
+
+    def _backward(self, z: Tensor, gradient: Tensor) -> None:
+        z.backward(gradient)
+        self.optimizer.apply()
+
+    def _whole_step(self, x: Tensor, y: Tensor) -> Tensors:
+        loss = F.cross_entropy(self.model(x), y)
+        loss.backward()
+        self.optimizer.apply()
+        return (loss,)
+
+    def _estimate(self, z: Tensor, y: Tensor) -> Tensors:
+        assert self._auxiliary is not None
+        return (cut_layer_gradient(self._auxiliary, z, y),)
+
+    def _auxiliary_step(self, z: Tensor, y: Tensor) -> Tensors:
+        assert self._auxiliary is not None
+        assert self._auxiliary_optimizer is not None
+        z = z.detach().requires_grad_()
+        F.cross_entropy(self._auxiliary(z), y).backward()
+        self._auxiliary_optimizer.apply()
+        assert z.grad is not None
+        return (z.grad,)

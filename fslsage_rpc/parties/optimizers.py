@@ -1,11 +1,12 @@
 """Optimizers and learning-rate schedulers of torch.optim, by the names that the configuration gives them."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from fslsage_rpc.config import OptimizerKeys
@@ -25,11 +26,24 @@ class ScheduledOptimizer:
             kind = getattr(lr_scheduler, keys.scheduler.name)
             self._scheduler = kind(self.optimizer, **keys.scheduler.arguments)
         self._per_step = keys.scheduler.per == "step"
+        self._rate: Tensor | None = None  # the learning rate where captured steps read it, if it moves
 
     def step(self) -> None:
         """Apply the gradients and clear them."""
+        self.apply()
+        self.advance()
+
+    def apply(self) -> None:
+        """The part of a step that computes; on a GPU it can be captured."""
         self.optimizer.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def advance(self) -> None:
+        """The rest of a step: a schedule that counts in steps moves on."""
         if self._scheduler is not None and self._per_step:
             self._scheduler.step()
 
@@ -40,6 +54,39 @@ class ScheduledOptimizer:
                 # The rate of an absent client moves on with everybody's, without a step of its own before.
                 warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
                 self._scheduler.step()
+
+    def place_rate(self) -> None:
+        """Put the learning rate, where it moves, to where captured steps read it: on a GPU as fp32, which
+        is what its kernels take.
+        """
+        if self._scheduler is None:
+            return
+        (group,) = self.optimizer.param_groups
+        if self._rate is None:
+            device = group["params"][0].device
+            wide = torch.float64 if device.type == "cpu" else torch.float32
+            self._rate = torch.empty((), dtype=wide, device=device)
+        self._rate.fill_(group["lr"])
+
+    def constants(self) -> dict[str, Any]:
+        """What a captured step has taken as it was: all settings but a learning rate that moves."""
+        (group,) = self.optimizer.param_groups
+        moving = ("params",) if self._scheduler is None else ("params", "lr")
+        return {name: value for name, value in group.items() if name not in moving}
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """What is applied inside can be captured. Checkpoints never see the settings that this takes."""
+        (group,) = self.optimizer.param_groups
+        for_graphs: dict[str, Any] = {} if self._rate is None else {"lr": self._rate}
+        if "capturable" in group:  # sgd has no such switch
+            for_graphs["capturable"] = True
+        before = {name: group[name] for name in for_graphs}
+        group.update(for_graphs)
+        try:
+            yield
+        finally:
+            group.update(before)
 
     def state(self) -> dict[str, Any]:
         """What the next step depends on, besides the parameters."""

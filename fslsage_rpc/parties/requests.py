@@ -79,7 +79,8 @@ class Request:
 class Answer:
     """What a request comes to (a gradient, `Weights`, or None for a push), and how long it took the server.
 
-    `queue_seconds`: from its arrival to its turn; `compute_seconds`: its execution; by the server's clock.
+    `queue_seconds`: from its arrival to its turn; `compute_seconds`: its execution; by the clock of the
+    server's host, which on a GPU has then only queued it: what the GPU took is in the server's report.
     """
 
     value: Any

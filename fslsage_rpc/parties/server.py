@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch.nn import functional as F
 
 from fslsage_rpc.measure.activity import Activity
 from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.requests import ByClient, DeviceLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
-from fslsage_rpc.models.flat import Weights, flatten, weighted_sum
+from fslsage_rpc.models.flat import Weights, flatten, load_mean
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, FitRecord, Target, cut_layer_gradient
+from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -26,7 +29,10 @@ Reply = Callable[[Answer], None]
 
 
 class Lane:
-    """One server-model instance; it executes one request at a time, in the order of its mailbox."""
+    """One server-model instance; it executes one request at a time, in the order of its mailbox.
+
+    With `graphs` its steps are captured.
+    """
 
     def __init__(
         self,
@@ -35,6 +41,7 @@ class Lane:
         order: str,
         timeline: Timeline,
         queue: WorkQueue | None = None,
+        graphs: bool = False,
     ):
         self.model = model
         self.weights = flatten(model)
@@ -45,6 +52,7 @@ class Lane:
         self.timeline = timeline
         self.queue = queue or WorkQueue()
         self.losses = LossSum()
+        self.steps = {gradient: Graphed(graphs, optimizer) for gradient in (False, True)}
 
     def train(self, z: Tensor, y: Tensor, gradient: bool) -> Tensor | None:
         """One optimizer step on smashed data z `[B, ...]` and labels y `[B]`.
@@ -52,12 +60,17 @@ class Lane:
         Returns:
             The true cut-layer gradient g = dL/dz `[B, ...]` at the weights before the step, if asked for.
         """
+        loss, *gradients = self.steps[gradient](partial(self._step, gradient=gradient), z, y)
+        self.optimizer.advance()
+        self.losses.add(loss, len(y))
+        return gradients[0] if gradients else None
+
+    def _step(self, z: Tensor, y: Tensor, gradient: bool) -> Tensors:
         z = z.detach().requires_grad_(gradient)
         loss = F.cross_entropy(self.model(z), y)
         loss.backward()
-        self.optimizer.step()
-        self.losses.add(loss, len(y))
-        return z.grad
+        self.optimizer.apply()
+        return (loss,) if z.grad is None else (loss, z.grad)
 
     def state(self) -> dict[str, Any]:
         """Everything that stays from round to round."""
@@ -83,8 +96,8 @@ class ServerReport:
     """What the server has to say of one round; `phases` are mean seconds per lane, and `alignment` those in
     which nothing but fits of auxiliary models ran.
 
-    `device_seconds`, empty on a CPU: a GPU's, mean per lane; of `alignment` the sum over all fits, which
-    overlap.
+    Of a GPU, empty on a CPU: `device_seconds`, mean per lane, of `alignment` the sum over all fits, which
+    overlap; `requests`, their queue and compute seconds.
     """
 
     loss_sum: float
@@ -93,6 +106,7 @@ class ServerReport:
     alignments: list[dict[str, float]] = field(default_factory=list)
     drifts: list[dict[str, float]] = field(default_factory=list)
     device_seconds: dict[str, float] = field(default_factory=dict)
+    requests: ByClient = field(default_factory=dict)
 
 
 class Server:
@@ -135,6 +149,7 @@ class Server:
         self._failure: BaseException | None = None
         self._unfitted: set[int] = set()  # clients whose targets are there and whose fit has not ended
         self._activity = Activity()
+        self._on_device = DeviceLog()
         self._plans: dict[int, Sequence[int]] = {}
         self._alignments: dict[int, FitRecord] = {}
         self._drifts: dict[int, Agreement] = {}
@@ -190,9 +205,9 @@ class Server:
         """
         with self._timeline.phase("averaging"):
             if len(self._distinct) > 1:
-                _average({client: lane.weights for client, lane in self.lanes.items()}, shares)
+                load_mean({client: lane.weights for client, lane in self.lanes.items()}, shares)
             if auxiliaries and self.fits:
-                _average({client: fit.weights for client, fit in self.fits.items()}, shares)
+                load_mean({client: fit.weights for client, fit in self.fits.items()}, shares)
             synchronise(self._device)
 
     def take_auxiliary(self, weights: Weights) -> None:
@@ -230,6 +245,7 @@ class Server:
             alignments=[alignment for alignment in alignments if alignment],
             drifts=[drift for drift in drifts if drift],
             device_seconds=self._take_device_seconds(),
+            requests=self._on_device.take(),
         )
         self._alignments, self._drifts = {}, {}
         return report
@@ -332,13 +348,15 @@ class Server:
                 request = lane.released.popleft()
                 arrival = self._arrived.pop((request.client, request.number))
             with lane.queue.after(arrival.place):
-                started = clock()
+                started, began = clock(), current_place(self._device)
                 with self._activity.of("lane"):
                     value = self._execute(lane, request)
+                ended = current_place(self._device)
+                self._on_device.add(request.client, request.body.kind, arrival.place, began, ended)
                 answer = Answer(value, started - arrival.seconds, clock() - started)
                 match request.body:
                     case Align():
-                        self._begin_fit(request.client, answer, arrival.reply)
+                        self._begin_fit(request.client, answer, ended, arrival.reply)
                     case Push():
                         self._answer_push(answer, arrival.reply, started, lane.queue.end())
                     case Exchange():
@@ -356,15 +374,17 @@ class Server:
 
         self._run("answer", work)
 
-    def _begin_fit(self, client: int, targets: Answer, reply: Reply) -> None:
-        """Have the client's auxiliary model fitted, and the alignment answered, by another thread."""
-        waiting, place = clock(), current_place(self._device)
+    def _begin_fit(self, client: int, targets: Answer, place: Place, reply: Reply) -> None:
+        """Have the client's model fitted behind its targets' place, and answered, by another thread."""
+        waiting = clock()
 
         def work() -> None:
             started = clock()
             with self.fits[client].queue.after(place):
+                began = current_place(self._device)
                 with self._activity.of("fit"):
                     weights = self._fit(client, targets.value)
+                self._on_device.add(client, Align.kind, place, began, current_place(self._device))
                 queue, compute = started - waiting, clock() - started
                 reply(Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute))
             with self._changed:
@@ -374,11 +394,3 @@ class Server:
         with self._changed:
             self._unfitted.add(client)
         self._run("fit", work)
-
-
-def _average(models: Mapping[int, Weights], shares: Mapping[int, float]) -> None:
-    """Give all models the weighted mean of those that have a share."""
-    members = [models[client] for client in shares]
-    mean = weighted_sum(members, list(shares.values()), like=members[0])
-    for weights in models.values():
-        weights.load(mean)

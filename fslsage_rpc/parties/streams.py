@@ -10,15 +10,36 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-Place = torch.cuda.Event | None
+from fslsage_rpc.measure.clock import Reading, device_clock
+
+Place = Reading
 """A place in a stream: the device gets there when it has done all that was queued before. None on a CPU."""
+
+STREAMS = 32
+"""that torch has for a device and a priority: further queues share them, between each other's work"""
+PRIORITY = -1
+"""of our streams. torch's RPC, whose threads take streams in turn, takes those of the lowest and the highest
+priority: it would queue between our work, which does harm while that is captured as a graph"""
+
+
+def can_capture(device: torch.device) -> bool:
+    """Can CUDA graphs be captured here? A GPU needs a priority between the lowest, 0, and the highest."""
+    if device.type != "cuda":
+        return False
+    _, highest = torch.cuda.current_stream(device).priority_range()
+    return highest < PRIORITY
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a GPU for what one thread at a time queues; what the caller has queued comes first."""
+    stream = torch.cuda.Stream(device, priority=PRIORITY)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
 
 
 def current_place(device: torch.device) -> Place:
-    """The place that the calling thread's current stream has got to."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_stream(device).record_event()
+    """The place that the calling thread's current stream has got to; it can be read as a clock."""
+    return device_clock(device)
 
 
 class WorkQueue:
@@ -33,11 +54,7 @@ class WorkQueue:
     @classmethod
     def beside_others(cls, device: torch.device) -> "WorkQueue":
         """A queue with a stream of its own, on a GPU; what the caller has queued so far comes first."""
-        if device.type != "cuda":
-            return cls()
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        return cls(stream)
+        return cls(own_stream(device)) if device.type == "cuda" else cls()
 
     @contextmanager
     def after(self, place: Place) -> Iterator[None]:

@@ -35,7 +35,7 @@ class Costs:
 def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:
     """The costs of an algorithm from rounds that were measured in this scenario."""
     pairs = [(line, scenario.round(line["round"])) for line in lines]
-    client = sum(sum(line["phases"]["client"][phase] for phase in CLIENT) for line, _ in pairs)
+    client = sum(_client_seconds(line) for line, _ in pairs)
     samples = sum(planned.samples for _, planned in pairs)
     uploaded = sum(_requests(line, "up_bytes") for line, _ in pairs) / (scenario.sizes.smashed + LABEL_BYTES)
     buffered = sum(sum(planned.aligned.values()) for _, planned in pairs)
@@ -59,6 +59,12 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:
             ),
         ),
     )
+
+
+def _client_seconds(line: Line) -> float:
+    """Of compute and what is beside it; a GPU's compute where there is one, not its host's."""
+    seconds = {**line["phases"]["client"], **line.get("device_seconds", {}).get("client", {})}
+    return sum(seconds[phase] for phase in CLIENT)
 
 
 def _requests(line: Line, key: str) -> float:

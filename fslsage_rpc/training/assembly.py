@@ -1,6 +1,7 @@
 """Builds the server and the clients of an experiment on the ranks that host them."""
 
 import copy
+import warnings
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Lane, Server
-from fslsage_rpc.parties.streams import WorkQueue
+from fslsage_rpc.parties.streams import STREAMS, WorkQueue, can_capture
 from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
 
@@ -27,6 +28,13 @@ def build_server(
     """
     config, algorithm, split = experiment.config, experiment.algorithm, experiment.split
     clients = range(len(experiment.parts))
+    graphs = uses_graphs(experiment, world)
+    if graphs and world.works_beside and len(clients) >= STREAMS:
+        # One would capture what another lane, or fit, queues in the same stream.
+        warnings.warn(
+            f"graphs: for fewer than {STREAMS} clients: the server's steps run without", stacklevel=2
+        )
+        graphs = False
 
     def fresh(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).to(world.device)
@@ -38,7 +46,7 @@ def build_server(
         model = fresh(split.server)
         optimizer = ScheduledOptimizer(config.optimizer.server, model.parameters())
         timeline = Timeline(row, tracer, world.device)
-        return Lane(model, optimizer, config.server.order, timeline, queue())
+        return Lane(model, optimizer, config.server.order, timeline, queue(), graphs)
 
     def fit(client: int) -> AuxiliaryFit:
         keys = config.algorithm.alignment
@@ -51,6 +59,7 @@ def build_server(
             keys=keys,
             timeline=Timeline(f"alignment of client {client}", tracer, world.device),
             queue=queue(),
+            graphs=graphs,
         )
 
     if algorithm.client_holds_whole_model:
@@ -74,6 +83,11 @@ def build_server(
         assert saved.server is not None
         server.load_state(saved.server)
     return server
+
+
+def uses_graphs(experiment: Experiment, world: World) -> bool:
+    """Are the steps of this rank's parties captured?"""
+    return experiment.config.graphs == "auto" and can_capture(world.device)
 
 
 def hosted_clients(experiment: Experiment, world: World) -> range:
@@ -114,6 +128,7 @@ def build_clients(
             data=data,
             keys=keys,
             timeline=timeline,
+            graphs=uses_graphs(experiment, world),
         )
         if saved is not None:
             client.load_state(saved.clients[id])

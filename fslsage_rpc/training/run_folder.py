@@ -41,6 +41,7 @@ FREE_KEYS = {
     "checkpoint",
     "evaluation",
     "trace",
+    "graphs",
     "bench",
 }
 """what may differ between a run and the run whose folder it finds"""

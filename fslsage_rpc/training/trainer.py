@@ -15,7 +15,7 @@ from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.progress import Progress
-from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.measure.requests import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
 from fslsage_rpc.parties.scheduler import Scheduler
@@ -221,10 +221,13 @@ class Trainer:
         if self.server and gathered:
             reports, requests = zip(*gathered, strict=True)
             score = self._evaluate(self.server) if evaluated else None
+            server = self.server.report(round_seconds(reports))
+            for each in reports:
+                on_device(each.requests, server.requests)
             line = self.recorder.add(
                 round=round,
                 reports=reports,
-                server=self.server.report(round_seconds(reports)),
+                server=server,
                 score=score,
                 evaluation_seconds=clock() - ended if evaluated else 0.0,
                 paper_bytes=paper_bytes,

@@ -1,0 +1,300 @@
+"""Captured steps against steps that are not, bit for bit; CUDA's graphs themselves are in test_cuda.py."""
+
+import gc
+import json
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_program import Outcome, train_locally
+from rank_program import train as train_in
+from recorded_graphs import Recorder, recorder
+from torch import nn
+
+from fslsage_rpc.comm.local import LocalWorld
+from fslsage_rpc.config import Alignment, Config, OptimizerKeys, SchedulerKeys
+from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.notebook import train
+from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
+from fslsage_rpc.parties.graphs import SHAPES, Graphed
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.parties.server import Lane
+from fslsage_rpc.training.assembly import build_server
+from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.trainer import Trainer
+
+__all__ = ["recorder"]
+pytestmark = pytest.mark.filterwarnings("error:graphs")  # that something could not be captured
+
+ALGORITHMS = ["fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"]
+
+
+def tree(folder: Path, algorithm: str, graphs: str = "auto", **changes: Any) -> dict[str, Any]:
+    """Three rounds of three unequal clients, whose last batches are short, with rates that move."""
+    parts = folder / "partition.json"
+    parts.write_text(json.dumps([list(range(70)), list(range(70, 115)), list(range(115, 149))]))
+    keys = {
+        "client": {"scheduler": {"name": "CosineAnnealingLR", "arguments": {"T_max": 20}, "per": "round"}},
+        "server": {"scheduler": {"name": "ExponentialLR", "arguments": {"gamma": 0.9}, "per": "step"}},
+        "auxiliary": {"name": "sgd", "lr": 0.05},
+    }
+    return {
+        "rounds": 3,
+        "device": "cpu",
+        "graphs": graphs,
+        "clients": {"count": 3, "batch_size": 16},
+        "data": {"partition": "file", "partition_file": str(parts), "test_limit": 60},
+        "algorithm": {
+            "name": algorithm,
+            "upload_every": 2,
+            "align_every": 2,
+            "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
+        },
+        "optimizer": keys,
+        **changes,
+    }
+
+
+def assert_same(a: Outcome, b: Outcome) -> None:
+    """The same weights, losses, alignments and drifts, to the last bit."""
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, expected in a.tensors.items():
+        assert torch.equal(b.tensors[name], expected), name
+    for expected_line, line in zip(a.lines, b.lines, strict=True):
+        for key in ("train_loss", "test_loss", "alignment", "drift", "wire_bytes"):
+            assert line[key] == expected_line[key], key
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_captured_steps_change_no_number(algorithm: str, tmp_path: Path, recorder: Recorder) -> None:
+    without = train_locally(tree(tmp_path, algorithm, "never"))
+    assert recorder.captures == 0
+    assert_same(without, train_locally(tree(tmp_path, algorithm)))
+    assert recorder.captures > 0
+    assert recorder.replays > 2 * recorder.captures
+
+
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_running_statistics_and_a_warm_start_too(precision: str, tmp_path: Path, recorder: Recorder) -> None:
+    model = {"name": "resnet56", "width": 4, "cut": "layer2"}
+    changes: dict[str, Any] = {"precision": precision, "model": model, "rounds": 2}
+    keys = [tree(tmp_path, "fsl_sage", graphs, **changes) for graphs in ("never", "auto")]
+    for each in keys:
+        each["algorithm"]["warm_start"] = True
+    assert_same(train_locally(keys[0]), train_locally(keys[1]))
+    assert recorder.captures > 0
+
+
+def test_what_is_refused_runs_without_and_says_so_once(tmp_path: Path, recorder: Recorder) -> None:
+    without = train_locally(tree(tmp_path, "fsl_sage", "never"))
+    recorder.refuse = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        refused = train_locally(tree(tmp_path, "fsl_sage"))
+    assert_same(without, refused)
+    said = {str(warning.message) for warning in caught}
+    assert said == {"graphs: could not capture (CUDA error: operation not permitted): such steps run without"}
+    assert recorder.captures == 0
+
+
+def test_on_a_cpu_nothing_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_tree({**tree(tmp_path, "fsl_sage"), "transport": "local"})
+    trainer = Trainer(Experiment.prepare(config), LocalWorld(config))
+    trainer.train_round(0)
+    trainer.train_round(1)
+    assert trainer.server is not None
+    assert all(steps.shapes == 0 for steps in trainer.server.lanes[0].steps.values())
+    assert all(client.passes.shapes == 0 for client in trainer.clients.values())
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_graphs_or_without(tmp_path: Path, recorder: Recorder) -> None:
+    changes = {"output": str(tmp_path), "resume": "auto"}
+
+    def model(name: str, *parts: tuple[str, int]) -> dict[str, torch.Tensor]:
+        for graphs, rounds in parts:
+            keys = {**tree(tmp_path, "fsl_sage", graphs, **changes), "name": name, "rounds": rounds}
+            folder = train(keys).folder
+        return torch.load(folder / "model.pt", weights_only=True)
+
+    expected = model("whole", ("never", 3))
+    for name, parts in {
+        "resumed": (("auto", 1), ("auto", 3)),
+        "dropped": (("auto", 1), ("never", 3)),
+        "begun": (("never", 1), ("auto", 3)),
+    }.items():
+        found = model(name, *parts)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+    assert recorder.captures > 0
+
+
+def lane_of(graphs: bool, keys: OptimizerKeys) -> Lane:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    return Lane(model, ScheduledOptimizer(keys, model.parameters()), "arrival", Timeline(), graphs=graphs)
+
+
+def batch(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
+
+
+def test_every_shape_has_a_graph_up_to_a_limit_and_answers_stay_as_they_were(recorder: Recorder) -> None:
+    plain, graphed = (lane_of(graphs, OptimizerKeys()) for graphs in (False, True))
+    sizes = [8, 8, 8, 3, 8, 3, 3, *range(9, 9 + SHAPES), *range(9, 9 + SHAPES), 8, 3]
+    answers = []
+    for seed, size in enumerate(sizes):
+        expected, answer = (lane.train(*batch(size, seed), gradient=True) for lane in (plain, graphed))
+        answers.append((expected, answer))
+    assert graphed.steps[True].shapes == SHAPES
+    assert graphed.steps[False].shapes == 0
+    for expected, answer in answers:  # a graph's own tensors have been written over since
+        assert torch.equal(expected, answer)  # type: ignore[arg-type]
+    assert torch.equal(plain.weights.floats, graphed.weights.floats)
+    assert torch.equal(plain.weights.integers, graphed.weights.integers)
+    assert plain.losses.take() == graphed.losses.take()
+
+
+def test_a_setting_that_a_graph_has_taken_as_it_was_may_not_move(recorder: Recorder) -> None:
+    """CyclicLR turns Adam's momentum, too, of which captured steps have the value, not the place."""
+    arguments = {"base_lr": 1e-3, "max_lr": 1e-2, "step_size_up": 3}
+    keys = OptimizerKeys(scheduler=SchedulerKeys(name="CyclicLR", arguments=arguments, per="step"))
+    plain, graphed = (lane_of(graphs, keys) for graphs in (False, True))
+    for seed in range(8):
+        for lane in (plain, graphed):
+            lane.train(*batch(8, seed), gradient=False)
+    assert recorder.captures == 1
+    assert torch.equal(plain.weights.floats, graphed.weights.floats)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_moving_rate_reaches_captured_steps_and_checkpoints_see_a_number(
+    name: str, recorder: Recorder
+) -> None:
+    scheduler = SchedulerKeys(name="ExponentialLR", arguments={"gamma": 0.5}, per="round")
+    keys = OptimizerKeys(name=name, lr=0.1, scheduler=scheduler)  # type: ignore[arg-type]
+    plain, graphed = (lane_of(graphs, keys) for graphs in (False, True))
+    for seed in range(6):
+        for lane in (plain, graphed):
+            lane.train(*batch(8, seed), gradient=False)
+            lane.optimizer.end_round()
+    assert recorder.replays == 5
+    assert torch.equal(plain.weights.floats, graphed.weights.floats)
+    states = [lane.state()["optimizer"]["optimizer"]["param_groups"] for lane in (plain, graphed)]
+    assert states[0] == states[1]
+    assert isinstance(states[1][0]["lr"], float)
+
+
+def test_a_fit_captures_its_step_and_stops_where_it_would(recorder: Recorder) -> None:
+    fits = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+        optimizer = ScheduledOptimizer(OptimizerKeys(lr=1e-2), model.parameters())
+        keys = Alignment(epochs=20, batch_size=25, tolerance=0.02)
+        buffer = AlignmentBuffer(40)
+        fits.append(AuxiliaryFit(model, flatten(model), optimizer, buffer, keys, Timeline(), graphs=graphs))
+    targets = []
+    for seed, size in enumerate((25, 15)):
+        z, y = batch(size, seed)
+        targets.append((z.double(), y, batch(size, seed + 10)[0].double()))
+    for _ in range(2):
+        results = [fit.fit(targets) for fit in fits]
+        (expected, record), (found, captured) = results
+        assert torch.equal(expected.floats, found.floats)
+        assert record.read() == captured.read()
+        assert record.passes < 20
+    assert recorder.captures == 2  # one for each batch; the second alignment needs no more
+
+
+def add_one(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (x + 1,)
+
+
+def test_a_thread_that_has_computed_nothing_yet_does_not_capture(recorder: Recorder) -> None:
+    """Libraries make their handles at a thread's first use, which is not for a capture."""
+    step = Graphed(enabled=True)
+    calls: list[int] = []
+
+    def call() -> None:
+        step(add_one, torch.ones(2))
+        calls.append(recorder.captures)
+        step(add_one, torch.ones(2))
+        calls.append(recorder.captures)
+
+    for _ in range(2):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert calls == [0, 1, 1, 1]
+    other = Graphed(enabled=True)
+    first = threading.Thread(target=lambda: other(add_one, torch.ones(2)))
+    first.start()
+    first.join()
+    second = threading.Thread(target=lambda: other(add_one, torch.ones(2)))
+    second.start()
+    second.join()
+    assert other.shapes == 0
+
+
+def test_parties_are_freed_when_nobody_holds_them(tmp_path: Path) -> None:
+    """Without the garbage collector's help, which does not know how large they are."""
+    config = from_tree({**tree(tmp_path, "fsl_sage", "never"), "transport": "local"})
+    trainer = Trainer(Experiment.prepare(config), LocalWorld(config))
+    trainer.train_round(0)
+    assert trainer.server is not None
+    parties = (trainer.clients[0], trainer.server.lanes[0], trainer.server.fits[0])
+    alive = [weakref.ref(party.weights.floats) for party in parties]
+    gc.disable()
+    try:
+        del trainer, parties
+        assert [reference() for reference in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+class Beside(LocalWorld):
+    """Lanes and fits have threads of their own, as over RPC."""
+
+    works_beside = True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self._pools: dict[str, ThreadPoolExecutor] = {}
+
+    def start(self, kind: str, work: Callable[[], None]) -> None:
+        self._pools.setdefault(kind, ThreadPoolExecutor(3)).submit(work)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.shutdown()
+
+
+@pytest.mark.parametrize("algorithm", ["fsl_sage", "splitfed_v1"])
+def test_lanes_and_fits_on_threads_of_their_own_too(
+    algorithm: str, tmp_path: Path, recorder: Recorder
+) -> None:
+    without = train_locally(tree(tmp_path, algorithm, "never", rounds=6))
+    config = from_tree({**tree(tmp_path, algorithm, rounds=6), "transport": "local"})
+    world = Beside(config)
+    assert_same(without, train_in(Experiment.prepare(config), world))
+    world.close()
+    assert recorder.replays > 2 * recorder.captures > 0
+
+
+def test_lanes_and_fits_that_share_streams_are_not_captured(recorder: Recorder) -> None:
+    tree = {"device": "cpu", "graphs": "auto", "clients": {"count": 32}, "data": {"partition": "iid"}}
+    config = from_tree(tree)
+    with pytest.warns(UserWarning, match="graphs: for fewer than 32 clients: the server's steps run without"):
+        server = build_server(Experiment.prepare(config), Beside(config), None, None)
+    z, y = torch.randn(4, 64, 2, 2), torch.arange(4)
+    for _ in range(3):
+        server.lanes[0].train(z, y, gradient=False)
+    assert recorder.captures == 0
