@@ -65,8 +65,8 @@ class LoopbackRendezvous(RendezvousHandler):
 
 def register() -> None:
     """Make it known to torch's launcher, under its name."""
+    rendezvous_handler_registry.register(BACKEND, _create)
 
-    def create(parameters: RendezvousParameters) -> RendezvousHandler:
-        return LoopbackRendezvous(parameters.run_id)
 
-    rendezvous_handler_registry.register(BACKEND, create)
+def _create(parameters: RendezvousParameters) -> RendezvousHandler:
+    return LoopbackRendezvous(parameters.run_id)

@@ -19,7 +19,7 @@ GET_ADDRESS = 0x8915
 
 @dataclass(frozen=True, order=True)
 class Listener:
-    """A TCP socket that takes connections; the unspecified address (0.0.0.0, ::) stands for all interfaces."""
+    """A TCP socket that takes connections; the unspecified address (0.0.0.0, ::) means all interfaces."""
 
     address: Address
     port: int
