@@ -78,6 +78,7 @@ class RunFolder:
         self._metrics = MetricsFile(self.path / "metrics.jsonl")
         self._kept = b""  # of metrics.jsonl
         with self._writing():
+            check_place(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / "bench.json").exists():
             raise InputError(
@@ -226,6 +227,19 @@ class RunFolder:
 def checkpoints_folder(config: Config) -> Path:
     """Where all ranks write their parts."""
     return Path(config.output) / config.name / "checkpoints"
+
+
+def check_place(folder: Path) -> None:
+    """See that what is written into a run folder stays below `output`.
+
+    Raises:
+        InputError: it is a link.
+    """
+    if folder.is_symlink():
+        raise InputError(
+            f"name: got {folder.name!r}, where {folder} is a link, expected a folder or the name of a "
+            "new one; output itself may be a link"
+        )
 
 
 def write_whole(path: Path, text: str) -> None:
