@@ -329,6 +329,7 @@ def test_it_starts_ranks_of_its_own_and_measures_their_links(tmp_path: Path) -> 
     assert listing(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_meet_end_it_with_status_1_behind_the_likely_reason() -> None:
     done = run_program(
         QUICKSTART,

@@ -156,7 +156,7 @@ CHECKPOINT_FILES = ["metrics.jsonl"] + [
 ]
 
 
-@few(120)
+@few(40)
 @given(st.dictionaries(st.sampled_from(CHECKPOINT_FILES), DAMAGES, min_size=1, max_size=3))
 def test_a_damaged_checkpoint_is_named_and_left_out_for_the_one_before(
     finished: Path, tmp_path: Path, damages: dict[str, Damage]
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out_for_the_one_before(
         assert any(line.startswith(name) for name in [*newer, str(folder / "metrics.jsonl")])
 
 
-@few(150)
+@few(40)
 @given(st.sampled_from(["config.yaml", "summary.json", "partition.json", "environment.json"]), DAMAGES)
 def test_a_damaged_run_folder_is_shown_gone_on_with_or_refused(
     finished: Path, tmp_path: Path, name: str, damage: Damage
@@ -190,7 +190,7 @@ def test_a_damaged_run_folder_is_shown_gone_on_with_or_refused(
     look(tmp_path)
 
 
-@few(150)
+@few(40)
 @given(st.data())
 def test_an_altered_summary_is_shown_or_the_run_is_gone_on_with(
     finished: Path, tmp_path: Path, data: st.DataObject
@@ -211,7 +211,7 @@ def look(tmp_path: Path) -> None:
         used_or_refused(found.check_partition, [])
 
 
-@few(150)
+@few(40)
 @given(st.sampled_from(["model.pt", "config.yaml"]), DAMAGES)
 def test_a_damaged_model_is_evaluated_or_refused(
     finished: Path, tmp_path: Path, name: str, damage: Damage
@@ -224,7 +224,7 @@ def test_a_damaged_model_is_evaluated_or_refused(
 # Reports and plans
 
 
-@few(100)
+@few(40)
 @given(st.sampled_from(["config.yaml", "metrics.jsonl", "summary.json", "environment.json"]), DAMAGES)
 def test_a_report_of_damaged_files_is_made_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: str, damage: Damage
@@ -234,7 +234,7 @@ def test_a_report_of_damaged_files_is_made_or_refused(
     report_on(folder)
 
 
-@few(150)
+@few(40)
 @given(st.data())
 def test_a_report_of_altered_figures_is_made_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -247,7 +247,7 @@ def test_a_report_of_altered_figures_is_made_or_refused(
     report_on(folder)
 
 
-@few(150)
+@few(40)
 @given(st.data())
 def test_a_report_of_an_altered_benchmark_is_made_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -263,6 +263,7 @@ def report_on(folder: Path) -> None:
     used_or_refused(read, [str(folder)])
 
 
+@pytest.mark.slow
 @few(12)
 @given(st.data())
 def test_the_figures_too_are_drawn_of_what_is_let_in(
@@ -301,10 +302,20 @@ def calibrate_from(folder: Path) -> None:
             assert all(math.isfinite(value) for value in vars(costs).values())
 
 
-def test_the_sound_benchmark_is_read(benchmark: Path) -> None:
+@pytest.mark.slow
+def test_a_sound_benchmark_is_read_and_one_with_impossible_rounds_refused(
+    benchmark: Path, tmp_path: Path
+) -> None:
     assert read_calibration(benchmark).costs
+    folder = copied(benchmark, tmp_path)
+    path = sorted((folder / "rounds").iterdir())[0]
+    first, *rest = path.read_text().splitlines()
+    line = {**json.loads(first), "round": 10**15}  # whose participants nobody could count
+    path.write_text("\n".join([json.dumps(line), *rest]) + "\n")
+    assert used_or_refused(read_calibration, folder) is None
 
 
+@pytest.mark.slow
 @few(40)
 @given(st.integers(0, 50), DAMAGES)
 def test_a_plan_from_damaged_files_is_made_or_refused(
@@ -317,6 +328,7 @@ def test_a_plan_from_damaged_files_is_made_or_refused(
     calibrate_from(folder)
 
 
+@pytest.mark.slow
 @few(40)
 @given(st.data())
 def test_a_plan_from_altered_figures_is_made_or_refused(
@@ -337,7 +349,7 @@ def test_a_plan_from_altered_figures_is_made_or_refused(
 # Data
 
 
-@few(150)
+@few(100)
 @given(st.sampled_from(datasets.MNIST_FILES), DAMAGES)
 def test_damaged_mnist_files_are_read_as_images_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: str, damage: Damage
@@ -352,7 +364,7 @@ def test_damaged_mnist_files_are_read_as_images_or_refused(
 SIZES = st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 30), max_size=3)
 
 
-@few(150)
+@few(100)
 @given(st.sampled_from(datasets.MNIST_FILES), st.integers(0, 255), st.integers(0, 255), SIZES, st.binary())
 def test_mnist_files_of_any_kind_and_shape_are_read_as_images_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: str, kind: int, axes: int, sizes: list[int], body: bytes
@@ -395,7 +407,7 @@ def test_a_damaged_cifar_archive_is_refused(
     assert used_or_refused(datasets.load, Data(name="cifar10", root=str(root), download=False), True) is None
 
 
-@few(200)
+@few(100)
 @given(
     st.binary(max_size=40)
     | JSON.map(lambda value: json.dumps(value).encode())
