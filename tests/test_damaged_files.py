@@ -156,7 +156,7 @@ CHECKPOINT_FILES = ["metrics.jsonl"] + [
 ]
 
 
-@few(40)
+@few(25)
 @given(st.dictionaries(st.sampled_from(CHECKPOINT_FILES), DAMAGES, min_size=1, max_size=3))
 def test_a_damaged_checkpoint_is_named_and_left_out_for_the_one_before(
     finished: Path, tmp_path: Path, damages: dict[str, Damage]
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_named_and_left_out_for_the_one_before(
         assert any(line.startswith(name) for name in [*newer, str(folder / "metrics.jsonl")])
 
 
-@few(40)
+@few(25)
 @given(st.sampled_from(["config.yaml", "summary.json", "partition.json", "environment.json"]), DAMAGES)
 def test_a_damaged_run_folder_is_shown_gone_on_with_or_refused(
     finished: Path, tmp_path: Path, name: str, damage: Damage
@@ -190,7 +190,7 @@ def test_a_damaged_run_folder_is_shown_gone_on_with_or_refused(
     look(tmp_path)
 
 
-@few(40)
+@few(25)
 @given(st.data())
 def test_an_altered_summary_is_shown_or_the_run_is_gone_on_with(
     finished: Path, tmp_path: Path, data: st.DataObject
@@ -211,7 +211,7 @@ def look(tmp_path: Path) -> None:
         used_or_refused(found.check_partition, [])
 
 
-@few(40)
+@few(25)
 @given(st.sampled_from(["model.pt", "config.yaml"]), DAMAGES)
 def test_a_damaged_model_is_evaluated_or_refused(
     finished: Path, tmp_path: Path, name: str, damage: Damage
@@ -245,6 +245,13 @@ def test_a_report_of_altered_figures_is_made_or_refused(
     changed = data.draw(altered(lines))
     (folder / name).write_text("".join(json.dumps(line) + "\n" for line in changed))
     report_on(folder)
+
+
+def test_a_whole_number_beyond_all_floats_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [0.1])
+    line = json.loads((folder / "metrics.jsonl").read_text())
+    (folder / "metrics.jsonl").write_text(json.dumps({**line, "elapsed_seconds": 10**400}) + "\n")
+    assert used_or_refused(read, [str(folder)]) is None
 
 
 @few(40)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -129,7 +130,7 @@ class CheckScreen:
         disk = findings.ranks[0].disk
         if disk.free_bytes is None:
             return  # there is a warning
-        text = f"Disk: {size(disk.free_bytes)} free in {disk.folder}"
+        text = f"Disk: {size(disk.free_bytes)} free in {Path(disk.folder).absolute()}"
         if findings.run:
             text += f"; the run would fill up to {size(findings.run.disk_bytes)}"
         self._say(text + ".")
