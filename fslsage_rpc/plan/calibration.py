@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fslsage_rpc.bench.statistics import BenchRun
 from fslsage_rpc.bench.variants import variant_configs
@@ -15,9 +16,11 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.prediction import simulation_of
-from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.plan.scenario import Scenario, training_samples
 
 APPROXIMATIONS = 20
+LARGEST = 1e18
+"""seconds or bytes"""
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,20 @@ def read_calibration(folder: Path) -> Calibration:
         return _read(folder)
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise InputError(f"--calibrate: got {folder}, expected the folder of a complete benchmark") from None
 
 
 def _read(folder: Path) -> Calibration:
     environment = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["environment"]
+    _check_figures([environment["link_speeds"], environment["ranks"]])
     speeds = [LinkSpeed(**speed) for each in environment["link_speeds"] for speed in each.values()]
     if not speeds:
         raise InputError(f"--calibrate: got {folder}, expected a benchmark with transport: rpc")
     link = LinkSpeed(*(statistics.fmean(getattr(s, name) for s in speeds) for name in vars(speeds[0])))
     config = load(folder / "config.yaml")
+    if config.clients.count > training_samples(config):
+        raise ValueError("there would be clients without samples")
     ranks = environment["ranks"]
     workers = max(1, ranks[0]["cores"] // ranks[0]["threads"])
     one_machine = len({rank["host"] for rank in ranks}) == 1
@@ -63,10 +69,23 @@ def _read(folder: Path) -> Calibration:
         if variant.algorithm.name not in costs:
             scenario = Scenario(variant, link, len(ranks) - 1, cores)
             lines = _measured_lines(folder, name, config, scenario)
-            costs[variant.algorithm.name] = on_cores_of_their_own(
-                measure_costs(lines, scenario), scenario, workers
-            )
+            measured = measure_costs(lines, scenario)
+            _check_figures(list(vars(measured).values()))
+            costs[variant.algorithm.name] = on_cores_of_their_own(measured, scenario, workers)
     return Calibration(config, costs, link, workers, cores)
+
+
+def _check_figures(tree: Any, least: float = 0.0) -> None:
+    """See that seconds, bytes and counts are such, wherever they are in what was read.
+
+    Raises:
+        ValueError: a number is none, below the least, or beyond all that can be measured.
+    """
+    if isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            _check_figures(value, least)
+    elif isinstance(tree, int | float) and not least <= tree <= LARGEST:
+        raise ValueError(f"{tree} is no measurement")
 
 
 def _measured_lines(folder: Path, name: str, config: Config, scenario: Scenario) -> list[Line]:
@@ -74,8 +93,12 @@ def _measured_lines(folder: Path, name: str, config: Config, scenario: Scenario)
     lines: list[Line] = []
     for repeat in range(config.bench.repeats):
         text = (folder / "rounds" / f"{name}-{repeat}.jsonl").read_text(encoding="utf-8")
-        interval = scenario.algorithm.interval
-        run = BenchRun(name, repeat, interval, [json.loads(line) for line in text.splitlines()])
+        measured = [json.loads(line) for line in text.splitlines()]
+        for line in measured:  # differences of clocks may be below 0
+            _check_figures([line["phases"], line["requests"]], least=-LARGEST)
+        if [line["round"] for line in measured] != list(range(scenario.config.rounds)):
+            raise ValueError("rounds are missing")
+        run = BenchRun(name, repeat, scenario.algorithm.interval, measured)
         lines += [run.lines[round] for rounds in run.samples(config.bench.warmup_rounds) for round in rounds]
     return lines
 
