@@ -30,8 +30,9 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.transport == "rpc":
         _check_ranks(config, ranks)
+    spec = datasets.SPECS[config.data.name]
     with torch.device("meta"):
-        build(config.model, 10, (3, 32, 32), 0, torch.float32)
+        build(config.model, spec.classes, spec.image_shape, 0, torch.float32)
     for party, keys in vars(config.optimizer).items():
         check_scheduler(keys, party)
     choose_device(config.device, 0)
