@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import load
+from fslsage_rpc.configuration import from_tree, load
 from fslsage_rpc.errors import HostError, InputError
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
@@ -86,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("folders", nargs="+", metavar="RUN", help="run folder, or folder of a bench")
     report.add_argument("--out", required=True, metavar="DIR", help="folder for report.html, .md and figures")
     report.set_defaults(command=_compare)
+    check = commands.add_parser("check", help="what this machine is, and what a configuration would do on it")
+    check.add_argument("config", nargs="?", help="YAML configuration file; none: the machine alone")
+    check.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
+    check.set_defaults(command=_check)
     evaluate = commands.add_parser("evaluate", help="evaluate the finished model of a run folder again")
     evaluate.add_argument("run", help="run folder")
     evaluate.set_defaults(command=_evaluate)
@@ -155,6 +159,22 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     from fslsage_rpc.report.comparison import write_report
 
     print(f"Report: {write_report(options.folders, options.out)}")
+    return 0
+
+
+def _check(options: argparse.Namespace, arguments: list[str]) -> int:
+    if options.config is not None:
+        config = load(options.config, options.overrides)
+    else:  # the ranks that there are, or this process alone
+        config = from_tree({} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {"transport": "local"})
+    if _needs_ranks(config):
+        return _launch(config, arguments)
+    from fslsage_rpc.check.run import examine
+    from fslsage_rpc.check.screen import CheckScreen
+
+    findings = examine(config, configured=options.config is not None)
+    if findings:
+        CheckScreen().show(findings)
     return 0
 
 

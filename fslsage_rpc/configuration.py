@@ -208,7 +208,12 @@ def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
         return "an integer", value if isinstance(value, int) and not isinstance(value, bool) else None
     if hint is float:
         return "a number", _as_float(value)
-    return "a text", value if isinstance(value, str) and value else None
+    return "a text", value if isinstance(value, str) and value and _can_be_written(value) else None
+
+
+def _can_be_written(text: str) -> bool:
+    """No NUL, which ends a path, and no half of a surrogate pair, which UTF-8 cannot hold."""
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _as_mapping(value: Any, convert: Callable[[Any], Any]) -> dict[str, Any] | None:

@@ -26,7 +26,13 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.records import RankReport
-from fslsage_rpc.training.run_folder import emulated_links, rank_environment, versions, write_whole
+from fslsage_rpc.training.run_folder import (
+    check_place,
+    emulated_links,
+    rank_environment,
+    versions,
+    write_whole,
+)
 from fslsage_rpc.training.trainer import Trainer
 
 RESULTS = ("bench.json", "bench.md", "config.yaml", "links.json")
@@ -152,11 +158,12 @@ def _make(folder: Path) -> None:
     Raises:
         InputError: it cannot be made, or holds a training run.
     """
-    if (folder / "metrics.jsonl").exists():
-        raise InputError(
-            f"name: got {folder.name!r}, where {folder} holds a training run; choose another name"
-        )
     try:
+        check_place(folder)
+        if (folder / "metrics.jsonl").exists():
+            raise InputError(
+                f"name: got {folder.name!r}, where {folder} holds a training run; choose another name"
+            )
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "rounds", ignore_errors=True)

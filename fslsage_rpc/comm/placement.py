@@ -11,6 +11,9 @@ from fslsage_rpc.errors import InputError
 SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"
 """set to 1, NCCL 2.30 and later takes several ranks on one GPU; its own and experimental"""
 
+SHM_CORES_PER_RANK = 2
+"""TensorPipe's shm transport keeps up to a core busy per rank, also while it waits"""
+
 ONE_HOST_CHANNELS = ["cma", "mpt_uv", "basic", "cuda_xth", "cuda_ipc", "cuda_basic"]
 """TensorPipe's, best first, without cuda_gdr: RDMA, of no use on one host, and some machines abort on it"""
 

@@ -22,10 +22,16 @@ from torch.distributed.rendezvous import rendezvous
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.comm.memory import keep_large_blocks
-from fslsage_rpc.comm.placement import ONE_HOST_CHANNELS, GpuPlace, choose_averaging, device_maps
+from fslsage_rpc.comm.placement import (
+    ONE_HOST_CHANNELS,
+    SHM_CORES_PER_RANK,
+    GpuPlace,
+    choose_averaging,
+    device_maps,
+)
 from fslsage_rpc.comm.rpc_link import RpcLink, ServerEndpoint, peers_may_be_lost
 from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
-from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers
+from fslsage_rpc.comm.world import World, interfaces, on_one_host, open_device, server_workers, usable_cores
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
 from fslsage_rpc.measure.clock import synchronise
@@ -34,7 +40,6 @@ from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
 
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
-SHM_CORES_PER_RANK = 2  # TensorPipe's shm transport keeps up to a core busy per rank, also while it waits
 
 _offered: rpc.RRef | None = None  # rank 0's current server
 
@@ -89,7 +94,7 @@ class RpcWorld(World):
         options = rpc.TensorPipeRpcBackendOptions(
             rpc_timeout=keys.timeout_seconds,
             _transports=self._transports,
-            _channels=ONE_HOST_CHANNELS if torch.cuda.is_available() and _on_one_host() else None,
+            _channels=ONE_HOST_CHANNELS if torch.cuda.is_available() and on_one_host() else None,
         )
         if self.rank in self._device_maps:  # answers take the same way back; torch tells the server
             options.set_device_map(_worker(0), dict([self._device_maps[self.rank]]))
@@ -245,21 +250,16 @@ def _worker(rank: int) -> str:
     return "server" if rank == 0 else f"clients{rank}"
 
 
-def _on_one_host() -> bool:
-    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-
-
 def _default_transports() -> list[str] | None:
     """uv where cores are few, else None: TensorPipe's own choice, which prefers shm on one host."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ["uv"] if cores < SHM_CORES_PER_RANK * local_ranks else None
+    return ["uv"] if len(usable_cores()) < SHM_CORES_PER_RANK * local_ranks else None
 
 
 def _bind_interface(keys: Comm) -> str | None:
     """Make RPC, Gloo and NCCL use one interface: the configured one, or loopback where all is on one host."""
     interface = keys.interface
-    if interface is None and _on_one_host():
+    if interface is None and on_one_host():
         interface = next((name for name in ("lo", "lo0") if name in interfaces()), None)
     for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if keys.interface is not None:

@@ -11,6 +11,7 @@ import torch
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.config import Config
+from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import HostError
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
@@ -65,6 +66,23 @@ class World(ABC):
     @abstractmethod
     def all_reduce(self, weights: Weights, ledger: WireLedger) -> None:
         """Collective among the ranks that host clients: floats summed, integers' maximum, in place."""
+
+    def measure_links(self, link: ServerLink | None) -> dict[int, LinkSpeed]:
+        """Collective: the speed of each client rank's link to the server, one after the other.
+
+        Args:
+            link: this rank's, if it hosts clients.
+
+        Returns:
+            By client rank, on the server's rank; elsewhere nothing.
+        """
+        mine = None
+        for turn in range(self.client_ranks):
+            self.barrier()
+            if link and self.client_rank == turn:
+                mine = link.measure_speed()
+        speeds = self.gather((self.client_rank, mine)) or []
+        return {rank: speed for rank, speed in speeds if speed is not None}
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -129,6 +147,12 @@ def set_tf32(allowed: bool) -> None:
     torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
 
 
+def usable_cores() -> frozenset[int]:
+    """The cores of this host that this process may run on."""
+    known = hasattr(os, "sched_getaffinity")
+    return frozenset(os.sched_getaffinity(0) if known else range(os.cpu_count() or 1))
+
+
 def server_workers(device: torch.device) -> int:
     """Lanes that a server here executes at the same time, and fits likewise: cores over threads of each.
 
@@ -146,6 +170,11 @@ def job_ranks(config: Config) -> int:
 def is_first_rank(config: Config) -> bool:
     """Is this the rank that hosts the server and writes the folder? Known before the ranks meet."""
     return config.transport == "local" or int(os.environ.get("RANK", 0)) == 0
+
+
+def on_one_host() -> bool:
+    """Are all ranks of the job on this host? Known of jobs of torchrun and of our launchers."""
+    return os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "1")
 
 
 def open_world(config: Config) -> World:

@@ -1,5 +1,6 @@
 """The datasets: the embedded digits, synthetic images, and torchvision's, as uint8 image tensors."""
 
+import pickle
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,10 @@ DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_TEST_SAMPLES = 360
 SYNTHETIC_TEST_SAMPLES = 10_000
 DOWNLOAD_TIMEOUT_SECONDS = 10.0  # of each read: a slow link may take its time, a dead one not
-DAMAGED = (OSError, RuntimeError, ValueError, TypeError, LookupError, AssertionError)
+DAMAGED = (
+    *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
+    *(AssertionError, MemoryError, pickle.UnpicklingError),
+)
 """what torchvision raises on files that are missing or not what they should be"""
 
 
@@ -183,13 +187,24 @@ def load(keys: Data, train: bool) -> LabelledImages:
 
 
 def _load_torchvision(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
+    """Torchvision reads CIFAR's files, which are pickles, only once all their MD5 sums are right, and
+    unpickles no others.
+    """
+    spec = SPECS[keys.name]
     try:
         dataset = TORCHVISION[keys.name](keys.root, train=train, download=False)
+        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets, dtype=torch.int64)
+        images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
+        sound = (
+            images.dtype == torch.uint8
+            and images.shape == (len(labels), *spec.image_shape)
+            and 0 <= labels.min() <= labels.max() < spec.classes
+        )
     except DAMAGED:
-        raise _missing_files(keys, "missing or damaged") from None
-    images = torch.as_tensor(dataset.data)
-    images = images.permute(0, 3, 1, 2) if images.dim() == 4 else images.unsqueeze(1)
-    return images.contiguous(), torch.as_tensor(dataset.targets, dtype=torch.int64)
+        sound = False
+    if not sound:
+        raise _missing_files(keys, "missing or damaged")
+    return images.contiguous(), labels
 
 
 def _missing_files(keys: Data, what: str) -> HostError:

@@ -3,11 +3,13 @@ end.
 """
 
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.errors import ConsoleError
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -164,6 +166,15 @@ def summary_table(name: str, summary: dict[str, Any]) -> Table:
     table.add_section()
     table.add_row("paper ledger (modelled)", _mib(paper), _mib(paper / rounds))
     return table
+
+
+def can_be_shown(summary: Any) -> bool:
+    """Has a summary that was read from a file all that its table shows?"""
+    try:
+        Console(file=StringIO()).print(summary_table("", summary))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError):
+        return False
+    return True
 
 
 def _mib(bytes: float) -> str:

@@ -17,6 +17,7 @@ import yaml
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import changed_keys, load, to_tree
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.report.screen import can_be_shown
 from fslsage_rpc.report.tensorboard import TensorBoard
 from fslsage_rpc.training.checkpoint_files import (
     Damaged,
@@ -78,6 +79,7 @@ class RunFolder:
         self._metrics = MetricsFile(self.path / "metrics.jsonl")
         self._kept = b""  # of metrics.jsonl
         with self._writing():
+            check_place(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / "bench.json").exists():
             raise InputError(
@@ -95,7 +97,7 @@ class RunFolder:
         path = self.path / "partition.json"
         try:
             same = json.loads(path.read_text(encoding="utf-8")) == partition
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return  # it is written again
         if self.manifest and not same:
             raise InputError(
@@ -165,10 +167,7 @@ class RunFolder:
                 raise InputError(
                     f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
                 )
-        try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            summary = None
+        summary = self._summary()
         changed = [key for key in ("rounds", "stop") if old.get(key) != self._config[key]]
         if summary and not changed:
             self.finished_summary = summary
@@ -182,6 +181,14 @@ class RunFolder:
             )
         if not self.manifest:
             self.warn(f"the unfinished run in {self.path} is replaced: it has no checkpoint to go on from")
+
+    def _summary(self) -> dict[str, Any] | None:
+        """That of a complete run; None where there is none, or not what the program writes."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return summary if can_be_shown(summary) else None
 
     def _find_checkpoint(self) -> None:
         """Take the newest sound checkpoint; damaged ones are named and left out.
@@ -226,6 +233,19 @@ class RunFolder:
 def checkpoints_folder(config: Config) -> Path:
     """Where all ranks write their parts."""
     return Path(config.output) / config.name / "checkpoints"
+
+
+def check_place(folder: Path) -> None:
+    """See that what is written into a run folder stays below `output`.
+
+    Raises:
+        InputError: it is a link.
+    """
+    if folder.is_symlink():
+        raise InputError(
+            f"name: got {folder.name!r}, where {folder} is a link, expected a folder or the name of a "
+            "new one; output itself may be a link"
+        )
 
 
 def write_whole(path: Path, text: str) -> None:

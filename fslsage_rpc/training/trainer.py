@@ -77,18 +77,8 @@ class Trainer:
         self._test_data = self._load_test_data() if self.server else None
 
     def measure_links(self) -> dict[int, LinkSpeed]:
-        """Collective: the speed of each client rank's link to the server, one after the other.
-
-        Returns:
-            By client rank, on the server's rank; elsewhere nothing.
-        """
-        mine = None
-        for turn in range(self.world.client_ranks):
-            self.world.barrier()
-            if self._link and self.world.client_rank == turn:
-                mine = self._link.measure_speed()
-        speeds = self.world.gather((self.world.client_rank, mine)) or []
-        return {rank: speed for rank, speed in speeds if speed is not None}
+        """Collective: see `World.measure_links`."""
+        return self.world.measure_links(self._link)
 
     def train(self, on_round: OnRound, checkpoints: Checkpoints | None = None) -> None:
         """Train until the configured end; `on_round` gets each round's metrics line, and the ranks' reports

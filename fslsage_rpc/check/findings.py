@@ -1,0 +1,260 @@
+"""What `fslsage check` has found out, and what in it is worth a warning."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.check.links import CollectiveSpeed
+from fslsage_rpc.check.machine import Disk, Machine
+from fslsage_rpc.check.memory import Estimate, Memory
+from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK
+from fslsage_rpc.config import Config
+from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.training.experiment import Experiment
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank has to say."""
+
+    machine: Machine
+    disk: Disk
+    sees_output: bool
+    """it sees a file that rank 0 has put into `output`"""
+    memory: Memory | None = None
+    """what it will need beside what it has; None without a configuration"""
+    released_bytes: int = 0
+    """of what it has, the training samples of all clients, which it will let go"""
+
+    @property
+    def more_bytes(self) -> int | None:
+        """Bytes of the host's memory that it will want beside those that it has now, at the most."""
+        if self.memory is None:
+            return None
+        on_gpu = self.machine.gpu.gpu is not None
+        held = self.memory.of_host if on_gpu else self.memory.total
+        return max(self.memory.data, held - self.released_bytes)
+
+    @property
+    def resident_then_bytes(self) -> int | None:
+        """Its resident memory at the peak, estimated."""
+        machine, more = self.machine, self.more_bytes
+        if machine.resident_bytes is None or machine.peak_bytes is None or more is None:
+            return None
+        return max(machine.peak_bytes, machine.resident_bytes + more)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a configuration comes to."""
+
+    parameters: dict[str, int]
+    """of the client, server and auxiliary model"""
+    bytes: dict[str, int]
+    """of these, with their buffers"""
+    smashed_bytes: int
+    """of one sample at the cut"""
+    paper_bytes: dict[str, float]
+    """by algorithm: the paper ledger's of one round, mean over the rounds"""
+    interval: int
+    """rounds of an alignment interval; 1 for an algorithm without alignments"""
+    disk_bytes: int
+    """of the run folder's checkpoints and model at their largest"""
+
+    @classmethod
+    def of(cls, experiment: Experiment, estimate: Estimate) -> "Run":
+        """That of an experiment."""
+        config, split, sizes = experiment.config, experiment.split, experiment.sizes()
+        halves = {"client": split.client, "server": split.server, "auxiliary": split.auxiliary}
+        paper = {}
+        for name, kind in ALGORITHMS.items():
+            algorithm = kind(config.algorithm, experiment.federation)
+            total = sum(algorithm.paper_bytes(sizes, round) for round in range(config.rounds))
+            paper[name] = total / config.rounds
+        kept = 0 if config.checkpoint.every is None else config.checkpoint.keep + 1  # one is being written
+        return cls(
+            parameters={name: sum(p.numel() for p in half.parameters()) for name, half in halves.items()},
+            bytes={name: getattr(sizes, name) for name in halves},
+            smashed_bytes=sizes.smashed,
+            paper_bytes=paper,
+            interval=experiment.algorithm.interval,
+            disk_bytes=kept * estimate.checkpoint_bytes() + sizes.client + sizes.server,
+        )
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All ranks, the ways between them, and what the run would leave on disk."""
+
+    config: Config
+    ranks: Sequence[Rank]
+    world: Mapping[str, Any]
+    """see `World.describe`"""
+    links: Mapping[int, LinkSpeed]
+    """by client rank"""
+    averaging: CollectiveSpeed | None
+    run: "Run | None" = None
+    """what the configuration comes to, if there is one"""
+    unused_keys: Sequence[str] = ()
+
+    def warnings(self) -> list[str]:
+        """One line each."""
+        return [
+            *self._about_addresses(),
+            *self._about_gpus(),
+            *self._about_cores(),
+            *self._about_memory(),
+            *self._about_output(),
+            *self._about_versions(),
+            *(f"algorithm.{key} is not used by {self.config.algorithm.name}" for key in self.unused_keys),
+        ]
+
+    @property
+    def hosts(self) -> dict[str, list[int]]:
+        """The ranks on each host."""
+        found = defaultdict(list)
+        for rank, each in enumerate(self.ranks):
+            found[each.machine.host].append(rank)
+        return dict(found)
+
+    def why_averaging(self) -> str:
+        """Why weights are averaged by what they are averaged by."""
+        wanted, places = self.config.comm.averaging, [each.machine.gpu for each in self.ranks[1:]]
+        if self.world["averaging"] is None:
+            return "one process"
+        if wanted != "auto":
+            return f"comm.averaging is {wanted}"
+        if self.world["averaging"] == "nccl":
+            return "every client rank has a GPU of its own"
+        if all(place.gpu is None for place in places):
+            return "the client ranks compute on CPUs"
+        if any(place.gpu is None for place in places):
+            return "not every client rank has a GPU"
+        return "client ranks share a GPU" if len(set(places)) < len(places) else "this torch has no NCCL"
+
+    def _about_addresses(self) -> list[str]:
+        if len(self.hosts) < 2:
+            return []
+        inward = [
+            f"rank {rank} ({', '.join(each.machine.addresses)} on {each.machine.host})"
+            for rank, each in enumerate(self.ranks)
+            if each.machine.loopback
+        ]
+        if not inward:
+            return []
+        return [
+            f"addresses that other hosts cannot reach: {'; '.join(inward)}. Set comm.interface, or the "
+            "host's name resolves to 127.x in /etc/hosts"
+        ]
+
+    def _about_gpus(self) -> list[str]:
+        found = []
+        shared = defaultdict(list)
+        for rank, each in enumerate(self.ranks):
+            if each.machine.gpu.gpu is not None:
+                shared[each.machine.gpu].append(rank)
+        for place, ranks in shared.items():
+            if len(ranks) > 1:
+                found.append(
+                    f"ranks {_listed(ranks)} share one GPU of {place.host}: they take turns on it, and "
+                    "NCCL refuses that"
+                )
+        with_gpu = [each for each in self.ranks[1:] if each.machine.gpu.gpu is not None]
+        if with_gpu and self.world["averaging"] == "gloo":
+            found.append(f"weights are averaged by Gloo though there are GPUs: {self.why_averaging()}")
+        return found
+
+    def _about_cores(self) -> list[str]:
+        found = []
+        transports = self.world["rpc_transports"]
+        takes_shm = transports is not None and ("shm" in transports or isinstance(transports, str))
+        for host, ranks in self.hosts.items():
+            machines = [self.ranks[rank].machine for rank in ranks]
+            cores = len(frozenset().union(*(machine.core_ids for machine in machines)))
+            threads = sum(machine.threads for machine in machines)
+            if takes_shm and len(ranks) > 1 and cores < SHM_CORES_PER_RANK * len(ranks):
+                found.append(
+                    f"{host}: the shm transport keeps up to a core busy per rank, also while it waits, and "
+                    f"{len(ranks)} ranks have {cores} cores; set comm.transports=[uv]"
+                )
+            if len(ranks) > cores:
+                found.append(f"{host}: {len(ranks)} ranks share {cores} cores, so they take turns")
+            elif threads > cores:
+                found.append(
+                    f"{host}: {len(ranks)} ranks compute on {threads} threads and have {cores} cores; set "
+                    f"OMP_NUM_THREADS={cores // len(ranks)}"
+                )
+        return found
+
+    def _about_memory(self) -> list[str]:
+        found = []
+        for host, ranks in self.hosts.items():
+            wanted = sum(self.ranks[rank].more_bytes or 0 for rank in ranks)
+            left = min(
+                (b for rank in ranks if (b := self.ranks[rank].machine.memory_bytes) is not None),
+                default=None,
+            )
+            if left is not None and wanted > left:
+                found.append(
+                    f"{host}: its ranks would want about {size(wanted)} of memory more, and it has "
+                    f"{size(left)}"
+                )
+        on_gpu: Counter[Any] = Counter()
+        free: dict[Any, int] = {}
+        for each in self.ranks:
+            if each.machine.gpu_free_bytes is not None and each.memory is not None:
+                on_gpu[each.machine.gpu] += each.memory.total - each.memory.of_host
+                free[each.machine.gpu] = each.machine.gpu_free_bytes
+        return found + [
+            f"{place.host}: its GPU {place.gpu} would have to hold about {size(wanted)}, and it has "
+            f"{size(free[place])} free"
+            for place, wanted in on_gpu.items()
+            if wanted > free[place]
+        ]
+
+    def _about_output(self) -> list[str]:
+        output, found = self.config.output, []
+        for rank, each in enumerate(self.ranks):
+            writes = rank == 0 or self.config.checkpoint.every is not None
+            if each.disk.problem is not None and writes:
+                found.append(
+                    f"output {output!r}: rank {rank} on {each.machine.host} cannot write to "
+                    f"{each.disk.folder} ({each.disk.problem})"
+                )
+        blind = [rank for rank, each in enumerate(self.ranks) if not each.sees_output]
+        if blind and self.ranks[0].disk.problem is None and self.config.checkpoint.every is not None:
+            found.append(
+                f"output {output!r}: rank {_listed(blind)} does not see what rank 0 writes there; "
+                "checkpoints need a file system that all hosts share"
+            )
+        free = self.ranks[0].disk.free_bytes
+        if free is not None and self.run is not None and self.run.disk_bytes > free:
+            found.append(
+                f"output {output!r}: the run would fill about {size(self.run.disk_bytes)}, and {size(free)} "
+                "are free"
+            )
+        return found
+
+    def _about_versions(self) -> list[str]:
+        found = []
+        for name in self.ranks[0].machine.versions:
+            by_version = defaultdict(list)
+            for rank, each in enumerate(self.ranks):
+                by_version[each.machine.versions[name]].append(rank)
+            if len(by_version) > 1:
+                kinds = "; ".join(f"{version} on rank {_listed(r)}" for version, r in by_version.items())
+                found.append(f"different versions of {name}: {kinds}")
+        return found
+
+
+def size(bytes: float) -> str:
+    """In MiB or GiB."""
+    return f"{bytes / GIB:,.1f} GiB" if bytes >= GIB else f"{bytes / MIB:,.1f} MiB"
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(str(rank) for rank in ranks)

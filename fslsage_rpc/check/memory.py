@@ -1,0 +1,249 @@
+"""What a rank will need of memory, counted from what it will hold; nothing is allocated for it.
+
+An upper estimate: what is held at different moments of a round is added up. Activations are counted in the
+tensors that autograd keeps for a few real samples, which grow with the batch.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from fslsage_rpc.algorithms import Algorithm
+from fslsage_rpc.config import Config
+from fslsage_rpc.data.batches import ImageBatches
+from fslsage_rpc.data.datasets import LabelledImages
+from fslsage_rpc.models.flat import module_bytes
+from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.training.experiment import Experiment, model_sizes
+
+MOMENTS = {"adam": 2, "adamw": 2, "sgd": 0}
+"""what each optimizer keeps of a parameter, in its size"""
+LIBRARIES_BYTES = 2**25
+"""that torch's libraries fill in the first steps on a CPU; measured: 20 to 60 MiB for models of no size"""
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Memory:
+    """Bytes of one rank, by what they hold."""
+
+    models: int = 0
+    optimizers: int = 0
+    """their states, and the gradients of those that step at the same time"""
+    data: int = 0
+    activations: int = 0
+    """of the batches in work, or of evaluation where that takes more"""
+    requests: int = 0
+    """smashed data on its way, and waiting for its turn at the server"""
+    alignment: int = 0
+    """buffers, true gradients and the graphs of the fits"""
+    averaging: int = 0
+    libraries: int = 0
+    """in the host's memory, as the next"""
+    checkpoint: int = 0
+    """a copy of all states, and it once more in the form in which it is written"""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, each.name) for each in fields(self))
+
+    @property
+    def of_host(self) -> int:
+        """What is in the host's memory though the rank computes on a GPU."""
+        return self.libraries + self.checkpoint
+
+    def plus(self, other: "Memory") -> "Memory":
+        """That of one process that hosts both."""
+        sums = {e.name: getattr(self, e.name) + getattr(other, e.name) for e in fields(self)}
+        return Memory(**{**sums, "libraries": max(self.libraries, other.libraries)})
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes per sample that a computation keeps for its backward pass, and of the largest tensor among
+    them.
+    """
+
+    kept: int
+    largest: int
+
+    @property
+    def peak(self) -> int:
+        """While it runs backward: what is kept, and the gradients at both ends of its largest layer."""
+        return self.kept + 2 * self.largest
+
+
+class Estimate:
+    """Counts the memory of the ranks of an experiment whose training data are still there."""
+
+    def __init__(self, experiment: Experiment):
+        assert experiment.train is not None
+        self.experiment = experiment
+        self.config: Config = experiment.config
+        self.algorithm: Algorithm = experiment.algorithm
+        self.sizes = model_sizes(experiment.split, experiment.precision)
+        self.model = module_bytes(experiment.client_model())
+        self.participants = len(experiment.federation.participants(0))
+        kind, clients = self.algorithm.auxiliary, len(experiment.parts)
+        self._auxiliary = 0 if kind == "none" else self.sizes.auxiliary
+        self._clients_train_auxiliary = kind == "trained" or self.algorithm.warms_up(0)
+        self._fits = clients if kind == "aligned" else 0
+        self._lanes = 0 if self.algorithm.client_holds_whole_model else 1
+        if self.algorithm.server_replicas:
+            self._lanes = clients
+        self._window = 1 if kind == "none" else self.config.comm.upload_window  # of those that wait for g
+        self._batch = max(max(sizes) for sizes in experiment.federation.batch_sizes)
+        self._sample = self.sizes.smashed + 8  # and its label
+        split = experiment.split
+        client, server, auxiliary = (
+            copy.deepcopy(half) for half in (split.client, split.server, split.auxiliary)
+        )
+        whole = nn.Sequential(client, server)
+        self._client = self._activations(lambda x, y: client(x))
+        self._whole = self._activations(lambda x, y: F.cross_entropy(whole(x), y))
+        self._server = self._activations(lambda x, y: F.cross_entropy(server(_cut(client, x)), y))
+        self._estimate = self._activations(lambda x, y: F.cross_entropy(auxiliary(_cut(client, x)), y))
+        self._fit = self._activations(
+            lambda x, y: cut_layer_gradient(auxiliary, _cut(client, x), y, create_graph=True).square().sum()
+        )
+
+    def of_clients(self, clients: Sequence[int]) -> Memory:
+        """A rank that hosts these clients."""
+        if not clients:
+            return Memory()
+        travels = bool(self.algorithm.request_steps(clients[0], 0))
+        running = min(len(clients), self.participants) if travels else 1  # each holds the graph of its step
+        step, kept = (self._client.peak, self._client.kept) if travels else (self._whole.peak, 0)
+        estimate = self._estimate.peak if self._auxiliary else 0
+        each_moments = self._client_moments()
+        gradients = self.model + (self._auxiliary if self._clients_train_auxiliary else 0)
+        samples = sum(self.experiment.federation.samples[client] for client in clients)
+        return Memory(
+            models=len(clients) * (self.model + self._auxiliary),
+            optimizers=len(clients) * each_moments + gradients,
+            data=samples * self._stored_sample(),
+            activations=self._batch * ((running - 1) * kept + step + estimate),
+            requests=running * self._window * self._batch * self._sample if travels else 0,
+            averaging=3 * (self.model + self._auxiliary),
+            libraries=LIBRARIES_BYTES,
+            checkpoint=self._checkpointed(self._client_states(clients)),
+        )
+
+    def of_server(self, workers: int, test: LabelledImages) -> Memory:
+        """The server's rank.
+
+        Args:
+            workers: lanes that work at the same time, and fits likewise.
+            test: what it evaluates on.
+        """
+        stepping, fitting = min(self._lanes, workers), min(self._fits, workers)
+        buffers = self._buffers()
+        aligned = min(
+            self.config.algorithm.alignment.batch_size, max(map(self._buffered, range(self._fits)), default=0)
+        )
+        graphs = fitting * self._fit.peak + (self._server.peak if self._fits else 0)
+        training = stepping * self._batch * self._server.peak
+        evaluating = min(self.config.evaluation.batch_size, len(test.labels)) * 3 * self._whole.largest
+        return Memory(
+            models=self.model + self._auxiliary + self._server_models(),  # those that clients start from
+            optimizers=self._server_moments() + stepping * self.sizes.server + fitting * self._auxiliary,
+            data=_held(test),
+            activations=max(training, evaluating),
+            requests=self.participants * self._window * self._batch * self._sample if self._lanes else 0,
+            alignment=3 * buffers + aligned * graphs,  # the fits have a copy, and true gradients beside it
+            averaging=(self.sizes.server if self._lanes > 1 else 0) + self._auxiliary,
+            libraries=LIBRARIES_BYTES,
+            checkpoint=self._checkpointed(self._server_states()),
+        )
+
+    def checkpoint_bytes(self) -> int:
+        """One checkpoint on disk, of all ranks."""
+        return self._client_states(range(len(self.experiment.parts))) + self._server_states()
+
+    def training_data_bytes(self) -> int:
+        """All training samples, which a rank lets go once its clients have theirs."""
+        assert self.experiment.train is not None
+        return _held(self.experiment.train)
+
+    def _client_states(self, clients: Sequence[int]) -> int:
+        return len(clients) * (self.model + self._auxiliary + self._client_moments())
+
+    def _server_states(self) -> int:
+        return self._server_models() + self._server_moments() + self._buffers()
+
+    def _client_moments(self) -> int:
+        keys = self.config.optimizer
+        auxiliary = MOMENTS[keys.auxiliary.name] * self._auxiliary if self._clients_train_auxiliary else 0
+        return MOMENTS[keys.client.name] * self.model + auxiliary
+
+    def _server_models(self) -> int:
+        """The averaged client model, and those that it trains."""
+        return self.model + self._lanes * self.sizes.server + self._fits * self._auxiliary
+
+    def _server_moments(self) -> int:
+        keys = self.config.optimizer
+        lanes = self._lanes * MOMENTS[keys.server.name] * self.sizes.server
+        return lanes + self._fits * MOMENTS[keys.auxiliary.name] * self._auxiliary
+
+    def _buffers(self) -> int:
+        return sum(map(self._buffered, range(self._fits))) * self._sample
+
+    def _buffered(self, client: int) -> int:
+        """Samples of a client in its alignment buffer at the most."""
+        sizes = self.experiment.federation.batch_sizes[client]
+        uploaded = self.config.rounds * sum(sizes[:: self.config.algorithm.upload_every])
+        return min(uploaded, self.config.algorithm.alignment.buffer_size)
+
+    def _checkpointed(self, states: int) -> int:
+        return 0 if self.config.checkpoint.every is None else 2 * states
+
+    def _stored_sample(self) -> int:
+        train = self.experiment.train
+        assert train is not None
+        return train.images[0].nbytes + train.labels.element_size()
+
+    def _activations(self, compute: Callable[[Tensor, Tensor], Tensor]) -> Activations:
+        """Counted on batches of 2 and of 4 samples: what is the same for both (weights) is not per sample."""
+        train = self.experiment.train
+        assert train is not None
+        counted = []
+        for samples in (2, 4):
+            first = train.subset(torch.arange(samples) % len(train.labels))
+            weights = self.experiment.precision.weights
+            ((x, y),) = ImageBatches(first, self.experiment.spec, samples, CPU, weights).in_order()
+            counted.append(_saved_by(partial(compute, x, y)))
+        growth = [(more - few) // 2 for few, more in zip(*counted, strict=True)]
+        return Activations(sum(growth), max(growth))
+
+
+def _held(data: LabelledImages) -> int:
+    """A dataset of which only the first samples are used is held whole."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in (data.images, data.labels))
+
+
+def _cut(client: nn.Module, x: Tensor) -> Tensor:
+    """Smashed data as the server gets it: a leaf."""
+    with torch.no_grad():
+        z = client(x)
+    return z.requires_grad_()
+
+
+def _saved_by(compute: Callable[[], object]) -> list[int]:
+    """The bytes of each tensor that autograd keeps for the backward pass of a computation."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
+        return tensor.detach()
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
+    return [storage.nbytes() for storage in kept.values()]

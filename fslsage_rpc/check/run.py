@@ -1,0 +1,110 @@
+"""`fslsage check`: what this machine is, what a configuration would do on it, and what is wrong. Nothing is
+trained, and nothing is written into the run folder.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+from fslsage_rpc.check.findings import Findings, Rank, Run
+from fslsage_rpc.check.links import measure_averaging, measure_links
+from fslsage_rpc.check.machine import Disk, Machine, existing_folder
+from fslsage_rpc.check.memory import Estimate, Memory
+from fslsage_rpc.comm.sockets import hostname_address, interface_addresses
+from fslsage_rpc.comm.world import World, interfaces, job_ranks, on_one_host, open_world, server_workers
+from fslsage_rpc.config import Config
+from fslsage_rpc.data import datasets
+from fslsage_rpc.training.assembly import hosted_clients
+from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.run import unused_keys
+
+
+def examine(config: Config, configured: bool) -> Findings | None:
+    """Look at all ranks, as one of them or (`transport: local`) alone.
+
+    Args:
+        configured: there is a configuration to say something about; else only the machines are looked at.
+
+    Returns:
+        On the server's rank, what was found.
+
+    Raises:
+        InputError: the configuration cannot run here; found before ranks meet.
+    """
+    experiment = None
+    if configured:
+        check(config, job_ranks(config))
+        experiment = Experiment.prepare(config)  # as training does, so that memory is what it is there
+    for warning in unreachable(config):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    world = open_world(config)
+    try:
+        findings = _examine(config, experiment, world)
+        world.close()
+    except BaseException as error:
+        world.fail(error)
+    return findings
+
+
+def _examine(config: Config, experiment: Experiment | None, world: World) -> Findings | None:
+    machine = Machine.here(world.device)
+    disk = Disk.of(config.output)
+    seen = _sees_output(config, world, disk)
+    rank, run = Rank(machine, disk, seen), None
+    if experiment is not None:
+        estimate = Estimate(experiment)
+        memory = _memory(estimate, world)
+        rank = Rank(machine, disk, seen, memory, estimate.training_data_bytes())
+        run = Run.of(experiment, estimate)
+    links, averaging = measure_links(world), measure_averaging(world)
+    ranks = world.gather(rank)
+    if ranks is None:
+        return None
+    unused = unused_keys(config.algorithm, experiment.algorithm.uses) if experiment else []
+    return Findings(config, ranks, world.describe(), links, averaging, run, unused)
+
+
+def unreachable(config: Config) -> list[str]:
+    """A warning where other hosts cannot reach this one; before the ranks meet, as then they may never do."""
+    if config.transport == "local" or on_one_host() or int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        return []
+    interface = config.comm.interface or os.environ.get("TP_SOCKET_IFNAME")
+    address, why = hostname_address(), "which its name resolves to"
+    if interface is not None:
+        found = [address for address, name in interface_addresses().items() if name == interface]
+        address, why = next(iter(found), None), f"that of interface {interface}"
+    if address is None or not address.is_loopback:
+        return []
+    return [
+        f"{platform.node()}: ranks listen on {address}, {why}, and no other host can reach it; set "
+        "comm.interface to one of " + ", ".join(interfaces())
+    ]
+
+
+def _memory(estimate: Estimate, world: World) -> Memory:
+    """What this rank will need."""
+    memory = estimate.of_clients(hosted_clients(estimate.experiment, world))
+    if world.hosts_server:
+        workers = server_workers(world.device) if world.works_beside else 1
+        test = datasets.load(estimate.config.data, train=False)
+        memory = memory.plus(estimate.of_server(workers, test))
+    return memory
+
+
+def _sees_output(config: Config, world: World, disk: Disk) -> bool:
+    """Collective: does this rank see a file that rank 0 has put beside the run folder, for a moment?"""
+    if world.hosts_server and disk.problem is None:
+        with tempfile.NamedTemporaryFile(
+            prefix=".fslsage-check-", dir=existing_folder(config.output)
+        ) as file:
+            return _look(world, Path(disk.folder) / Path(file.name).name)
+    return _look(world, None)
+
+
+def _look(world: World, token: Path | None) -> bool:
+    token = world.broadcast(token)
+    seen = token is not None and token.exists()
+    world.barrier()
+    return seen

@@ -1,0 +1,32 @@
+"""One rank of a training whose peak of resident memory is written down, or of a check of the same:
+
+torchrun ... tests/peak_program.py FOLDER train|check CONFIG [key=value ...]
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from fslsage_rpc.check.machine import Machine
+from fslsage_rpc.check.run import examine
+from fslsage_rpc.cli import main
+from fslsage_rpc.comm.world import choose_device
+from fslsage_rpc.configuration import load
+
+
+def write_peak(folder: Path) -> None:
+    """What this rank's training has held."""
+    peak = Machine.here(choose_device("cpu", 0)).peak_bytes
+    (folder / f"train-{os.environ['RANK']}.json").write_text(json.dumps(peak))
+
+
+if __name__ == "__main__":
+    folder, (command, config, *overrides) = Path(sys.argv[1]), sys.argv[2:]
+    if command == "train":
+        status = main([command, config, *overrides])
+        write_peak(folder)
+        sys.exit(status)
+    findings = examine(load(config, overrides), configured=True)
+    if findings:
+        (folder / "check.json").write_text(json.dumps([rank.resident_then_bytes for rank in findings.ranks]))
