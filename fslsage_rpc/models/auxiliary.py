@@ -39,14 +39,14 @@ class AuxiliaryModel(Segment):
         super().__init__(model, graphs)
         self._pools, self._channels_last = pools, channels_last
 
-    def compute(self, input: Tensor) -> Tensor:
-        features = self.features(input)
+    def _pass_on(self, input: Tensor) -> Tensor:
+        features = self.classifier_input(input)
         hidden = self.get_submodule("hidden")(features).relu() if "hidden" in self._modules else features
         return self.get_submodule("fc")(hidden)
 
-    def features(self, z: Tensor) -> Tensor:
+    def classifier_input(self, z: Tensor) -> Tensor:
         """What the classifier takes `[B, features]`."""
-        h = super().compute(z)
+        h = super()._pass_on(z)
         if self._pools and h.dim() == 4 and not self._channels_last:
             h = F.adaptive_avg_pool2d(h, 1)
         elif self._pools and h.dim() > 2:
@@ -102,16 +102,15 @@ def build_auxiliary(
     )
     z = probe_inputs(model, smashed_shape, PROBE_BATCHES[0])
     if keys.width_multiplier is not None:
-        narrow(auxiliary, auxiliary.features, z, keys.width_multiplier)
+        narrow(auxiliary, auxiliary.classifier_input, z, keys.width_multiplier)
     with torch.no_grad():
-        features = auxiliary.eval().features(z).shape[1]
+        features = auxiliary.eval().classifier_input(z).shape[1]
     auxiliary.add_head(features, keys.width, classes)
     for module in auxiliary.train().modules():
         if isinstance(module, _NormBase):
             # Auxiliary models are always in train mode: running statistics are never read, so never written.
             module.track_running_stats = False
-        if isinstance(module, nn.MultiheadAttention):
-            module.register_forward_pre_hook(_spelled_out, with_kwargs=True)
+    _make_twice_differentiable(auxiliary)
     return auxiliary
 
 
@@ -128,10 +127,10 @@ def _last_of_copy(keys: Auxiliary, default_until: str | None) -> str | None:
     if (kind == "mlp") != (keys.width is not None):
         expected = "the width of the hidden layer" if kind == "mlp" else "null"
         got = "null" if keys.width is None else keys.width
-        raise InputError(f"model.auxiliary.width: got {got}, expected {expected}, as it is a {kind} model")
+        raise InputError(f"model.auxiliary.width: got {got}, expected {expected}, as kind is {kind}")
     if kind != "copy" and keys.width_multiplier is not None:
         raise InputError(
-            f"model.auxiliary.width_multiplier: got {keys.width_multiplier}, expected null: it is for a copy"
+            f"model.auxiliary.width_multiplier: got {keys.width_multiplier}, expected null, as kind is {kind}"
         )
     return until if kind == "copy" else None
 
@@ -155,6 +154,24 @@ def _channels_last(images: Segment, image_shape: ImageShape) -> bool:
     return len(small) == 4 and small[3] == large[3] and small[1:3] != large[1:3]
 
 
-def _spelled_out(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Attention in single steps: torch's fused one cannot be differentiated twice, which alignment does."""
+class HardSigmoid(nn.Module):
+    """nn.Hardsigmoid, of operations that can be differentiated twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu6(x + 3) / 6, of x's shape."""
+        return F.relu6(x + 3) / 6
+
+
+def _make_twice_differentiable(auxiliary: nn.Module) -> None:
+    """Alignment differentiates twice, for which torch has no formula for two of its layers."""
+    for module in list(auxiliary.modules()):
+        if isinstance(module, nn.MultiheadAttention):
+            module.register_forward_pre_hook(_in_single_steps, with_kwargs=True)
+        for name, child in module.named_children():
+            if isinstance(child, nn.Hardsigmoid):
+                module._modules[name] = HardSigmoid()
+
+
+def _in_single_steps(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """With its weights asked for, attention is not one fused operation."""
     return args, {**kwargs, "need_weights": True}

@@ -164,25 +164,3 @@ class _Counter(fx.Interpreter):
             result = super().run_node(n)
         self.flops[n] = counted.get_total_flops()
         return result
-
-
-def table(cuts: list[Cut], element_bytes: int) -> list[str]:
-    """The lines of a table of cuts; smashed data is sent with so many bytes an element."""
-    head = ("cut", "smashed data", "bytes", "client params", "server params", "client MACs", "server MACs")
-    rows = [
-        (
-            cut.name,
-            "x".join(map(str, cut.smashed_shape)),
-            f"{cut.smashed_elements * element_bytes:,}",
-            f"{cut.client_parameters:,}",
-            f"{cut.server_parameters:,}",
-            f"{cut.client_multiply_adds:,}",
-            f"{cut.server_multiply_adds:,}",
-        )
-        for cut in cuts
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (head, *rows)
-    ]

@@ -88,11 +88,13 @@ def _adapt(layer: nn.Module, x: Tensor, multiplier: float) -> None:
             layer.num_features = x.shape[1]
             fresh = nn.BatchNorm2d(layer.num_features)
         case nn.LayerNorm():
-            layer.normalized_shape = (x.shape[1] if type(layer) is not nn.LayerNorm else x.shape[-1],)
-            fresh = nn.LayerNorm(layer.normalized_shape[0])
+            # Subclasses (torchvision's LayerNorm2d) normalise the channels of [B, C, H, W].
+            layer.normalized_shape = (x.shape[-1 if type(layer) is nn.LayerNorm else 1],)
+            fresh = nn.LayerNorm(layer.normalized_shape)
         case _:
             raise TypeError(f"it has a {type(layer).__name__}")
-    for tensors, new in ((layer._parameters, fresh._parameters), (layer._buffers, fresh._buffers)):
-        for name, value in new.items():
-            if tensors.get(name) is not None and value is not None:
-                tensors[name] = value.to(x.device)
+    for name, weight in fresh.named_parameters():
+        if layer._parameters.get(name) is not None:
+            layer._parameters[name] = nn.Parameter(weight.detach().to(x.device))
+    for name, statistic in fresh.named_buffers():
+        layer._buffers[name] = statistic.to(x.device)

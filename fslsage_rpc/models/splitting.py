@@ -97,9 +97,9 @@ def build(
         ).to(dtype)
     client, server, uncut = halves
     if autocast is not None:
-        client.autocast(autocast, gives=autocast)
+        client.compute_in(autocast, gives=autocast)
         for part in (server, uncut, auxiliary):
-            part.autocast(autocast, gives=torch.float32)  # logits are widened for the loss
+            part.compute_in(autocast, gives=torch.float32)  # logits are widened for the loss
     return SplitModel(client, server, auxiliary, uncut, smashed_shape)
 
 

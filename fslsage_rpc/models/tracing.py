@@ -323,7 +323,7 @@ class Segment(nn.Module):
         # The forward functions that fx writes; plain functions of (module, input), shared by all copies.
         self._modes = {mode: type(fx.GraphModule(model, graph)).forward for mode, graph in graphs.items()}
 
-    def autocast(self, computes: torch.dtype, gives: torch.dtype) -> None:
+    def compute_in(self, computes: torch.dtype, gives: torch.dtype) -> None:
         """From here on compute under autocast; the weights stay as they are.
 
         Only the forward pass is inside: autograd computes every gradient, and the gradient of a gradient, in
@@ -338,13 +338,13 @@ class Segment(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The output `[B, ...]` for an input `[B, ...]`."""
         if self._computes is None:
-            return self.compute(input)
+            return self._pass_on(input)
         # The cache of cast weights is one for all threads, and here each weight is used once in a pass.
         with torch.autocast(input.device.type, self._computes, cache_enabled=False):
-            output = self.compute(input)
+            output = self._pass_on(input)
         return output.to(self._gives)
 
-    def compute(self, input: Tensor) -> Tensor:
+    def _pass_on(self, input: Tensor) -> Tensor:
         """The output in whatever type the model gives."""
         return self._modes[self.training](self, input)
 
