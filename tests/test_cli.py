@@ -95,7 +95,7 @@ def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -
         (["clients.participation=1.5"], ["clients.participation", "1.5", "<= 1"]),
         (["clients.count=1", "ranks=3", "transport=rpc"], ["clients.count", "at least 2"]),
         (["clients.count=300"], ["clients.count", "300", "at most 200"]),
-        (["model.cut=layer9"], ["model.cut", "layer9", "pool1"]),
+        (["model.cut=layer9"], ["model.cut", "layer9", "pool2"]),
         (
             ["data.name=mnist", "data.download=false", "data.root=nowhere"],
             ["data.root", "train-images-idx3-ubyte"],

@@ -105,7 +105,8 @@ def refusal(key: str, name: str, model: nn.Module, image_shape: ImageShape, reas
         return InputError(f"{key}: got {name!r}, but {reason}")
     possible = _possible(model, traces)
     if name not in dict(model.named_modules()):
-        near = difflib.get_close_matches(name, possible, n=4, cutoff=0.4) or list(possible)[:4]
+        outermost = [cut for cut in possible if "." not in cut] or list(possible)
+        near = difflib.get_close_matches(name, possible, n=4) or outermost[:8]
         return InputError(
             f"{key}: got {name!r}, expected a module of the model, as {', '.join(near)} ({LISTED})"
         )
