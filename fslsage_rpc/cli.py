@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="what this machine is, and what a configuration would do on it")
     check.add_argument("config", nargs="?", help="YAML configuration file; none: the machine alone")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
+    check.add_argument(
+        "--cuts", action="store_true", help="list where the model can be cut, and what each cut means"
+    )
     check.set_defaults(command=_check)
     evaluate = commands.add_parser("evaluate", help="evaluate the finished model of a run folder again")
     evaluate.add_argument("run", help="run folder")
@@ -172,6 +175,8 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:
+    if options.cuts:
+        return _list_cuts(options)
     if options.config is not None:
         config = load(options.config, options.overrides)
     else:  # the ranks that there are, or this process alone
@@ -184,6 +189,17 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     findings = examine(config, configured=options.config is not None)
     if findings:
         CheckScreen().show(findings)
+    return 0
+
+
+def _list_cuts(options: argparse.Namespace) -> int:
+    """Where the model of a configuration can be cut; nothing else is looked at."""
+    if options.config is None:
+        raise InputError("check --cuts: got no configuration, expected one that names a model")
+    config = load(options.config, options.overrides)
+    from fslsage_rpc.models.screen import cut_lines
+
+    print("\n".join(cut_lines(config)))
     return 0
 
 

@@ -76,21 +76,28 @@ class Data:
 
 @dataclass(kw_only=True)
 class Auxiliary:
-    """The auxiliary model; with both keys null, the model's own default for its cut."""
+    """The auxiliary model; with all keys null, the model's own default for its cut."""
 
-    kind: Literal["copy", "linear"] | None = None
-    """copy: fresh first blocks of the server half and a linear classifier; linear: the classifier alone"""
+    kind: Literal["copy", "linear", "mlp"] | None = None
+    """copy: fresh first layers of the server half and a linear classifier; linear: the classifier alone;
+    mlp: the classifier with a hidden layer before it"""
     until: str | None = None
-    """the last block of a copy, or a part of it, as in layer3.0"""
+    """the module that a copy ends with, as layer3 or layer3.0"""
+    width: Count | None = None
+    """hidden units of an mlp"""
+    width_multiplier: Share | None = None
+    """the share of its channels that each layer of a copy keeps; null: all"""
 
 
 @dataclass(kw_only=True)
 class Model:
     """The model, the layer it is cut at, and the auxiliary model."""
 
-    name: Literal["simple_conv", "resnet18", "resnet56", "resnet110"] = "simple_conv"
+    name: str = "simple_conv"
+    """simple_conv, resnet18, resnet56, resnet110, torchvision/MODEL (a classifier of torchvision), or
+    package.module:function (of the user's own, called with num_classes and perhaps image_shape)"""
     cut: str | None = None
-    """the block whose output is the smashed data; null takes the model's own default"""
+    """the module whose output is the smashed data; null takes the default of a built-in model"""
     width: Count | None = None
     """channels of the first stage of resnet56 and resnet110; null: 16"""
     auxiliary: Auxiliary = field(default_factory=Auxiliary)

@@ -43,7 +43,7 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("algorithm.average_auxiliary", "one of never, alignment, round", ["false"]),
     ("transport", "one of rpc, local", ["[rpc]"]),
     ("name", FOLDER, ["'../x'", "'..'", "'a/b'", "'-x'", "'a b'"]),
-    ("model.auxiliary.kind", "one of copy, linear or null", ["'mlp'", "1"]),
+    ("model.auxiliary.kind", "one of copy, linear, mlp or null", ["'conv'", "1"]),
     ("optimizer.server.scheduler.arguments", ARGUMENTS, ["3", "[1]", "{1: 2}", "{a: {b: 1}}", "{a: [x]}"]),
     ("checkpoint.every", f"{COUNT} or null", ["0", "true"]),
     ("trace", "true or false", ["0", "0.0", "null", "'false'", "[]"]),

@@ -20,7 +20,13 @@ from fslsage_rpc.models.zoo import ZOO, ParameterFreeShortcut
 from fslsage_rpc.randomness import keyed_seed
 
 CIFAR = (3, 32, 32)
-EVERY_CUT = [(name, cut) for name, entry in ZOO.items() for cut in entry.cuts]
+CUTS = {
+    "simple_conv": ["norm1", "pool2"],
+    "resnet18": ["layer1", "layer2", "layer3"],
+    "resnet56": ["layer1", "layer2"],
+    "resnet110": ["layer1", "layer2"],
+}
+EVERY_CUT = [(name, cut) for name, cuts in CUTS.items() for cut in cuts]
 every_model = pytest.mark.parametrize("name", ZOO)
 
 
@@ -36,7 +42,7 @@ def make(name: str, cut: str | None = None) -> SplitModel:
     return copy.deepcopy(built(name, cut))
 
 
-def parts(split: SplitModel) -> tuple[nn.Sequential, ...]:
+def parts(split: SplitModel) -> tuple[nn.Module, ...]:
     return split.client, split.server, split.auxiliary
 
 
@@ -87,7 +93,7 @@ def test_bytes_of_resnet18_give_the_papers_communication_load() -> None:
 
 
 def test_simple_conv_has_the_documented_layers() -> None:
-    layers = list(ZOO["simple_conv"].blocks(10, CIFAR).values())
+    layers = list(ZOO["simple_conv"].make(10, CIFAR).children())
     kinds = [nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.LocalResponseNorm, nn.Conv2d, nn.ReLU, nn.LocalResponseNorm]
     kinds += [nn.MaxPool2d, nn.Flatten, nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
     assert [type(layer) for layer in layers] == kinds
@@ -112,7 +118,7 @@ def test_the_auxiliary_model_of_simple_conv_is_one_linear_layer() -> None:
 
 def test_the_auxiliary_model_of_resnet18_is_a_fresh_next_stage_with_a_head() -> None:
     split = make("resnet18", "layer2")
-    assert list(dict(split.auxiliary.named_children())) == ["layer3", "avgpool", "flatten", "fc"]
+    assert list(dict(split.auxiliary.named_children())) == ["layer3", "fc"]
     own, servers = split.auxiliary.layer3, split.server.layer3
     assert [type(module) for module in own.modules()] == [type(module) for module in servers.modules()]
     assert not torch.equal(own[0].conv1.weight, servers[0].conv1.weight)
@@ -136,8 +142,9 @@ def test_images_may_have_any_size_and_channels(name: str, cuts: list[str], shape
 
 @pytest.mark.parametrize(("depth", "blocks"), [(56, 9), (110, 18)])
 def test_cifar_resnets_have_the_documented_layers(depth: int, blocks: int) -> None:
-    layers = ZOO[f"resnet{depth}"].blocks(10, CIFAR, width=16)
-    convolutions = [m for m in nn.Sequential(layers).modules() if isinstance(m, nn.Conv2d)]
+    model = ZOO[f"resnet{depth}"].make(10, CIFAR, width=16)
+    layers = OrderedDict(model.named_children())
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) + 1 == depth  # and the classifier
     assert all(convolution.kernel_size == (3, 3) for convolution in convolutions)  # none in a shortcut
     for stage, channels, size in (("layer1", 16, 32), ("layer2", 32, 16), ("layer3", 64, 8)):
@@ -175,11 +182,11 @@ def test_a_width_is_refused_where_there_is_but_one() -> None:
 @pytest.mark.parametrize(
     ("keys", "children", "parameters"),
     [
-        (Auxiliary(kind="linear"), ["avgpool", "flatten", "fc"], 128 * 10 + 10),
-        (Auxiliary(until="layer3.0"), ["layer3", "avgpool", "flatten", "fc"], 921_610),
-        (Auxiliary(until="layer3"), ["layer3", "avgpool", "flatten", "fc"], 2_102_282),
-        (Auxiliary(kind="copy"), ["layer3", "avgpool", "flatten", "fc"], 2_102_282),
-        (Auxiliary(until="layer4"), ["layer3", "layer4", "avgpool", "flatten", "fc"], 10_498_570),
+        (Auxiliary(kind="linear"), ["fc"], 128 * 10 + 10),
+        (Auxiliary(until="layer3.0"), ["layer3", "fc"], 921_610),
+        (Auxiliary(until="layer3"), ["layer3", "fc"], 2_102_282),
+        (Auxiliary(kind="copy"), ["layer3", "fc"], 2_102_282),
+        (Auxiliary(until="layer4"), ["layer3", "layer4", "fc"], 10_498_570),
     ],
 )
 def test_the_auxiliary_model_of_resnet18_has_the_chosen_size(
@@ -194,7 +201,7 @@ def test_the_auxiliary_model_of_resnet18_has_the_chosen_size(
 def test_a_copy_of_a_model_without_pooling_has_a_linear_layer_on_all_of_its_output() -> None:
     keys = Model(cut="norm1", auxiliary=Auxiliary(until="pool2"))
     auxiliary = build(keys, 10, CIFAR, 0, torch.float32).auxiliary
-    assert list(dict(auxiliary.named_children())) == ["conv2", "relu2", "norm2", "pool2", "flatten", "fc"]
+    assert list(dict(auxiliary.named_children())) == ["conv2", "relu2", "norm2", "pool2", "fc"]
     assert auxiliary.fc.in_features == 64 * 8 * 8
 
 
@@ -203,21 +210,37 @@ def test_a_copy_of_a_model_without_pooling_has_a_linear_layer_on_all_of_its_outp
     [
         (
             Model(name="resnet18", auxiliary=Auxiliary(until="layer2")),
-            "model.auxiliary.until: got 'layer2', "
-            "expected one of layer3, layer4, or a part of one, as layer3.0",
+            "model.auxiliary.until: got 'layer2', expected a module behind the cut, layer2",
         ),
         (
             Model(name="resnet18", auxiliary=Auxiliary(until="layer3.2")),
-            "model.auxiliary.until: got 'layer3.2', "
-            "expected one of layer3, layer4, or a part of one, as layer3.0",
+            "model.auxiliary.until: got 'layer3.2', expected a module of the model, as "
+            "layer3.0, layer3, layer2, layer4.0 (fslsage check CONFIG --cuts lists all)",
+        ),
+        (
+            Model(name="resnet18", auxiliary=Auxiliary(until="fc")),
+            "model.auxiliary.until: got 'fc', where no weights are behind it; "
+            "nearest that work: layer4, avgpool (fslsage check CONFIG --cuts lists all)",
         ),
         (
             Model(auxiliary=Auxiliary(kind="copy")),
-            "model.auxiliary: got a copy, expected {kind: linear}: only the classifier is behind this cut",
+            "model.auxiliary.until: got null, expected a module behind the cut, as kind is copy",
         ),
         (
             Model(auxiliary=Auxiliary(kind="linear", until="fc1")),
             "model.auxiliary.until: got 'fc1', expected null, as model.auxiliary.kind is linear",
+        ),
+        (
+            Model(auxiliary=Auxiliary(kind="mlp")),
+            "model.auxiliary.width: got null, expected the width of the hidden layer, as kind is mlp",
+        ),
+        (
+            Model(auxiliary=Auxiliary(width=4)),
+            "model.auxiliary.width: got 4, expected null, as kind is linear",
+        ),
+        (
+            Model(auxiliary=Auxiliary(width_multiplier=0.5)),
+            "model.auxiliary.width_multiplier: got 0.5, expected null, as kind is linear",
         ),
     ],
 )
@@ -234,14 +257,14 @@ def test_the_two_halves_are_the_uncut_model_whatever_the_cut(name: str, cut: str
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(0, "model"))
         width = {"width": 16} if ZOO[name].default_width else {}
-        whole = nn.Sequential(ZOO[name].blocks(10, CIFAR, **width))
+        whole = ZOO[name].make(10, CIFAR, **width)
     assert same({**split.client.state_dict(), **split.server.state_dict()}, whole.state_dict())
     with torch.no_grad():
         halves = split.server.eval()(split.client.eval()(images()))
         assert torch.equal(halves, whole.eval()(images()))
 
 
-@pytest.mark.parametrize("cut", ZOO["resnet18"].cuts)
+@pytest.mark.parametrize("cut", CUTS["resnet18"])
 def test_the_halves_of_resnet18_load_strictly_into_torchvisions(cut: str) -> None:
     client, server = (part.eval() for part in parts(make("resnet18", cut))[:2])
     whole = torchvision.models.resnet18(num_classes=10).eval()
@@ -275,9 +298,9 @@ def test_no_cut_means_the_models_default(name: str, default: str) -> None:
 
 
 @every_model
-def test_an_unknown_cut_is_refused_with_the_cuts_there_are(name: str) -> None:
-    expected = f"model.cut: got 'layer9', expected one of {', '.join(ZOO[name].cuts)} for {name}"
-    assert mistake(fresh, name, "layer9") == expected
+def test_an_unknown_cut_is_refused_with_cuts_like_it(name: str) -> None:
+    message = mistake(fresh, name, CUTS[name][0].upper())
+    assert f"model.cut: got {CUTS[name][0].upper()!r}, expected a module of the model, as " in message
 
 
 # Weights

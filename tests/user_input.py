@@ -52,6 +52,8 @@ NULLABLE = {
     "model.width",
     "model.auxiliary.kind",
     "model.auxiliary.until",
+    "model.auxiliary.width",
+    "model.auxiliary.width_multiplier",
     *(f"optimizer.{party}.scheduler.name" for party in ("client", "server", "auxiliary")),
     "algorithm.align_every",
     "algorithm.alignment.tolerance",

@@ -1,76 +1,177 @@
 """The auxiliary model: what stands in for the server half when a client estimates its cut-layer gradient."""
 
-from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from fslsage_rpc.config import Auxiliary
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.models.zoo import Blocks
+from fslsage_rpc.models.cuts import cut_nodes, refusal
+from fslsage_rpc.models.narrowing import narrow
+from fslsage_rpc.models.tracing import (
+    PROBE_BATCHES,
+    Segment,
+    Uncuttable,
+    ancestors,
+    keep_input,
+    opening,
+    probe_inputs,
+    segment,
+    trace,
+)
+from fslsage_rpc.models.zoo import Entry, ImageShape
+
+
+class AuxiliaryModel(Segment):
+    """Smashed data z `[B, *smashed_shape]` to logits `[B, classes]`: the first layers of a server half (or
+    none), the mean over positions, and a linear layer, with a hidden one before it where it is an mlp.
+
+    Args:
+        pools: take the mean over positions: of `[B, N, D]` over N, of images over height and width.
+        channels_last: images are `[B, H, W, C]`.
+    """
+
+    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], pools: bool, channels_last: bool):
+        super().__init__(model, graphs)
+        self._pools, self._channels_last = pools, channels_last
+
+    def _pass_on(self, input: Tensor) -> Tensor:
+        features = self.classifier_input(input)
+        hidden = self.get_submodule("hidden")(features).relu() if "hidden" in self._modules else features
+        return self.get_submodule("fc")(hidden)
+
+    def classifier_input(self, z: Tensor) -> Tensor:
+        """What the classifier takes `[B, features]`."""
+        h = super()._pass_on(z)
+        if self._pools and h.dim() == 4 and not self._channels_last:
+            h = F.adaptive_avg_pool2d(h, 1)
+        elif self._pools and h.dim() > 2:
+            h = h.flatten(1, -2).mean(1)
+        return h.flatten(1)
+
+    def add_head(self, features: int, width: int | None, classes: int) -> None:
+        """Add the classifier, with a hidden layer where `width` says how wide it is."""
+        for name in ("hidden", "fc"):
+            if name in self._modules:
+                raise Uncuttable(f"the copy has a module {name!r}, which is the auxiliary classifier's name")
+        if width is not None:
+            self.hidden = nn.Linear(features, width)
+        self.fc = nn.Linear(width or features, classes)
 
 
 def build_auxiliary(
     keys: Auxiliary,
-    default_until: str | None,
-    pools: bool,
-    fresh_server: Callable[[], Blocks],
-    smashed_shape: tuple[int, ...],
+    cut: str,
+    entry: Entry,
+    model: nn.Module,
+    fresh: Callable[[], nn.Module],
+    image_shape: ImageShape,
     classes: int,
-) -> nn.Sequential:
-    """A classifier of smashed data z `[B, *smashed_shape]`: the first blocks of a new server half (or none),
-    average pooling where the whole model has it, and a linear layer.
+) -> AuxiliaryModel:
+    """The auxiliary model that the keys describe.
 
     Args:
-        default_until: the last block where the keys leave it open; None for none.
-        pools: the whole model averages over positions before its classifier.
-        fresh_server: makes a newly initialised server half.
+        model: the whole model.
+        fresh: makes it anew, with other weights.
 
     Raises:
-        InputError: the server half has no such block.
+        InputError: there is no such auxiliary model.
     """
-    kind = keys.kind or ("copy" if keys.until or default_until else "linear")
-    if kind == "copy":
-        stages = _first_blocks(fresh_server(), keys.until or default_until)
-    elif keys.until is None:
-        stages = OrderedDict()
-    else:
-        raise InputError(
-            f"model.auxiliary.until: got {keys.until!r}, expected null, as model.auxiliary.kind is linear"
-        )
-    if pools:
-        stages["avgpool"] = nn.AdaptiveAvgPool2d(1)
-    stages["flatten"] = nn.Flatten()
+    until = _last_of_copy(keys, entry.auxiliary.get(cut))
+    if until is not None:
+        model = fresh()
+    traces = trace(model, opening(cut, until or cut), image_shape)
+    start = cut_nodes(model, traces, cut)
+    try:
+        end = start if until is None else cut_nodes(model, traces, until)
+        graphs = {t: segment(model, traces[t], start[t], end[t]) for t in traces}
+    except Uncuttable as error:
+        raise refusal("model.auxiliary.until", until or cut, model, image_shape, error) from None
+    if not all(start[t] in ancestors(end[t]) for t in traces) or until == cut:
+        raise InputError(f"model.auxiliary.until: got {until!r}, expected a module behind the cut, {cut}")
+    images = Segment(model, {t: segment(model, traces[t], traces[t].input, end[t]) for t in traces})
+    smashed_shape = traces[False].shape(start[False])
+    assert smashed_shape is not None
+    keep_input(model, graphs, smashed_shape)
+    auxiliary = AuxiliaryModel(
+        model, graphs, entry.pools, channels_last=entry.pools and _channels_last(images, image_shape)
+    )
+    z = probe_inputs(model, smashed_shape, PROBE_BATCHES[0])
+    if keys.width_multiplier is not None:
+        narrow(auxiliary, auxiliary.classifier_input, z, keys.width_multiplier)
     with torch.no_grad():
-        features = nn.Sequential(stages).eval()(torch.zeros(1, *smashed_shape)).shape[1]
-    stages["fc"] = nn.Linear(features, classes)
-    auxiliary = nn.Sequential(stages).train()
-    for module in auxiliary.modules():
+        features = auxiliary.eval().classifier_input(z).shape[1]
+    auxiliary.add_head(features, keys.width, classes)
+    for module in auxiliary.train().modules():
         if isinstance(module, _NormBase):
             # Auxiliary models are always in train mode: running statistics are never read, so never written.
             module.track_running_stats = False
+    _make_twice_differentiable(auxiliary)
     return auxiliary
 
 
-def _first_blocks(server: Blocks, until: str | None) -> Blocks:
-    """The blocks of the server half up to and with `until`, a block's name or that of a block's part."""
-    names = list(server)
-    body = [name for name in names[: names.index("flatten")] if name != "avgpool"]
-    if not body:
+def _last_of_copy(keys: Auxiliary, default_until: str | None) -> str | None:
+    """The last module of a copy; None for no copy."""
+    kind = keys.kind or ("copy" if keys.until or default_until else "linear")
+    until = keys.until or default_until
+    if kind == "copy" and until is None:
+        raise InputError("model.auxiliary.until: got null, expected a module behind the cut, as kind is copy")
+    if kind != "copy" and keys.until is not None:
         raise InputError(
-            "model.auxiliary: got a copy, expected {kind: linear}: only the classifier is behind this cut"
+            f"model.auxiliary.until: got {keys.until!r}, expected null, as model.auxiliary.kind is {kind}"
         )
-    name, dot, part = (until or body[0]).partition(".")
-    stage = server[name] if name in body else nn.Identity()
-    parts = list(stage._modules) if isinstance(stage, nn.Sequential) else []
-    if name not in body or (dot and part not in parts):
-        expected = f"one of {', '.join(body)}, or a part of one, as {body[0]}.0"
-        raise InputError(f"model.auxiliary.until: got {until!r}, expected {expected}")
-    copied = OrderedDict((n, server[n]) for n in body[: body.index(name) + 1])
-    if dot:
-        copied[name] = nn.Sequential(
-            OrderedDict((p, stage.get_submodule(p)) for p in parts[: parts.index(part) + 1])
+    if (kind == "mlp") != (keys.width is not None):
+        expected = "the width of the hidden layer" if kind == "mlp" else "null"
+        got = "null" if keys.width is None else keys.width
+        raise InputError(f"model.auxiliary.width: got {got}, expected {expected}, as kind is {kind}")
+    if kind != "copy" and keys.width_multiplier is not None:
+        raise InputError(
+            f"model.auxiliary.width_multiplier: got {keys.width_multiplier}, expected null, as kind is {kind}"
         )
-    return copied
+    return until if kind == "copy" else None
+
+
+def _channels_last(images: Segment, image_shape: ImageShape) -> bool:
+    """Does a part of a model give `[B, H, W, C]`? Positions are what grows with the images; a model that
+    takes images of one size only counts as one with channels first.
+    """
+    channels, height, width = image_shape
+    sizes = []
+    for times in (1, 2):
+        try:
+            with torch.no_grad():
+                inputs = probe_inputs(images, (channels, times * height, times * width), PROBE_BATCHES[0])
+                sizes.append(images.eval()(inputs).shape)
+        except Exception:  # its own way to refuse a size
+            return False
+        finally:
+            images.train()
+    small, large = sizes
+    return len(small) == 4 and small[3] == large[3] and small[1:3] != large[1:3]
+
+
+class HardSigmoid(nn.Module):
+    """nn.Hardsigmoid, of operations that can be differentiated twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu6(x + 3) / 6, of x's shape."""
+        return F.relu6(x + 3) / 6
+
+
+def _make_twice_differentiable(auxiliary: nn.Module) -> None:
+    """Alignment differentiates twice, for which torch has no formula for two of its layers."""
+    for module in list(auxiliary.modules()):
+        if isinstance(module, nn.MultiheadAttention):
+            module.register_forward_pre_hook(_in_single_steps, with_kwargs=True)
+        for name, child in module.named_children():
+            if isinstance(child, nn.Hardsigmoid):
+                module._modules[name] = HardSigmoid()
+
+
+def _in_single_steps(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """With its weights asked for, attention is not one fused operation."""
+    return args, {**kwargs, "need_weights": True}

@@ -1,39 +1,51 @@
-"""The built-in models, each as an ordered chain of named blocks, with the blocks that it may be cut after."""
+"""The models by name: the built-in ones, torchvision's classifiers, and the user's own."""
 
+import difflib
+import importlib
+import inspect
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
-Blocks = OrderedDict[str, nn.Module]
+from fslsage_rpc.config import Model
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.models.tracing import first_line
+
 ImageShape = tuple[int, int, int]  # channels, height, width
+TORCHVISION = "torchvision/"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo.
+    """A model that can be had by name.
 
-    `blocks(classes, image_shape)`, and for a model with a `default_width` also `width=`, builds it, freshly
-    initialised. `cuts` maps each block that the model may be cut after to the block up to which the auxiliary
-    model is by default a fresh copy of the server half; None gives a linear auxiliary model.
+    `make(classes, image_shape)`, and for a model with a `default_width` also `width=`, gives it freshly
+    initialised; it maps images `[B, C, H, W]` to logits `[B, classes]`. `auxiliary` has for some cuts the
+    module up to which the auxiliary model is by default a fresh copy of the server half; elsewhere it is
+    linear. `pools`: a linear classifier of what is inside the model takes means over positions.
     """
 
-    blocks: Callable[..., Blocks]
-    cuts: dict[str, str | None]
-    default_cut: str
+    make: Callable[..., nn.Module]
+    default_cut: str | None = None
+    auxiliary: dict[str, str] = field(default_factory=dict)
     default_width: int | None = None
+    pools: bool = True
 
 
-def simple_conv(classes: int, image_shape: ImageShape) -> Blocks:
+def simple_conv(classes: int, image_shape: ImageShape) -> nn.Module:
     """A network of two convolutions and three linear layers, for images of any size."""
     channels, height, width = image_shape
     rows, columns = (height + 3) // 4, (width + 3) // 4  # two pools, each of which halves and rounds up
-    return OrderedDict(
+    layers = OrderedDict(
         conv1=nn.Conv2d(channels, 64, 5, padding=2),
         relu1=nn.ReLU(),
         pool1=nn.MaxPool2d(3, stride=2, padding=1),
@@ -49,19 +61,17 @@ def simple_conv(classes: int, image_shape: ImageShape) -> Blocks:
         relu4=nn.ReLU(),
         fc3=nn.Linear(192, classes),
     )
+    return nn.Sequential(layers)
 
 
-def resnet18(classes: int, image_shape: ImageShape) -> Blocks:
+def resnet18(classes: int, image_shape: ImageShape) -> nn.Module:
     """torchvision's ResNet-18 with its 7x7 stem (arXiv 1512.03385); other channel counts get a stem of their
     own.
     """
     model = torchvision.models.resnet18(num_classes=classes)
-    blocks = OrderedDict(model.named_children())
-    channels = image_shape[0]
-    if channels != 3:
-        blocks["conv1"] = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-    head = blocks.pop("fc")
-    return OrderedDict(**blocks, flatten=nn.Flatten(), fc=head)
+    if image_shape[0] != 3:
+        model.conv1 = nn.Conv2d(image_shape[0], 64, 7, stride=2, padding=3, bias=False)
+    return model
 
 
 class ParameterFreeShortcut(nn.Module):
@@ -76,11 +86,11 @@ class ParameterFreeShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.behind))
 
 
-def cifar_resnet(classes: int, image_shape: ImageShape, width: int, depth: int) -> Blocks:
+def cifar_resnet(classes: int, image_shape: ImageShape, width: int, depth: int) -> nn.Module:
     """The ResNets for CIFAR of arXiv 1512.03385: three stages of (depth - 2) / 6 basic blocks, of `width`, 2
     `width` and 4 `width` channels.
     """
-    blocks: Blocks = OrderedDict(
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False),
         bn1=nn.BatchNorm2d(width),
         relu=nn.ReLU(inplace=True),
@@ -94,22 +104,118 @@ def cifar_resnet(classes: int, image_shape: ImageShape, width: int, depth: int) 
         blocks[f"layer{number}"] = nn.Sequential(first, *rest)
         inside = channels
     blocks.update(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(inside, classes))
-    for module in nn.Sequential(blocks).modules():
+    model = nn.Sequential(blocks)
+    for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return blocks
+    return model
 
 
 ZOO = {
-    "simple_conv": Entry(simple_conv, cuts={"norm1": None, "pool2": None}, default_cut="pool2"),
+    "simple_conv": Entry(simple_conv, default_cut="pool2", pools=False),
     "resnet18": Entry(
-        resnet18, cuts={"layer1": "layer2", "layer2": "layer3", "layer3": "layer4"}, default_cut="layer2"
+        resnet18,
+        default_cut="layer2",
+        auxiliary={"layer1": "layer2", "layer2": "layer3", "layer3": "layer4"},
     ),
 }
 for depth in (56, 110):
     ZOO[f"resnet{depth}"] = Entry(
         partial(cifar_resnet, depth=depth),
-        cuts={"layer1": "layer2", "layer2": "layer3"},
         default_cut="layer1",
+        auxiliary={"layer1": "layer2", "layer2": "layer3"},
         default_width=16,
     )
+
+
+def find(name: str) -> Entry:
+    """The model of that name: a built-in one, `torchvision/MODEL`, or `package.module:function`.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name in ZOO:
+        return ZOO[name]
+    if name.startswith(TORCHVISION):
+        known = torchvision.models.list_models(module=torchvision.models)
+        model = name.removeprefix(TORCHVISION)
+        if model in known:
+            return Entry(partial(_torchvision, model))
+        near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(TORCHVISION + n for n in near)}?" if near else "it has no such model"
+        raise InputError(f"model.name: got {name!r}, expected one of torchvision's classifiers; {hint}")
+    if ":" in name:
+        return Entry(partial(_users_own, name, _import(name)))
+    near = difflib.get_close_matches(name, ZOO, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(
+        f"model.name: got {name!r}, expected one of {', '.join(ZOO)}, or {TORCHVISION}MODEL, "
+        f"or package.module:function{hint}"
+    )
+
+
+def make(keys: Model, classes: int, image_shape: ImageShape) -> nn.Module:
+    """The model of a configuration, freshly initialised from torch's global generator.
+
+    Raises:
+        InputError: there is no such model or width, or it cannot be made for such images.
+    """
+    entry = find(keys.name)
+    width = {} if entry.default_width is None else {"width": keys.width or entry.default_width}
+    if keys.width is not None and not width:
+        raise InputError(f"model.width: got {keys.width}, expected null: {keys.name} has one width")
+    try:
+        return entry.make(classes, image_shape, **width)
+    except Exception as error:  # torchvision's and the user's functions raise what they like
+        raise refuse_images(keys, image_shape, error) from None
+
+
+def refuse_images(keys: Model, image_shape: ImageShape, error: Exception) -> InputError:
+    """A model failed on images of that shape."""
+    shape = "x".join(map(str, image_shape))
+    return InputError(
+        f"model.name: got {keys.name!r}, which fails on images of {shape} ({first_line(error)})"
+    )
+
+
+def _torchvision(model: str, classes: int, image_shape: ImageShape) -> nn.Module:
+    """One of torchvision's classifiers, without the second losses of googlenet and inception_v3, and for
+    images of this size where it takes but one.
+    """
+    if image_shape[0] != 3:
+        raise ValueError(f"it takes 3 channels, not {image_shape[0]}")
+    keys: dict[str, Any] = {"num_classes": classes}
+    if model in ("googlenet", "inception_v3"):
+        keys |= {"aux_logits": False, "init_weights": True}
+    elif model.startswith("vit"):
+        keys |= {"image_size": image_shape[1]}
+    elif model.startswith("maxvit"):
+        keys |= {"input_size": image_shape[1:]}
+    return torchvision.models.get_model(model, weights=None, **keys)
+
+
+def _import(name: str) -> Callable[..., Any]:
+    path, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the working directory, also for the console script
+    try:
+        found = getattr(importlib.import_module(path), function)
+    except Exception as error:  # the user's module may raise anything
+        raise InputError(
+            f"model.name: got {name!r}, which cannot be imported ({first_line(error)})"
+        ) from None
+    if not callable(found):
+        raise InputError(f"model.name: got {name!r}, expected a function that returns a model")
+    return found
+
+
+def _users_own(name: str, function: Callable[..., Any], classes: int, image_shape: ImageShape) -> nn.Module:
+    """What the function makes of `num_classes` and, if it has such a parameter, `image_shape`."""
+    keys: dict[str, Any] = {"num_classes": classes}
+    if "image_shape" in inspect.signature(function).parameters:
+        keys["image_shape"] = image_shape
+    with torch.device("cpu"):  # also where only sizes are asked for: it may read what it makes
+        model = function(**keys)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"it returned {type(model).__name__}, not a torch.nn.Module")
+    return model

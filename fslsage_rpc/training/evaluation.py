@@ -52,9 +52,9 @@ def evaluate_run(folder: str | Path) -> Score:
         config.model, spec.classes, spec.image_shape, config.seed, precision.weights, precision.autocast
     )
     device = open_device(config, 0)
-    model = split.whole().to(device)
+    model = split.whole()  # shares its weights with the halves
     try:
-        model.load_state_dict(torch.load(folder / "model.pt", map_location=device, weights_only=True))
+        model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
     except Exception as error:  # on what it did not write torch raises anything
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(
@@ -65,7 +65,5 @@ def evaluate_run(folder: str | Path) -> Score:
         load_data(config.data, train=False), spec, config.evaluation.batch_size, device, precision.weights
     )
     if not ALGORITHMS[config.algorithm.name].client_holds_whole_model:
-        model = nn.Sequential(
-            split.client, split.server
-        )  # the same blocks, rounded at the cut as in training
-    return evaluate(model, data)
+        model = nn.Sequential(split.client, split.server)  # rounded at the cut as in training
+    return evaluate(model.to(device), data)

@@ -16,6 +16,7 @@ from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.models.splitting import PRECISIONS, Precision, SplitModel, build, has_batch_norm
+from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
 
 
@@ -30,8 +31,9 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.transport == "rpc":
         _check_ranks(config, ranks)
+    spec = datasets.SPECS[config.data.name]
     with torch.device("meta"):
-        build(config.model, 10, (3, 32, 32), 0, torch.float32)
+        build(config.model, spec.classes, spec.image_shape, 0, torch.float32)
     for party, keys in vars(config.optimizer).items():
         check_scheduler(keys, party)
     choose_device(config.device, 0)
@@ -92,6 +94,8 @@ class Experiment:
             config.model, spec.classes, spec.image_shape, config.seed, precision.weights, precision.autocast
         )
         algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
+        if algorithm.auxiliary == "aligned":
+            _check_alignment_derivatives(config, split, precision)
         if has_batch_norm(split.client) or has_batch_norm(split.server):
             _check_alignment_batches(config, federation, algorithm)
             alone = [client for client, sizes in enumerate(federation.batch_sizes) if 1 in sizes]
@@ -130,6 +134,23 @@ def model_sizes(split: SplitModel, precision: Precision) -> Sizes:
         auxiliary=module_bytes(split.auxiliary),
         smashed=torch.Size(split.smashed_shape).numel() * precision.smashed.itemsize,
     )
+
+
+def _check_alignment_derivatives(config: Config, split: SplitModel, precision: Precision) -> None:
+    """Alignment differentiates twice, which not all of torch's layers can."""
+    z, y = torch.zeros(2, *split.smashed_shape, dtype=precision.smashed), torch.zeros(2, dtype=torch.int64)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            estimate = cut_layer_gradient(split.auxiliary, z, y, create_graph=True)
+            torch.autograd.grad(
+                estimate.square().sum(), list(split.auxiliary.parameters()), allow_unused=True
+            )
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"model.auxiliary.until: got {config.model.auxiliary.until!r}, whose layers cannot be "
+            f"differentiated twice, as alignment does ({reason}); expected kind linear or mlp"
+        ) from None
 
 
 def _check_alignment_batches(config: Config, federation: Federation, algorithm: Algorithm) -> None:
