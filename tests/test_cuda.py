@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rank_program import Outcome, run_job, train_locally, train_on_ranks
+from unequal_clients import unequal_clients
 
 from fslsage_rpc.comm.local import LocalWorld
 from fslsage_rpc.comm.placement import SHARED_GPUS
@@ -39,20 +40,10 @@ SLEEP_CYCLES = 100_000_000
 
 def tree(folder: Path, algorithm: str, device: str = "cuda", **changes: Any) -> dict[str, Any]:
     """Three rounds of three unequal clients. With SGD: Adam makes a step of any rounding error."""
-    parts = folder / "partition.json"
-    parts.write_text(json.dumps([list(range(70)), list(range(70, 115)), list(range(115, 149))]))
     return {
-        "rounds": 3,
+        **unequal_clients(folder, algorithm),
         "precision": "fp64",
         "device": device,
-        "clients": {"count": 3, "batch_size": 16},
-        "data": {"partition": "file", "partition_file": str(parts), "test_limit": 60},
-        "algorithm": {
-            "name": algorithm,
-            "upload_every": 2,
-            "align_every": 2,
-            "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
-        },
         "optimizer": {party: {"name": "sgd", "lr": 0.05} for party in PARTIES},
         "comm": {"timeout_seconds": 60},
         **changes,

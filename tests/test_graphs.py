@@ -1,7 +1,6 @@
 """Captured steps against steps that are not, bit for bit; CUDA's graphs themselves are in test_cuda.py."""
 
 import gc
-import json
 import threading
 import warnings
 import weakref
@@ -16,6 +15,7 @@ from rank_program import Outcome, train_locally
 from rank_program import train as train_in
 from recorded_graphs import Recorder, recorder
 from torch import nn
+from unequal_clients import unequal_clients
 
 from fslsage_rpc.comm.local import LocalWorld
 from fslsage_rpc.config import Alignment, Config, OptimizerKeys, SchedulerKeys
@@ -39,25 +39,15 @@ ALGORITHMS = ["fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"]
 
 def tree(folder: Path, algorithm: str, graphs: str = "auto", **changes: Any) -> dict[str, Any]:
     """Three rounds of three unequal clients, whose last batches are short, with rates that move."""
-    parts = folder / "partition.json"
-    parts.write_text(json.dumps([list(range(70)), list(range(70, 115)), list(range(115, 149))]))
     keys = {
         "client": {"scheduler": {"name": "CosineAnnealingLR", "arguments": {"T_max": 20}, "per": "round"}},
         "server": {"scheduler": {"name": "ExponentialLR", "arguments": {"gamma": 0.9}, "per": "step"}},
         "auxiliary": {"name": "sgd", "lr": 0.05},
     }
     return {
-        "rounds": 3,
+        **unequal_clients(folder, algorithm),
         "device": "cpu",
         "graphs": graphs,
-        "clients": {"count": 3, "batch_size": 16},
-        "data": {"partition": "file", "partition_file": str(parts), "test_limit": 60},
-        "algorithm": {
-            "name": algorithm,
-            "upload_every": 2,
-            "align_every": 2,
-            "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
-        },
         "optimizer": keys,
         **changes,
     }

@@ -319,12 +319,15 @@ def test_a_job_through_shaped_links(tmp_path: Path) -> None:
 @pytest.mark.slow  # needs root; a quarter of a minute
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_job_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+def test_an_interrupted_job_stops_after_its_round_and_leaves_nothing(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     with started(command(tmp_path, rounds=1000), log) as process:
         wait_until(lambda: "round 1/" in log.read_text(), START_SECONDS, log)
         process.send_signal(number)
-        assert process.wait(END_SECONDS) == 128 + number, log.read_text()
+        assert process.wait(END_SECONDS) == 75, log.read_text()
+        assert "stopped on request after round" in log.read_text()
         assert left(process.pid) == []
         assert processes(tmp_path) == []
 

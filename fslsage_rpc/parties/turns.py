@@ -32,9 +32,8 @@ class Turns:
         self._held: dict[int, int] = {}  # the steps of clients whose window is full
         self._uploads: Counter[int] = Counter()
         self._at: dict[int, int] = {}  # the open step that each client is in
-        self._open: Counter[tuple[int, int]] = (
-            Counter()
-        )  # unanswered requests, and 1 while the client is in it
+        # Of each open step: unanswered requests, and 1 while the client is in it.
+        self._open: Counter[tuple[int, int]] = Counter()
         self.in_flight = 0
 
     def begin(self, client: int, step: int) -> None:
