@@ -1,6 +1,5 @@
 """Who is on which GPU, and what follows; the parts of the GPU path that a machine without one can try."""
 
-import threading
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 
 from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps
-from fslsage_rpc.comm.rpc_link import ServerEndpoint, _on_gpu
+from fslsage_rpc.comm.rpc_link import _on_gpu
 from fslsage_rpc.comm.world import server_workers, set_tf32
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.clock import device_clock
@@ -51,19 +50,6 @@ def test_client_ranks_that_share_a_gpu_average_by_gloo(monkeypatch: pytest.Monke
     monkeypatch.setenv(SHARED_GPUS, "1")  # asked for by name, on the user's own account
     assert choose_averaging("nccl", SHARED, nccl_built=True) == "nccl"
     assert choose_averaging("auto", SHARED, nccl_built=True) == "gloo"
-
-
-def test_torch_finds_nothing_to_pickle_in_what_the_rref_holds() -> None:
-    """With devices, making an RRef pickles its value to find tensors; a server has locks, and stays here."""
-
-    class Unpicklable:
-        lock = threading.Condition()
-
-        def __reduce__(self) -> str:
-            raise TypeError("cannot be pickled")
-
-    endpoint = ServerEndpoint(Unpicklable(), FIRST)  # type: ignore[arg-type]
-    assert _extract_tensors(endpoint) == []
 
 
 def test_tensors_are_found_in_answers() -> None:

@@ -1,4 +1,4 @@
-"""The real transport: the server behind an RRef on rank 0, requests by torch RPC, weights by collectives.
+"""The real transport: the server as an object on rank 0, requests by torch RPC, weights by collectives.
 
 CUDA calls in flight together with an NCCL collective deadlock: the round loop lets all calls end, waits for
 the device and then, on the CPU, for the other client ranks, before it averages.
@@ -24,20 +24,19 @@ from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.comm.memory import keep_large_blocks
 from fslsage_rpc.comm.placement import ONE_HOST_CHANNELS, GpuPlace, choose_averaging, device_maps
-from fslsage_rpc.comm.rpc_link import RpcLink, ServerEndpoint, peers_may_be_lost
+from fslsage_rpc.comm.rpc_link import SERVER, RpcLink, ServerEndpoint, offer, peers_may_be_lost
 from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
 from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers
 from fslsage_rpc.config import Comm, Config
-from fslsage_rpc.errors import ConnectionLost, InputError
+from fslsage_rpc.errors import ConnectionLost, InputError, TooFewClients
 from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
 
+POLL_SECONDS = 0.05
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
 SHM_CORES_PER_RANK = 2  # TensorPipe's shm transport keeps up to a core busy per rank, also while it waits
-
-_offered: rpc.RRef | None = None  # rank 0's current server
 
 
 class RpcWorld(World):
@@ -50,27 +49,38 @@ class RpcWorld(World):
     works_beside = True
 
     def __init__(self, config: Config):
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.client_ranks = self.size - 1
-        self.client_rank = self.rank - 1 if self.rank > 0 else None
+        self.number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.homes = size - 1
+        self.home = self.number - 1 if self.number > 0 else None
+        self._take_place(self.number, size)
         self.device = open_device(config, self._gpu_index())
         self._interface = _bind_interface(config.comm)
         self._transports = config.comm.transports or _default_transports()
         self._pools: dict[str, ThreadPoolExecutor] = {}
         keep_large_blocks()
-        timeout = timedelta(seconds=config.comm.timeout_seconds)
         self._watchdog: Watchdog | None = None
         try:
-            store = self._find_store(timeout)
-            self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
-            self._watchdog = Watchdog(store.clone(), self.rank, self.size, config.comm.timeout_seconds)
-            devices = self._roll_call(store, timeout)
-            self._device_maps = device_maps(devices, config.comm.device_maps)
-            self._watchdog.start()
-            with peers_may_be_lost():
-                self._join(store, config.comm)
+            self._start(config)
         except BaseException as error:
             self.fail(error)
+
+    def _take_place(self, rank: int, size: int) -> None:
+        """This process's rank among so many."""
+        self.rank, self.size = rank, size
+        self.client_ranks = size - 1
+        self.client_rank = rank - 1 if rank > 0 else None
+
+    def _start(self, config: Config) -> None:
+        """Meet the other ranks."""
+        timeout = timedelta(seconds=config.comm.timeout_seconds)
+        store = self._find_store(timeout)
+        self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
+        self._watchdog = Watchdog(store.clone(), self.rank, self.size, config.comm.timeout_seconds)
+        devices = self._roll_call(store, timeout)
+        self._device_maps = device_maps(devices, config.comm.device_maps)
+        self._watchdog.start()
+        with peers_may_be_lost():
+            self._join(store, config.comm)
 
     def _find_store(self, timeout: timedelta) -> dist.Store:
         """The job's key-value store, its keys apart from those of earlier attempts of the same job.
@@ -94,12 +104,10 @@ class RpcWorld(World):
             _channels=ONE_HOST_CHANNELS if torch.cuda.is_available() and _on_one_host() else None,
         )
         if self.rank in self._device_maps:  # answers take the same way back; torch tells the server
-            options.set_device_map(_worker(0), dict([self._device_maps[self.rank]]))
+            options.set_device_map(worker(0), dict([self._device_maps[self.rank]]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # torch's own doing
-            rpc.init_rpc(
-                _worker(self.rank), rank=self.rank, world_size=self.size, rpc_backend_options=options
-            )
+            rpc.init_rpc(worker(self.rank), rank=self.rank, world_size=self.size, rpc_backend_options=options)
         # new_group is called by all ranks, also by rank 0, which is in neither group.
         clients = list(range(1, self.size))
         self._clients: Any = dist.new_group(clients, timeout=FOREVER, backend="gloo")
@@ -112,16 +120,14 @@ class RpcWorld(World):
         )
 
     def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
-        global _offered
         with peers_may_be_lost():
             self.barrier()  # nobody still uses the last one
             synchronise(self.device)  # calls have streams of their own: what they find must be there
-            _offered = None if server is None else rpc.RRef(ServerEndpoint(server, self.device))
+            offer(None if server is None else ServerEndpoint(server, self.device))
             self.barrier()
             if self.rank == 0:
                 return None
-            mapped = self.rank in self._device_maps
-            return RpcLink(rpc.rpc_sync(_worker(0), _offered_server), ledger, log, self.device, mapped)
+            return RpcLink(ledger, log, self.device, self.rank in self._device_maps)
 
     def start(self, kind: str, work: Callable[[], None]) -> None:
         if kind not in self._pools:
@@ -143,15 +149,27 @@ class RpcWorld(World):
         return values
 
     def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+        return self._gather_in_store(self._side_store, name, value)
+
+    def _gather_in_store(
+        self, store: dist.Store, name: str, value: Any, given_up: Callable[[], bool] | None = None
+    ) -> list[Any] | None:
+        """`gather` through the store; None on rank 0 too, when it is given up."""
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         with peers_may_be_lost():
-            self._side_store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
+            store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
             if self.rank != 0:
                 return None
-            self._side_store.wait(keys, FOREVER)
-            values = [pickle.loads(self._side_store.get(key)) for key in keys]
+            if given_up is None:
+                store.wait(keys, FOREVER)
+            else:
+                while not store.check(keys):
+                    if given_up():
+                        return None
+                    time.sleep(POLL_SECONDS)
+            values = [pickle.loads(store.get(key)) for key in keys]
             for key in keys:
-                self._side_store.delete_key(key)
+                store.delete_key(key)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -177,9 +195,7 @@ class RpcWorld(World):
             "averaging": self._averaging,
             "rpc_transports": self._transports or "TensorPipe's own choice",
             "request_tensors": {
-                _worker(rank): "{} to the server's {} and back, by device map".format(
-                    *self._device_maps[rank]
-                )
+                worker(rank): "{} to the server's {} and back, by device map".format(*self._device_maps[rank])
                 if rank in self._device_maps
                 else "through host memory"
                 for rank in range(1, self.size)
@@ -188,17 +204,7 @@ class RpcWorld(World):
         }
 
     def fail(self, error: BaseException) -> NoReturn:
-        role = "server" if self.rank == 0 else "clients"
-        # An error that came back from a call begins with a line that names the worker.
-        said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
-        reason = f"{type(error).__name__}: {said[0] if said else ''}"
-        message, status = f"fslsage_rpc: rank {self.rank} ({role}) failed: {reason}", 1
-        if isinstance(error, InputError):
-            message, status = f"fslsage_rpc: {error}", 2
-        elif isinstance(error, KeyboardInterrupt):
-            message, status = "fslsage_rpc: interrupted", 130
-        elif not isinstance(error, ConnectionLost):
-            message = "".join(traceback.format_exception(error)) + message
+        message, status = self._last_words(error)
         if self._watchdog is None or self._watchdog.claim(wait=isinstance(error, ConnectionLost)):
             print(message, file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -206,9 +212,21 @@ class RpcWorld(World):
             time.sleep(2 * PERIOD_SECONDS)  # this process hosts the store: let the others see the claim
         os._exit(status)  # sys.exit would wait for RPC threads that wait for peers that are gone
 
+    def _last_words(self, error: BaseException) -> tuple[str, int]:
+        """What to say of an error, and the exit status."""
+        if isinstance(error, InputError):
+            return f"fslsage_rpc: {error}", 2
+        if isinstance(error, KeyboardInterrupt):
+            return "fslsage_rpc: interrupted", 130
+        if isinstance(error, TooFewClients):
+            return f"fslsage_rpc: {error}", 1
+        role = "server" if self.number == 0 else "clients"
+        message = f"fslsage_rpc: rank {self.number} ({role}) failed: {in_one_line(error)}"
+        if isinstance(error, ConnectionLost):
+            return message, 1
+        return "".join(traceback.format_exception(error)) + message, 1
+
     def close(self) -> None:
-        global _offered
-        _offered = None
         with peers_may_be_lost():
             self.barrier()
             rpc.shutdown()
@@ -216,8 +234,13 @@ class RpcWorld(World):
                 self._watchdog.stop()
             self.barrier()  # the rank that hosts the store leaves it only when nobody's watchdog needs it
             dist.destroy_process_group()
+        self._dissolve_pools()
+        offer(None)
+
+    def _dissolve_pools(self) -> None:
         for pool in self._pools.values():
-            pool.shutdown()
+            pool.shutdown(cancel_futures=True)
+        self._pools = {}
 
     def _gpu_index(self) -> int:
         """Clients take the GPUs from the first on; the server takes one of its own where one is left."""
@@ -240,23 +263,31 @@ class RpcWorld(World):
         """
         store.set(f"here/{self.rank}", str(self.device))
         keys = [f"here/{rank}" for rank in range(self.size)]
-        try:
-            store.wait(keys, timeout)
-        except RuntimeError:
-            absent = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
-            raise ConnectionLost(
-                f"rank {absent} did not start within {timeout.total_seconds():g} s"
-            ) from None
+        await_all(store, keys, timeout)
         return [torch.device(store.get(key).decode()) for key in keys]
 
 
-def _offered_server() -> rpc.RRef:
-    assert _offered is not None
-    return _offered
+def await_all(store: dist.Store, keys: list[str], timeout: timedelta) -> None:
+    """Wait until all ranks have started and set their keys, given by rank.
+
+    Raises:
+        ConnectionLost: some did not, within the time-out.
+    """
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError:
+        absent = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+        raise ConnectionLost(f"rank {absent} did not start within {timeout.total_seconds():g} s") from None
 
 
-def _worker(rank: int) -> str:
-    return "server" if rank == 0 else f"clients{rank}"
+def in_one_line(error: BaseException) -> str:
+    """What an error says, without what torch puts around one that came back from a call."""
+    said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
+    return f"{type(error).__name__}: {said[0] if said else ''}"
+
+
+def worker(rank: int) -> str:
+    return SERVER if rank == 0 else f"clients{rank}"
 
 
 def _on_one_host() -> bool:

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Collection
 from datetime import timedelta
 
 from torch.distributed import Store
@@ -24,7 +25,7 @@ class Watchdog:
     def __init__(self, store: Store, rank: int, size: int, timeout_seconds: float):
         self._store = store
         self._rank = rank
-        self._watched = [r for r in range(size) if r != rank] if rank == 0 else [0]
+        self._watch([r for r in range(size) if r != rank] if rank == 0 else [0])
         self._timeout_seconds = timeout_seconds
         self._stopped = threading.Event()
         self._reported = False
@@ -57,11 +58,25 @@ class Watchdog:
         except RuntimeError:
             return True  # the store has gone with the launcher or rank 0: nobody else can say it
 
+    def _watch(self, ranks: Collection[int]) -> None:
+        """Look for these ranks' signs of life from now on: by rank, the last one and when it came."""
+        self._signs = dict.fromkeys(ranks, (b"", time.monotonic()))
+
+    def _pause(self) -> bool:
+        """Until the next look; has the thread to end?"""
+        return self._stopped.wait(PERIOD_SECONDS)
+
+    def _look(self) -> None:
+        """What a subclass has to look for besides."""
+
+    def _silent(self, rank: int) -> None:
+        """A watched rank is lost."""
+        self._end(f"rank {rank} has given no sign of life for {self._timeout_seconds:g} s")
+
     def _run(self) -> None:
         """Beat, look for a claimed failure, and look for silence; until stopped."""
-        beats, seen = 0, dict.fromkeys(self._watched, b"")
-        changed = dict.fromkeys(self._watched, time.monotonic())
-        while not self._stopped.wait(PERIOD_SECONDS) and not self._reported:
+        beats = 0
+        while not self._pause() and not self._reported:
             beats += 1
             # Where the store's host is silent, so is the store: then this thread never returns from it.
             alarm = threading.Timer(self._timeout_seconds, self._end, ["the job's store has not answered"])
@@ -71,10 +86,12 @@ class Watchdog:
                 self._store.set(f"beat/{self._rank}", str(beats))
                 if self._store.check(["failure"]) and not self._reported:
                     os._exit(1)
-                for rank in self._watched:
+                self._look()
+                signs = self._signs
+                for rank, (seen, _) in signs.items():
                     beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
-                    if beat != seen[rank]:
-                        seen[rank], changed[rank] = beat, time.monotonic()
+                    if beat != seen:
+                        signs[rank] = beat, time.monotonic()
             except RuntimeError as error:
                 if not self._stopped.is_set():
                     self._end(
@@ -83,9 +100,9 @@ class Watchdog:
                 return
             finally:
                 alarm.cancel()
-            for rank in self._watched:
-                if time.monotonic() - changed[rank] > self._timeout_seconds:
-                    self._end(f"rank {rank} has given no sign of life for {self._timeout_seconds:g} s")
+            for rank, (_, came) in signs.items():
+                if time.monotonic() - came > self._timeout_seconds:
+                    self._silent(rank)
 
     def _end(self, message: str) -> None:
         if self._reported:
