@@ -1,4 +1,6 @@
-"""With `clients.on_loss: drop` the ranks that are left go on: as a run in which the lost clients took no part."""
+"""With `clients.on_loss: drop` the ranks that are left go on: as a run in which the lost clients took no
+part.
+"""
 
 import json
 import os
@@ -8,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ END_SECONDS = 60
 
 
 class ElasticJob:
-    """Ranks of one run, each a process that nobody ends when another one dies. A context: none outlives it."""
+    """Ranks of one run, each a process that nobody ends when another dies. A context: none outlives it."""
 
     def __init__(self, ranks: int, keys: dict[str, Any], folder: Path):
         self.folder = folder / "run"
@@ -108,7 +109,7 @@ class ElasticJob:
 
 
 def assert_equals_one_process(job: ElasticJob, keys: dict[str, Any]) -> None:
-    """The job's model and figures are those of `transport: local`, with the same clients in the same rounds."""
+    """The job's model and figures are those of `transport: local` with the same clients in the same rounds."""
     experiment = Experiment.prepare(from_tree({**keys, "transport": "local"}))
     experiment.federation.follow(job.events)
     trainer = Trainer(experiment, open_world(experiment.config))
@@ -200,7 +201,7 @@ def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
         job.start(ranks=iter([2]))
         assert job.wait(0, 1, 2) == [0, 0, 0], job.said
     loss, joined = job.events
-    assert joined["event"] == "joined" and joined["clients"] == [1, 3]
+    assert (joined["event"], joined["clients"]) == ("joined", [1, 3])
     assert joined["round"] > loss["round"]
     assert f"rank 2 has joined: clients 1, 3 are back; goes on from round {joined['round']}" in job.said
     assert_equals_one_process(job, keys)
@@ -214,14 +215,17 @@ def test_below_the_minimum_the_run_gives_up_and_all_ranks_go_on_from_its_checkpo
         job.start("2:2:step:kill", iter([2]))
         job.start("1:4:step:kill", iter([0, 1]))
         assert job.wait(0) == [1], job.said
-        assert "0 clients are left, fewer than clients.minimum (2): the run ends (rank 1 is lost: " in job.said
+        assert (
+            "0 clients are left, fewer than clients.minimum (2): the run ends (rank 1 is lost: " in job.said
+        )
         assert [line["round"] for line in job.rounds] == [0, 1, 2, 3]
         job.wait(1, 2)
         job.start()
         assert job.wait(0, 1, 2) == [0, 0, 0], job.said
     loss, joined = job.events
     assert (loss["round"], loss["clients"]) == (2, [1, 3])
-    assert joined["clients"] == [1, 3] and joined["round"] in (3, 4)
+    assert joined["clients"] == [1, 3]
+    assert joined["round"] in (3, 4)
     assert_equals_one_process(job, keys)
 
 

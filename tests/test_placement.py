@@ -1,6 +1,5 @@
 """Who is on which GPU, and what follows; the parts of the GPU path that a machine without one can try."""
 
-
 import pytest
 import torch
 from torch import nn

@@ -22,7 +22,8 @@ from fslsage_rpc.comm.generations import Generation, Generations
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.placement import device_maps
-from fslsage_rpc.comm.rpc import POLL_SECONDS, RpcWorld, await_all, in_one_line, worker
+from fslsage_rpc.comm.roll_call import Presence, await_all
+from fslsage_rpc.comm.rpc import POLL_SECONDS, RpcWorld, first_line, worker
 from fslsage_rpc.comm.rpc_link import offer
 from fslsage_rpc.comm.world import Change
 from fslsage_rpc.config import Config
@@ -48,8 +49,7 @@ class ElasticWorld(RpcWorld):
 
     def _start(self, config: Config) -> None:
         timeout = timedelta(seconds=config.comm.timeout_seconds)
-        store = self._find_store(timeout)
-        self._store = store
+        self._store = self._job = store = self._find_store(timeout)
         self._side_store = store.clone()
         self._config = config
         self._transports = ["uv"]  # the one whose connections can be cut
@@ -59,7 +59,6 @@ class ElasticWorld(RpcWorld):
         self._generations = Generations(
             store.clone(), self.number, self.size, config.comm.timeout_seconds, self._cut, self._too_few
         )
-        self._watchdog = self._generations
         self._spared = open_sockets().keys()
         self._generations.start()
         if self.number == 0:
@@ -106,33 +105,37 @@ class ElasticWorld(RpcWorld):
         return self._gather_in_store(own, name, value, lambda: self._generations.is_over(generation))
 
     def fail(self, error: BaseException) -> NoReturn:
-        watching = self._watchdog is not None
-        if (
-            self.number != 0
-            and watching
-            and not isinstance(error, InputError | KeyboardInterrupt | ConnectionLost)
-        ):
+        own = not isinstance(error, InputError | KeyboardInterrupt | ConnectionLost)
+        if self.number != 0 and own and hasattr(self, "_generations"):
             with suppress(RuntimeError):
-                if self._store.check(["generation"]):  # the others may go on
-                    self._store.set(f"left/{self.number}", in_one_line(error))
-                    message, status = self._last_words(error)
-                    print(message, file=sys.stderr, flush=True)
+                if self._job.check(["generation"]):  # the others may go on
+                    before, message, status = self._last_words(error)
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    self._job.set(f"left/{self.number}", reason)
+                    print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
                     sys.stdout.flush()
                     os._exit(status)
         super().fail(error)
+
+    def _speaks(self) -> bool:
+        return self._generations.claim() if hasattr(self, "_generations") else super()._speaks()
+
+    def _explain_loss(self, reason: str) -> str:
+        here = Presence.here(self.number, self.device)
+        return f"{here} lost a connection in {self.activity()}, and no rank that was lost: {reason}"
 
     def close(self) -> None:
         if self.number == 0:
             self._generations.end_run()
             members = [f"done/{number}" for number in self._numbers if number]
             deadline = time.monotonic() + LEAVING_SECONDS
-            while time.monotonic() < deadline and not self._store.check(members):
+            while time.monotonic() < deadline and not self._job.check(members):
                 time.sleep(POLL_SECONDS)
             self._generations.stop()
         else:
             self._generations.stop()
             with suppress(RuntimeError):
-                self._store.set(f"done/{self.number}", "")
+                self._job.set(f"done/{self.number}", "")
         self._leave()
 
     def _too_few(self, numbers: list[int]) -> str | None:
@@ -181,7 +184,7 @@ class ElasticWorld(RpcWorld):
                 if self._generations.run_over():
                     raise RunOver from error
                 if self._generations.await_next(self.generation, self._timeout_seconds) is None:
-                    raise ConnectionLost(in_one_line(error)) from error
+                    raise ConnectionLost(first_line(error)) from error
                 self._leave()
             else:
                 self._formed = time.monotonic()
@@ -191,7 +194,7 @@ class ElasticWorld(RpcWorld):
         self._numbers = sorted(generation.members)
         self._take_place(self._numbers.index(self.number), len(self._numbers))
         # A connection of its own, to be cut with the others: forming groups waits on it for a rank that dies.
-        store = dist.PrefixStore(f"generation/{generation.number}", self._store.clone())
+        store = dist.PrefixStore(f"generation/{generation.number}", self._job.clone())
         store.set(f"device/{self.rank}", str(self.device))
         keys = [f"device/{rank}" for rank in range(self.size)]
         while not store.check(keys):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch.distributed import Store
 
-from fslsage_rpc.comm.watchdog import GRACE_SECONDS, Watchdog
+from fslsage_rpc.comm.watchdog import GRACE_SECONDS, claim_failure
 
 PERIOD_SECONDS = 0.25
 FRESH_SECONDS = 3.0
@@ -45,8 +45,11 @@ class Generation:
         return cls(number, dict(members))
 
 
-class Generations(Watchdog):
-    """A watchdog that does not end the job when a client rank is lost, but begins a new generation.
+class Generations:
+    """What `Watchdog` is where a lost client rank does not end the job, but begins a new generation.
+
+    A thread gives signs of life through the job's store, on a connection of its own. Rank 0 watches all
+    others, and they watch rank 0, whose end is everybody's.
 
     On rank 0 its thread learns of losses (`lose`, a silence longer than the time-out) and writes the next
     generation; on the others it reads it. Either way it then ends the present one: it cuts this process's
@@ -68,11 +71,19 @@ class Generations(Watchdog):
         cut: Callable[[], None],
         too_few: Callable[[list[int]], str | None],
     ):
-        super().__init__(store, number, size, timeout_seconds)
         self.identity = uuid.uuid4().hex
+        self._store = store
+        self._number = number
         self._size = size
         self._cut = cut
+        self._timeout_seconds = timeout_seconds
         self._too_few = too_few
+        self._beats = (
+            {0: (b"", time.monotonic())} if number else {}
+        )  # per rank watched: the last, when it came
+        self._reported = False
+        self._thread = threading.Thread(target=self._run, name="generations", daemon=True)
+        self._stopped = threading.Event()
         self._wake = threading.Event()
         self._changed = threading.Condition()  # guards what follows
         self._newest: Generation | None = None
@@ -85,9 +96,23 @@ class Generations(Watchdog):
             self._store.set(f"left/{number}", "")
         self._store.set(f"here/{number}", self.identity)
 
+    def start(self) -> None:
+        """Begin to give and watch signs of life."""
+        self._thread.start()
+
     def stop(self) -> None:
+        """End the thread, before the store goes away."""
+        self._stopped.set()
         self._wake.set()
-        super().stop()
+        self._thread.join()
+
+    def claim(self) -> bool:
+        """Is this process the first to report a failure that ends the job, so that it should print it?"""
+        self._reported = True
+        try:
+            return claim_failure(self._store, self._number)
+        except RuntimeError:
+            return True  # rank 0 is gone, and the store with it: nobody can be asked
 
     def first(self) -> None:
         """On rank 0, when all have come: the first generation."""
@@ -158,15 +183,50 @@ class Generations(Watchdog):
         """Has rank 0 ended the run?"""
         return self._store.check(["finished"])
 
-    def _pause(self) -> bool:
-        self._wake.wait(PERIOD_SECONDS)
-        self._wake.clear()
-        return self._stopped.is_set()
+    def _run(self) -> None:
+        """Give signs of life and look for all that may have happened; until stopped."""
+        count = 0
+        while not self._stopped.is_set():
+            self._wake.wait(PERIOD_SECONDS)
+            self._wake.clear()
+            count += 1
+            # Where the store's host is silent, so is the store: then this thread never returns from it.
+            why = f"rank 0, with the job's store, has not answered for {self._timeout_seconds:g} s"
+            alarm = threading.Timer(self._timeout_seconds, self._end, [why])
+            alarm.daemon = True
+            alarm.start()
+            try:
+                self._store.set(f"beat/{self._number}", str(count))
+                if self._store.check(["failure"]) and not self._reported:
+                    sys.stdout.flush()
+                    os._exit(1)
+                self._look()
+                self._look_for_silence()
+            except RuntimeError as error:
+                if not self._stopped.is_set():
+                    self._end(f"rank 0 is gone, and the job's store with it ({type(error).__name__})")
+                return
+            finally:
+                alarm.cancel()
+
+    def _look_for_silence(self) -> None:
+        beats = self._beats
+        for number, (last, came) in beats.items():
+            key = f"beat/{number}"
+            beat = self._store.get(key) if self._store.check([key]) else b""
+            if beat != last:
+                beats[number] = beat, time.monotonic()
+            elif time.monotonic() - came > self._timeout_seconds:
+                why = f"no sign of life for {self._timeout_seconds:g} s"
+                if self._number != 0:
+                    self._end(f"rank 0: {why}")
+                elif self._newest:
+                    self.lose(number, self._newest.number, why)
 
     def _look(self) -> None:
         """What each period brings; on the thread."""
         with self._changed:
-            if self._rank == 0:
+            if self._number == 0:
                 self._look_for_changes()
             else:
                 self._read_newest()
@@ -211,43 +271,42 @@ class Generations(Watchdog):
         generation = Generation.decoded(self._store.get("generation"))
         if self._newest and generation.number <= self._newest.number:
             return
-        if generation.members.get(self._rank) == self.identity:
+        if generation.members.get(self._number) == self.identity:
             self._begin(generation)
         elif self._newest:
             self._leave_lost()
 
     def _leave_lost(self) -> None:
-        if not self._reported:  # else the main thread has said why it ends
-            text = "the others took this rank for lost and went on without it"
-            print(f"fslsage_rpc: rank {self._rank}: {text}", file=sys.stderr, flush=True)
-        os._exit(1)
+        if self._reported:
+            os._exit(1)  # the main thread has said why it ends
+        self._print_and_exit("the others took this rank for lost and went on without it")
 
     def _end(self, message: str) -> None:
-        """A process that was stopped for long wakes up to late alarms: it must not end the others' job."""
-        if self._rank != 0 and self._newest:
-            last_resort = threading.Timer(GRACE_SECONDS, self._print_and_exit, [message])
-            last_resort.daemon = True
-            last_resort.start()  # a silent store does not answer
+        """Rank 0 is gone; or this process was stopped for long, wakes to late alarms, and is not wanted."""
+        if self._reported:
+            return  # the main thread is about to end the process
+        last_resort = threading.Timer(GRACE_SECONDS, self._print_and_exit, [message])
+        last_resort.daemon = True
+        last_resort.start()  # a silent store answers nothing
+        if self._newest:
             with suppress(RuntimeError):
                 members = Generation.decoded(self._store.get("generation")).members
-                if members.get(self._rank) != self.identity:
+                if members.get(self._number) != self.identity:
                     self._leave_lost()
-            last_resort.cancel()
-        super()._end(message)
+        if self.claim():
+            self._print_and_exit(message)
+        os._exit(1)
+
+    def _print_and_exit(self, message: str) -> None:
+        print(f"fslsage_rpc: rank {self._number}: {message}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _begin(self, generation: Generation) -> None:
         """A new generation, which ends the one before."""
         self._newest = generation
-        if self._rank == 0:
+        if self._number == 0:
             if not generation.too_few:
                 self._store.set("generation", generation.encoded())
-            self._watch([number for number in generation.members if number != 0])
+            self._beats = {number: (b"", time.monotonic()) for number in generation.members if number}
         self._cut()
         self._changed.notify_all()
-
-    def _silent(self, rank: int) -> None:
-        if self._rank != 0:
-            super()._silent(rank)
-        elif self._newest:
-            reason = f"no sign of life for {self._timeout_seconds:g} s"
-            self.lose(rank, self._newest.number, reason)

@@ -12,20 +12,21 @@ import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed import rpc
-from torch.distributed.rendezvous import rendezvous
 
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.comm.memory import keep_large_blocks
 from fslsage_rpc.comm.placement import ONE_HOST_CHANNELS, GpuPlace, choose_averaging, device_maps
+from fslsage_rpc.comm.roll_call import Presence, roll_call
 from fslsage_rpc.comm.rpc_link import SERVER, RpcLink, ServerEndpoint, offer, peers_may_be_lost
-from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
+from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog, claim_failure
 from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError, TooFewClients
@@ -58,6 +59,7 @@ class RpcWorld(World):
         self._transports = config.comm.transports or _default_transports()
         self._pools: dict[str, ThreadPoolExecutor] = {}
         keep_large_blocks()
+        self._store: dist.Store | None = None
         self._watchdog: Watchdog | None = None
         try:
             self._start(config)
@@ -73,11 +75,14 @@ class RpcWorld(World):
     def _start(self, config: Config) -> None:
         """Meet the other ranks."""
         timeout = timedelta(seconds=config.comm.timeout_seconds)
-        store = self._find_store(timeout)
+        self._store = store = self._find_store(timeout)
         self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
-        self._watchdog = Watchdog(store.clone(), self.rank, self.size, config.comm.timeout_seconds)
-        devices = self._roll_call(store, timeout)
+        ranks = roll_call(store, Presence.here(self.rank, self.device), self.size, timeout)
+        devices = [torch.device(rank.device) for rank in ranks]
         self._device_maps = device_maps(devices, config.comm.device_maps)
+        self._watchdog = Watchdog(
+            store.clone(), ranks, self.rank, config.comm.timeout_seconds, lambda: self.activity()
+        )
         self._watchdog.start()
         with peers_may_be_lost():
             self._join(store, config.comm)
@@ -86,13 +91,27 @@ class RpcWorld(World):
         """The job's key-value store, its keys apart from those of earlier attempts of the same job.
 
         Raises:
-            ConnectionLost: it cannot be reached, or (on the rank that hosts it) ranks are missing.
+            ConnectionLost: it cannot be reached.
         """
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        hosts_it = self.rank == 0 and not _launcher_hosts_store()
         try:
-            store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=timeout)))
+            # Nobody waits here for the others: the roll call does, and knows who is missing.
+            store = dist.TCPStore(
+                address,
+                port,
+                is_master=hosts_it,
+                wait_for_workers=False,
+                timeout=timeout,
+                multi_tenant=True,  # init_rpc opens it once more
+            )
         except RuntimeError as error:
+            host = "the launcher" if _launcher_hosts_store() else "rank 0"
             reason = str(error).partition("\n")[0]
-            raise ConnectionLost(f"the {self.size} ranks did not all meet: {reason}") from None
+            raise ConnectionLost(
+                f"{host} did not open the job's store at {address}, port {port}, within "
+                f"{timeout.total_seconds():g} s ({reason})"
+            ) from None
         return dist.PrefixStore(f"fslsage_rpc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def _join(self, store: dist.Store, keys: Comm) -> None:
@@ -204,27 +223,39 @@ class RpcWorld(World):
         }
 
     def fail(self, error: BaseException) -> NoReturn:
-        message, status = self._last_words(error)
-        if self._watchdog is None or self._watchdog.claim(wait=isinstance(error, ConnectionLost)):
-            print(message, file=sys.stderr, flush=True)
+        before, message, status = self._last_words(error)
+        if self._speaks():
+            print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self.rank == 0 and not _launcher_hosts_store():
             time.sleep(2 * PERIOD_SECONDS)  # this process hosts the store: let the others see the claim
         os._exit(status)  # sys.exit would wait for RPC threads that wait for peers that are gone
 
-    def _last_words(self, error: BaseException) -> tuple[str, int]:
-        """What to say of an error, and the exit status."""
+    def _last_words(self, error: BaseException) -> tuple[str, str, int]:
+        """A traceback where there is a use for one, the message, and the exit status."""
         if isinstance(error, InputError):
-            return f"fslsage_rpc: {error}", 2
+            return "", str(error), 2
         if isinstance(error, KeyboardInterrupt):
-            return "fslsage_rpc: interrupted", 130
+            return "", "interrupted", 130
         if isinstance(error, TooFewClients):
-            return f"fslsage_rpc: {error}", 1
-        role = "server" if self.number == 0 else "clients"
-        message = f"fslsage_rpc: rank {self.number} ({role}) failed: {in_one_line(error)}"
+            return "", str(error), 1
         if isinstance(error, ConnectionLost):
-            return message, 1
-        return "".join(traceback.format_exception(error)) + message, 1
+            return "", self._explain_loss(first_line(error)), 1
+        where = f"{Presence.here(self.number, self.device)} failed in {self.activity()}"
+        message = f"{where}: {type(error).__name__}: {first_line(error)}"
+        return "".join(traceback.format_exception(error)), message, 1
+
+    def _explain_loss(self, reason: str) -> str:
+        return self._watchdog.explain_loss(reason) if self._watchdog else reason
+
+    def _speaks(self) -> bool:
+        """Is this rank the one to report a failure?"""
+        if self._watchdog:
+            return self._watchdog.claim()
+        with suppress(RuntimeError):
+            if self._store is not None:
+                return claim_failure(self._store, self.rank)
+        return self.rank == 1 or int(os.environ.get("LOCAL_RANK", self.rank)) == 0  # one on each host
 
     def close(self) -> None:
         with peers_may_be_lost():
@@ -234,8 +265,8 @@ class RpcWorld(World):
                 self._watchdog.stop()
             self.barrier()  # the rank that hosts the store leaves it only when nobody's watchdog needs it
             dist.destroy_process_group()
-        self._dissolve_pools()
         offer(None)
+        self._dissolve_pools()
 
     def _dissolve_pools(self) -> None:
         for pool in self._pools.values():
@@ -252,42 +283,19 @@ class RpcWorld(World):
         on_server_host = self.rank == local_rank
         return local_rank - 1 if on_server_host else local_rank
 
-    def _roll_call(self, store: dist.Store, timeout: timedelta) -> list[torch.device]:
-        """Wait for all ranks to have started.
 
-        Returns:
-            The device of each rank, as the rank itself calls it.
-
-        Raises:
-            ConnectionLost: some did not, within the time-out.
-        """
-        store.set(f"here/{self.rank}", str(self.device))
-        keys = [f"here/{rank}" for rank in range(self.size)]
-        await_all(store, keys, timeout)
-        return [torch.device(store.get(key).decode()) for key in keys]
-
-
-def await_all(store: dist.Store, keys: list[str], timeout: timedelta) -> None:
-    """Wait until all ranks have started and set their keys, given by rank.
-
-    Raises:
-        ConnectionLost: some did not, within the time-out.
-    """
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError:
-        absent = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
-        raise ConnectionLost(f"rank {absent} did not start within {timeout.total_seconds():g} s") from None
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an error says, without what torch puts around one that came back from a call."""
+def first_line(error: BaseException) -> str:
+    """What an error says; one that came back from a call begins with a line that names the worker."""
     said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
-    return f"{type(error).__name__}: {said[0] if said else ''}"
+    return said[0] if said else ""
 
 
 def worker(rank: int) -> str:
     return SERVER if rank == 0 else f"clients{rank}"
+
+
+def _launcher_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _on_one_host() -> bool:

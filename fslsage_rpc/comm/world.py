@@ -53,6 +53,9 @@ class World(ABC):
     generation: int = 0
     """how often the ranks have met anew, after a loss or with a newcomer"""
 
+    activity: Callable[[], str] = staticmethod(lambda: "the start")
+    """what this rank is doing, in words; told to the other ranks with its signs of life"""
+
     @property
     def hosts_server(self) -> bool:
         """Does this rank own the server?"""
