@@ -109,7 +109,7 @@ class ElasticJob:
 
 
 def assert_equals_one_process(job: ElasticJob, keys: dict[str, Any]) -> None:
-    """The job's model and figures are those of `transport: local` with the same clients in the same rounds."""
+    """The job's model and figures are those of one process with the same clients in the same rounds."""
     experiment = Experiment.prepare(from_tree({**keys, "transport": "local"}))
     experiment.federation.follow(job.events)
     trainer = Trainer(experiment, open_world(experiment.config))

@@ -64,7 +64,6 @@ class ElasticWorld(RpcWorld):
         if self.number == 0:
             await_all(store, [f"here/{number}" for number in range(self.size)], timeout)
             self._generations.first()
-        self._began = time.monotonic()
         self._enter_next()
 
     def clients_of(self, number: int) -> range:
@@ -89,14 +88,13 @@ class ElasticWorld(RpcWorld):
             if lost and self._generations.run_over():
                 raise RunOver from error
             raise error
-        self._began = time.monotonic()
 
     def regroup(self) -> None:
         self._leave()
         self._enter_next()
 
     def take_changes(self) -> list[Change]:
-        seconds = self._formed - self._began
+        seconds = self._formed - self._generations.began
         return [Change(rank, reason, seconds) for rank, reason in self._generations.take_changes()]
 
     def gather_beside(self, name: str, value: Any) -> list[Any] | None:

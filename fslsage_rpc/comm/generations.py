@@ -56,6 +56,10 @@ class Generations:
     connections, again and again until the main thread has left (`enter`), so that wherever that thread waits,
     it gets an error. A process that is not in the new generation ends.
 
+    Attributes:
+        identity: of this process.
+        began: when the newest generation did, by `time.monotonic`.
+
     Args:
         size: processes that the job was started with.
         cut: cuts the connections of the present generation.
@@ -72,6 +76,7 @@ class Generations:
         too_few: Callable[[list[int]], str | None],
     ):
         self.identity = uuid.uuid4().hex
+        self.began = time.monotonic()
         self._store = store
         self._number = number
         self._size = size
@@ -304,6 +309,7 @@ class Generations:
     def _begin(self, generation: Generation) -> None:
         """A new generation, which ends the one before."""
         self._newest = generation
+        self.began = time.monotonic()
         if self._number == 0:
             if not generation.too_few:
                 self._store.set("generation", generation.encoded())
