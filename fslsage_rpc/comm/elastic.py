@@ -23,8 +23,8 @@ from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.placement import device_maps
 from fslsage_rpc.comm.roll_call import Presence, await_all
-from fslsage_rpc.comm.rpc import POLL_SECONDS, RpcWorld, first_line, worker
-from fslsage_rpc.comm.rpc_link import offer
+from fslsage_rpc.comm.rpc import POLL_SECONDS, RpcWorld, first_line
+from fslsage_rpc.comm.rpc_link import SERVER, offer
 from fslsage_rpc.comm.world import Change
 from fslsage_rpc.config import Config
 from fslsage_rpc.errors import ConnectionLost, InputError, RunOver, TooFewClients
@@ -209,11 +209,15 @@ class ElasticWorld(RpcWorld):
             for rank in range(1, self.size):
                 self._watch_process(rank, self._numbers[rank], generation.number)
 
+    def _worker(self, rank: int) -> str:
+        # Names of its own in each generation: torch counts what workers of the same names have gathered.
+        return SERVER if rank == 0 else f"clients{self._numbers[rank]}-{self.generation}"
+
     def _watch_process(self, rank: int, number: int, generation: int) -> None:
         def lost(call: Future[None]) -> None:
             self._generations.lose(number, generation, "its process has died, or its connection to rank 0")
 
-        rpc.rpc_async(worker(rank), _stay, timeout=0).add_done_callback(lost)
+        rpc.rpc_async(self._worker(rank), _stay, timeout=0).add_done_callback(lost)
 
 
 @rpc.functions.async_execution

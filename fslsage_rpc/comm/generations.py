@@ -83,9 +83,8 @@ class Generations:
         self._cut = cut
         self._timeout_seconds = timeout_seconds
         self._too_few = too_few
-        self._beats = (
-            {0: (b"", time.monotonic())} if number else {}
-        )  # per rank watched: the last, when it came
+        # Per rank watched: the last sign of life, and when it came.
+        self._beats = {0: (b"", time.monotonic())} if number else {}
         self._reported = False
         self._thread = threading.Thread(target=self._run, name="generations", daemon=True)
         self._stopped = threading.Event()
@@ -95,6 +94,7 @@ class Generations:
         self._entered = -1
         self._losses: dict[int, str] = {}
         self._newcomers: dict[int, tuple[str, bytes, float]] = {}  # identity, last beat, when it came
+        self._former: set[str] = set()  # a process that was stopped and goes on is no newcomer
         self._changes: list[tuple[int, str | None]] = []
         self._closing = False
         if number != 0:
@@ -248,12 +248,14 @@ class Generations:
                 continue
             if number in newest.members:
                 self._losses.setdefault(number, "another process has taken its place")
-            self._watch_newcomer(number, identity)
+            if identity not in self._former:
+                self._watch_newcomer(number, identity)
         lost = {number: why for number, why in self._losses.items() if number in newest.members}
         self._losses = {}
         if lost:
             lost = {number: self._store.get(f"left/{number}").decode() or why for number, why in lost.items()}
             self._changes += lost.items()
+            self._former |= {newest.members[number] for number in lost}
             left = {number: it for number, it in newest.members.items() if number not in lost}
             too_few = self._too_few(list(left))
             if too_few:

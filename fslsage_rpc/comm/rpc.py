@@ -123,10 +123,12 @@ class RpcWorld(World):
             _channels=ONE_HOST_CHANNELS if torch.cuda.is_available() and _on_one_host() else None,
         )
         if self.rank in self._device_maps:  # answers take the same way back; torch tells the server
-            options.set_device_map(worker(0), dict([self._device_maps[self.rank]]))
+            options.set_device_map(self._worker(0), dict([self._device_maps[self.rank]]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # torch's own doing
-            rpc.init_rpc(worker(self.rank), rank=self.rank, world_size=self.size, rpc_backend_options=options)
+            rpc.init_rpc(
+                self._worker(self.rank), rank=self.rank, world_size=self.size, rpc_backend_options=options
+            )
         # new_group is called by all ranks, also by rank 0, which is in neither group.
         clients = list(range(1, self.size))
         self._clients: Any = dist.new_group(clients, timeout=FOREVER, backend="gloo")
@@ -214,7 +216,9 @@ class RpcWorld(World):
             "averaging": self._averaging,
             "rpc_transports": self._transports or "TensorPipe's own choice",
             "request_tensors": {
-                worker(rank): "{} to the server's {} and back, by device map".format(*self._device_maps[rank])
+                self._worker(rank): "{} to the server's {} and back, by device map".format(
+                    *self._device_maps[rank]
+                )
                 if rank in self._device_maps
                 else "through host memory"
                 for rank in range(1, self.size)
@@ -273,6 +277,10 @@ class RpcWorld(World):
             pool.shutdown(cancel_futures=True)
         self._pools = {}
 
+    def _worker(self, rank: int) -> str:
+        """The name of a rank's RPC worker."""
+        return SERVER if rank == 0 else f"clients{rank}"
+
     def _gpu_index(self) -> int:
         """Clients take the GPUs from the first on; the server takes one of its own where one is left."""
         local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
@@ -288,10 +296,6 @@ def first_line(error: BaseException) -> str:
     """What an error says; one that came back from a call begins with a line that names the worker."""
     said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
     return said[0] if said else ""
-
-
-def worker(rank: int) -> str:
-    return SERVER if rank == 0 else f"clients{rank}"
 
 
 def _launcher_hosts_store() -> bool:
