@@ -116,8 +116,10 @@ class Generations:
         self._reported = True
         try:
             return claim_failure(self._store, self._number)
-        except RuntimeError:
-            return True  # rank 0 is gone, and the store with it: nobody can be asked
+        except RuntimeError:  # rank 0 is gone, and the store with it: one speaks on each host, and the first
+            members = self._newest.members if self._newest else {}
+            first = self._number == min((number for number in members if number), default=self._number)
+            return first or os.environ.get("LOCAL_RANK") == "0"
 
     def first(self) -> None:
         """On rank 0, when all have come: the first generation."""
