@@ -25,6 +25,7 @@ from fslsage_rpc.comm.placement import device_maps
 from fslsage_rpc.comm.roll_call import Presence, await_all
 from fslsage_rpc.comm.rpc import POLL_SECONDS, RpcWorld, first_line
 from fslsage_rpc.comm.rpc_link import SERVER, offer
+from fslsage_rpc.comm.watchdog import leave
 from fslsage_rpc.comm.world import Change
 from fslsage_rpc.config import Config
 from fslsage_rpc.errors import ConnectionLost, InputError, RunOver, TooFewClients
@@ -111,8 +112,7 @@ class ElasticWorld(RpcWorld):
                     reason = f"{type(error).__name__}: {first_line(error)}"
                     self._job.set(f"left/{self.number}", reason)
                     print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
-                    sys.stdout.flush()
-                    os._exit(status)
+                    leave(status, hosts_store=False)
         super().fail(error)
 
     def _speaks(self) -> bool:

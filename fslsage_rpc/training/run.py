@@ -45,14 +45,19 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
     if folder:
         folder.check_partition(experiment.partition_summary)
     world = open_world(config)
-    try:
-        with screen if folder else nullcontext(), stop or nullcontext():
+    with (
+        stop or nullcontext()
+    ):  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
+        try:
             stopped = None
-            with suppress(RunOver):  # this rank was meeting the others anew at the end
+            with (
+                screen if folder else nullcontext(),
+                suppress(RunOver),
+            ):  # it was meeting the others at the end
                 stopped = _train(experiment, world, folder, links, screen, stop)
-        world.close()
-    except BaseException as error:
-        world.fail(error)
+            world.close()
+        except BaseException as error:
+            world.fail(error)
     if stopped:
         raise stopped
     return Path(config.output) / config.name
