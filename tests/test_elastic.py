@@ -143,40 +143,6 @@ def test_a_killed_rank_costs_its_clients_and_the_round_under_way(tmp_path: Path)
     assert_equals_one_process(job, keys)
 
 
-ALGORITHMS: list[dict[str, Any]] = [
-    {"algorithm": {"name": "splitfed_v1"}},
-    {"algorithm": {"name": "splitfed_v2"}},
-    {"algorithm": {"name": "cse_fsl"}},
-    {"algorithm": {"name": "fedavg"}},
-]
-FAULTS = ["2:0:step:kill", "1:3:averaging:kill", "2:2:closing:kill", "1:2:step:raise"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("participation", [1.0, 0.5])
-def test_wherever_a_rank_is_lost(fault: str, participation: float, tmp_path: Path) -> None:
-    rank, round, _, kind = fault.split(":")
-    keys = keys_of(tmp_path, {"clients": {"participation": participation}}, rounds=5)
-    with ElasticJob(3, keys, tmp_path).start(fault) as job:
-        assert job.wait(0, 3 - int(rank)) == [0, 0], job.said
-    (event,) = job.events
-    assert (event["rank"], event["round"]) == (int(rank), int(round))
-    assert (event["reason"] == "ZeroDivisionError: a fault for the test") == (kind == "raise")
-    assert_equals_one_process(job, keys)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("change", ALGORITHMS, ids=lambda change: change["algorithm"]["name"])
-def test_each_algorithm_goes_on(change: dict[str, Any], tmp_path: Path) -> None:
-    keys = keys_of(tmp_path, change, rounds=4)
-    with ElasticJob(3, keys, tmp_path).start("1:2:step:kill") as job:
-        assert job.wait(0, 2) == [0, 0], job.said
-    assert_equals_one_process(job, keys)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
@@ -240,4 +206,42 @@ def test_the_servers_death_ends_the_run_at_its_last_checkpoint(tmp_path: Path) -
         job.start()
         assert job.wait(0, 1, 2) == [0, 0, 0], job.said
     assert job.events == []
+    assert_equals_one_process(job, keys)
+
+
+ALGORITHMS: list[dict[str, Any]] = [
+    {"algorithm": {"name": "splitfed_v1"}},
+    {"algorithm": {"name": "splitfed_v2"}},
+    {"algorithm": {"name": "cse_fsl"}},
+    {"algorithm": {"name": "fedavg"}},
+]
+FAULTS = [
+    ("2:0:step:kill", 1.0),
+    ("1:3:averaging:kill", 0.5),
+    ("2:2:closing:kill", 1.0),
+    ("1:2:step:raise", 0.5),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("fault", "participation"), FAULTS)
+def test_wherever_a_rank_is_lost(fault: str, participation: float, tmp_path: Path) -> None:
+    rank, round, _, kind = fault.split(":")
+    keys = keys_of(tmp_path, {"clients": {"participation": participation}}, rounds=5)
+    with ElasticJob(3, keys, tmp_path).start(fault) as job:
+        assert job.wait(0, 3 - int(rank)) == [0, 0], job.said
+    (event,) = job.events
+    assert (event["rank"], event["round"]) == (int(rank), int(round))
+    assert (event["reason"] == "ZeroDivisionError: a fault for the test") == (kind == "raise")
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("change", ALGORITHMS, ids=lambda change: change["algorithm"]["name"])
+def test_each_algorithm_goes_on(change: dict[str, Any], tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, change, rounds=4)
+    with ElasticJob(3, keys, tmp_path).start("1:2:step:kill") as job:
+        assert job.wait(0, 2) == [0, 0], job.said
     assert_equals_one_process(job, keys)
