@@ -2,11 +2,13 @@
 
 Places: `step`, between two steps of a client; `averaging`, before the all-reduce; `closing`, after a trained
 round, before its line; `server`, on rank 0 as it waits for the round's requests. Kinds: kill, stop, raise.
+PACE: seconds to wait before each round of the generation after the first loss.
 """
 
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +38,8 @@ def fault(here: str) -> None:
 def train_round(self: Trainer, round: int) -> float:
     global current
     current = round
+    if self.world.generation == 1:  # time for a replacement to start
+        time.sleep(float(os.environ.get("PACE", "0")))
     return true_train_round(self, round)
 
 

@@ -159,9 +159,10 @@ def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
+def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without optimizer state at the clients, what is back is exactly what would have been there."""
     keys = keys_of(tmp_path, SGD, rounds=60)
+    monkeypatch.setenv("PACE", "2")
     with ElasticJob(3, keys, tmp_path).start("2:2:step:kill") as job:
         job.wait_until("is lost")
         job.start(ranks=iter([2]))

@@ -104,6 +104,13 @@ class ElasticWorld(RpcWorld):
         return self._gather_in_store(own, name, value, lambda: self._generations.is_over(generation))
 
     def fail(self, error: BaseException) -> NoReturn:
+        if isinstance(error, RunOver):
+            print(
+                f"fslsage_rpc: rank {self.number} came too late: the run has ended",
+                file=sys.stderr,
+                flush=True,
+            )
+            leave(0, hosts_store=False)
         own = not isinstance(error, InputError | KeyboardInterrupt | ConnectionLost)
         if self.number != 0 and own and hasattr(self, "_generations"):
             with suppress(RuntimeError):
