@@ -130,9 +130,7 @@ class RpcWorld(World):
             options.set_device_map(self._worker(0), dict([self._device_maps[self.rank]]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # torch's own doing
-            rpc.init_rpc(
-                self._worker(self.rank), rank=self.rank, world_size=self.size, rpc_backend_options=options
-            )
+            self._init_rpc(store, options)
         # new_group is called by all ranks, also by rank 0, which is in neither group.
         clients = list(range(1, self.size))
         self._clients: Any = dist.new_group(clients, timeout=FOREVER, backend="gloo")
@@ -143,6 +141,10 @@ class RpcWorld(World):
         self._averaging_group: Any = (
             dist.new_group(clients, timeout=FOREVER, backend="nccl") if nccl else self._clients
         )
+
+    def _init_rpc(self, store: dist.Store, options: rpc.TensorPipeRpcBackendOptions) -> None:
+        name = self._worker(self.rank)
+        rpc.init_rpc(name, rank=self.rank, world_size=self.size, rpc_backend_options=options)
 
     def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
         with peers_may_be_lost():
