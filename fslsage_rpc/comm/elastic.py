@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed import rpc
+from torch.distributed import autograd, rpc
 from torch.futures import Future
 
 from fslsage_rpc.comm.connections import cut, open_sockets
@@ -208,13 +208,25 @@ class ElasticWorld(RpcWorld):
             time.sleep(POLL_SECONDS)
         devices = [torch.device(store.get(key).decode()) for key in keys]
         self._device_maps = device_maps(devices, self._config.comm.device_maps)
-        rpc._init_counter = (
-            generation.number
-        )  # torch's prefix in the store, which a newcomer counts otherwise
         self._join(store, replace(self._config.comm, averaging="gloo"))  # which can be cut, too
         if self.rank == 0:
             for rank in range(1, self.size):
                 self._watch_process(rank, self._numbers[rank], generation.number)
+
+    def _init_rpc(self, store: dist.Store, options: rpc.TensorPipeRpcBackendOptions) -> None:
+        # What init_rpc does, but that a process may have another rank than before (distributed autograd, of no
+        # use here, would refuse that), and that a newcomer finds the others' keys in the store.
+        autograd._init(self.number)
+        own = dist.PrefixStore("rpc", store)
+        own.set_timeout(timedelta(seconds=self._timeout_seconds))
+        rpc._init_rpc_backend(
+            rpc.BackendType.TENSORPIPE,  # type: ignore[attr-defined]
+            store=own,
+            name=self._worker(self.rank),
+            rank=self.rank,
+            world_size=self.size,
+            rpc_backend_options=options,
+        )
 
     def _worker(self, rank: int) -> str:
         # Names of its own in each generation: torch counts what workers of the same names have gathered.

@@ -188,7 +188,10 @@ class Generations:
 
     def run_over(self) -> bool:
         """Has rank 0 ended the run?"""
-        return self._store.check(["finished"])
+        try:
+            return self._store.check(["finished"])
+        except RuntimeError:
+            return False  # it is gone: the thread ends this process
 
     def _run(self) -> None:
         """Give signs of life and look for all that may have happened; until stopped."""

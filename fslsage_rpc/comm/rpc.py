@@ -34,10 +34,14 @@ from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.stopping import NOBODY_READS
 
 POLL_SECONDS = 0.05
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
 SHM_CORES_PER_RANK = 2  # TensorPipe's shm transport keeps up to a core busy per rank, also while it waits
+
+FIRST_WORD_SECONDS = 5.0
+"""how long another rank leaves it to rank 1 to report that there is no store to ask who reports"""
 
 
 class RpcWorld(World):
@@ -234,7 +238,7 @@ class RpcWorld(World):
 
     def fail(self, error: BaseException) -> NoReturn:
         before, message, status = self._last_words(error)
-        if self._speaks():
+        if self._speaks() and message:
             print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
         leave(status, self._hosts_store)
 
@@ -244,6 +248,8 @@ class RpcWorld(World):
             return "", str(error), 2
         if isinstance(error, KeyboardInterrupt):
             return "", "interrupted", 130
+        if isinstance(error, BrokenPipeError):
+            return "", "", NOBODY_READS  # this rank's output: connections fail as RuntimeErrors
         if isinstance(error, TooFewClients):
             return "", str(error), 1
         if isinstance(error, ConnectionLost):
@@ -262,7 +268,9 @@ class RpcWorld(World):
         with suppress(RuntimeError):
             if self._store is not None:
                 return claim_failure(self._store, self.rank)
-        return self.rank == 1 or int(os.environ.get("LOCAL_RANK", self.rank)) == 0  # one on each host
+        if self.rank != 1:
+            time.sleep(FIRST_WORD_SECONDS)  # if rank 1 has the same problem, its end ends this rank
+        return True
 
     def close(self) -> None:
         with peers_may_be_lost():

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -19,7 +20,8 @@ GRACE_SECONDS = 3.0
 
 def leave(status: int, hosts_store: bool) -> NoReturn:
     """End the process at once: sys.exit would wait for threads that wait for ranks that are gone."""
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
     if hosts_store:
         time.sleep(2 * PERIOD_SECONDS)  # the others have to see the claim in it
     os._exit(status)
@@ -166,7 +168,9 @@ class Watchdog:
         if self._launcher_hosts_store:
             here = f"{self._ranks[self._rank]} lost its launcher in {self._doing()}"
             return f"{here}: the job's store, which is there, {how}"
-        return f"{self._ranks[0]} was lost in {self._doing()}: the job's store, which is there, {how}"
+        ended = self._ranks[0].has_ended(self._ranks[self._rank].machine)
+        why = "its process has ended" if ended else f"the job's store, which is there, {how}"
+        return f"{self._ranks[0]} was lost in {self._doing()}: {why}"
 
     def _beats(self) -> list[bytes] | None:
         """The last sign of life of every rank; None where the store does not answer."""
