@@ -133,13 +133,13 @@ def keys_of(tmp_path: Path, *changes: dict[str, Any], **more: Any) -> dict[str, 
 def test_a_killed_rank_costs_its_clients_and_the_round_under_way(tmp_path: Path) -> None:
     """The one of the fast suite: killed between two steps of a round with an alignment."""
     keys = keys_of(tmp_path, rounds=4)
-    with ElasticJob(3, keys, tmp_path).start("2:2:step:kill") as job:
-        assert job.wait(0, 1) == [0, 0], job.said
+    with ElasticJob(3, keys, tmp_path).start("1:2:step:kill") as job:
+        assert job.wait(0, 2) == [0, 0], job.said
     (event,) = job.events
     assert event.pop("seconds") < 5
     reason = "its process has died, or its connection to rank 0"
-    assert event == {"event": "loss", "round": 2, "rank": 2, "clients": [1, 3], "reason": reason}
-    assert f"rank 2 is lost ({reason}): clients 1, 3 leave; goes on from round 2" in job.said
+    assert event == {"event": "loss", "round": 2, "rank": 1, "clients": [0, 2], "reason": reason}
+    assert f"rank 1 is lost ({reason}): clients 0, 2 leave; goes on from round 2" in job.said
     assert_equals_one_process(job, keys)
 
 

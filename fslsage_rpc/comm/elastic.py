@@ -214,8 +214,8 @@ class ElasticWorld(RpcWorld):
                 self._watch_process(rank, self._numbers[rank], generation.number)
 
     def _init_rpc(self, store: dist.Store, options: rpc.TensorPipeRpcBackendOptions) -> None:
-        # What init_rpc does, but that a process may have another rank than before (distributed autograd, of no
-        # use here, would refuse that), and that a newcomer finds the others' keys in the store.
+        # What init_rpc does, but that a process may have another rank than before (distributed autograd, of
+        # no use here, would refuse that), and that a newcomer finds the others' keys in the store.
         autograd._init(self.number)
         own = dist.PrefixStore("rpc", store)
         own.set_timeout(timedelta(seconds=self._timeout_seconds))
