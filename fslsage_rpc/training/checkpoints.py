@@ -142,7 +142,7 @@ class Checkpoints:
             more = f", and {len(problems) - 1} more" if problems[1:] else ""
             last = f"the last one is {found[0]}" if found else "there is none"
             run.warn(f"no checkpoint after round {rounds} ({problems[0]}{more}); {last}; the run goes on")
-        remove_all_but(self._root, found[: self._keys.keep])
+        remove_all_but(self._root, found[: self._keys.keep], until=rounds)  # others may write the next one
 
 
 def snapshot(tree: Any) -> Any:
