@@ -4,6 +4,7 @@ part.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from test_checkpoints import tree
 
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
-from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
 
 PROGRAM = str(Path(__file__).with_name("elastic_rank.py"))
@@ -141,6 +143,40 @@ def test_a_killed_rank_costs_its_clients_and_the_round_under_way(tmp_path: Path)
     assert event == {"event": "loss", "round": 2, "rank": 1, "clients": [0, 2], "reason": reason}
     assert f"rank 1 is lost ({reason}): clients 0, 2 leave; goes on from round 2" in job.said
     assert_equals_one_process(job, keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables", "said"),
+    [
+        (
+            {},
+            {"RANK": "0", "TORCHELASTIC_RUN_ID": "x"},
+            "clients.on_loss: got 'drop', expected fail: torchrun",
+        ),
+        ({}, {}, "clients.on_loss: got 'drop', expected fail: torchrun, and fslsage itself"),
+        ({"comm": {"transports": ["shm"]}}, {"RANK": "0"}, "comm.transports: got ['shm'], expected null or"),
+        ({"comm": {"averaging": "nccl"}}, {"RANK": "0"}, "comm.averaging: got 'nccl', expected auto or gloo"),
+        (
+            {"clients": {"minimum": 5}},
+            {"RANK": "0"},
+            "clients.minimum: got 5, expected at most clients.count, 4",
+        ),
+    ],
+)
+def test_what_cannot_go_on_is_refused_at_the_start(
+    changes: dict[str, Any],
+    variables: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    keys = keys_of(tmp_path, {"clients": {"on_loss": "drop"}, "transport": "rpc"}, changes)
+    with pytest.raises(InputError, match=re.escape(said)):
+        check(from_tree(keys), 3)
 
 
 @pytest.mark.slow
