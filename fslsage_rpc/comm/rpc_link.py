@@ -27,16 +27,17 @@ NO_TIMEOUT = 0  # a call waits for a slow rank while it lives: the watchdog ends
 SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "timed out", "unreachable")
 
 
+SERVER = "server"
+"""the name of its RPC worker. Calls go there by name, not through an RRef: torch keeps a process's first RPC
+agent for all its RRefs, so that they could not outlive a lost client (see generations.py)"""
+
+
 class ServerEndpoint:
-    """The server as its RRef's callers see it. Handlers never block a thread of the RPC pool."""
+    """The server as its remote callers see it. Handlers never block a thread of the RPC pool."""
 
     def __init__(self, server: Server, device: torch.device):
         self._server = server
         self._device = device
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
-        return object, ()
 
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         """See `Server.announce`."""
@@ -78,40 +79,42 @@ class ServerEndpoint:
         synchronise_stream(self._device)
 
 
+_offered: ServerEndpoint | None = None  # on rank 0
+
+
+def offer(endpoint: ServerEndpoint | None) -> None:
+    """On rank 0: have calls from now on go to this server."""
+    global _offered
+    _offered = endpoint
+
+
 class RpcLink(ServerLink):
-    """Calls the server through its RRef; made by the thread that the clients compute on.
+    """Calls the server on rank 0; made by the thread that the clients compute on.
 
     Args:
         device: of the clients.
         device_map: there is one from this device to the server's.
     """
 
-    def __init__(
-        self, server: rpc.RRef, ledger: WireLedger, log: RequestLog, device: torch.device, device_map: bool
-    ):
+    def __init__(self, ledger: WireLedger, log: RequestLog, device: torch.device, device_map: bool):
         super().__init__(ledger, log, carrier=device if device_map else CPU)
-        self._server = server
         self._device = device
         self._device_map = device_map
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.staged = device.type == "cuda" and not device_map
 
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
-        with peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).announce(plans, ranking)
+        _call("announce", plans, ranking)
 
     def server_clock(self) -> float:
-        with peers_may_be_lost():
-            return self._server.rpc_sync(timeout=NO_TIMEOUT).clock()
+        return _call("clock")
 
     def _echo(self, payload: torch.Tensor, down_bytes: int) -> None:
-        with peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).echo(payload, down_bytes)
+        _call("echo", payload, down_bytes)
         synchronise(self.carrier)
 
     def _initial_weights(self) -> tuple[Weights, Weights | None]:
-        with peers_may_be_lost():
-            return self._server.rpc_sync(timeout=NO_TIMEOUT).initial()
+        return _call("initial")
 
     def _submit(self, request: Request, on_answer: OnAnswer) -> None:
         travelling = Request(request.client, request.number, request.body.to(self.carrier))
@@ -125,15 +128,8 @@ class RpcLink(ServerLink):
             except Exception as error:
                 on_answer(_named(error), None)
 
-        # Not by the RRef's own rpc_async: its future is made without devices, so nobody would wait for the
-        # answer's tensors, and it may send from a stream that has not waited for the request's.
         with peers_may_be_lost():
-            call = rpc.rpc_async(
-                self._server.owner(),
-                _submit,
-                args=(self._server, travelling, self._device_map),
-                timeout=NO_TIMEOUT,
-            )
+            call = rpc.rpc_async(SERVER, _submit, args=(travelling, self._device_map), timeout=NO_TIMEOUT)
             call.add_done_callback(deliver)
 
     def _there(self, answered: Future[Any]) -> Reading:
@@ -147,12 +143,16 @@ class RpcLink(ServerLink):
             return device_clock(self._device)
 
     def _deposit_average(self, weights: Weights) -> None:
-        with peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_average(weights.to(CPU))
+        _call("deposit_average", weights.to(CPU))
 
     def _deposit_auxiliary(self, weights: Weights) -> None:
-        with peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_auxiliary(weights.to(CPU))
+        _call("deposit_auxiliary", weights.to(CPU))
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    """Call the server and wait for its answer."""
+    with peers_may_be_lost():
+        return rpc.rpc_sync(SERVER, _answer, args=(method, *arguments), timeout=NO_TIMEOUT)
 
 
 @contextmanager
@@ -175,10 +175,17 @@ def _named(error: Exception) -> Exception:
     return ConnectionLost(text.partition("\n")[0])
 
 
-@rpc.functions.async_execution
-def _submit(server: rpc.RRef, request: Request, device_map: bool) -> Future[Answer]:
+def _answer(method: str, *arguments: Any) -> Any:
     """On the server's rank."""
-    return server.local_value().submit(request, device_map)
+    assert _offered is not None
+    return getattr(_offered, method)(*arguments)
+
+
+@rpc.functions.async_execution
+def _submit(request: Request, device_map: bool) -> Future[Answer]:
+    """On the server's rank."""
+    assert _offered is not None
+    return _offered.submit(request, device_map)
 
 
 def _on_gpu(answer: Answer) -> Answer:
