@@ -11,6 +11,7 @@ from typing import NoReturn
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
 from fslsage_rpc.errors import HostError, InputError
+from fslsage_rpc.stopping import STOPPED, Stopped, StopRequest, under_torchrun
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
 
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 done, 2 wrong input, 130 interrupted, 1 anything else.
+        The exit status: 0 done, 2 wrong input, 75 stopped on request after a checkpoint (0 under torchrun, to
+        which any other is a failure), 130 interrupted, 1 anything else.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         _report(error)
         return 2
+    except Stopped as stopped:
+        return (0 if under_torchrun() else STOPPED) if stopped.resumable else 1
     except KeyboardInterrupt:
         return 130
 
@@ -96,10 +100,12 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     if _needs_ranks(config):
         return _launch(config, arguments)
+    from fslsage_rpc.comm.world import is_first_rank
     from fslsage_rpc.report.screen import Screen
     from fslsage_rpc.training.run import run
 
-    run(config, Screen(config))
+    screen = Screen(config)
+    run(config, screen, StopRequest(screen.warn if is_first_rank(config) else None))
     return 0
 
 

@@ -47,6 +47,9 @@ class LocalWorld(World):
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    def gather_beside(self, name: str, value: Any) -> list[Any]:
+        return [value]
+
     def broadcast(self, value: Any) -> Any:
         return value
 

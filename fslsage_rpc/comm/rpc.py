@@ -5,6 +5,7 @@ the device and then, on the CPU, for the other client ranks, before it averages.
 """
 
 import os
+import pickle
 import sys
 import time
 import traceback
@@ -61,6 +62,7 @@ class RpcWorld(World):
         self._watchdog: Watchdog | None = None
         try:
             store = self._find_store(timeout)
+            self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
             self._watchdog = Watchdog(store.clone(), self.rank, self.size, config.comm.timeout_seconds)
             devices = self._roll_call(store, timeout)
             self._device_maps = device_maps(devices, config.comm.device_maps)
@@ -138,6 +140,18 @@ class RpcWorld(World):
         values = [None] * self.size if self.rank == 0 else None
         with peers_may_be_lost():
             dist.gather_object(value, values)
+        return values
+
+    def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        with peers_may_be_lost():
+            self._side_store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
+            if self.rank != 0:
+                return None
+            self._side_store.wait(keys, FOREVER)
+            values = [pickle.loads(self._side_store.get(key)) for key in keys]
+            for key in keys:
+                self._side_store.delete_key(key)
         return values
 
     def broadcast(self, value: Any) -> Any:

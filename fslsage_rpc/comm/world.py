@@ -59,6 +59,14 @@ class World(ABC):
         """Collective: every rank's value, by rank, on rank 0; None elsewhere."""
 
     @abstractmethod
+    def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+        """`gather` from a thread beside the main one, out of step with it. Only rank 0 waits for the others.
+
+        Args:
+            name: of what is gathered, the same on every rank; not used again before rank 0 has got it.
+        """
+
+    @abstractmethod
     def broadcast(self, value: Any) -> Any:
         """Collective: rank 0's value, everywhere."""
 

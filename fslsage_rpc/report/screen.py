@@ -67,6 +67,7 @@ class Screen(ProgressScreen):
         super().__init__([TextColumn("accuracy {task.fields[accuracy]}  {task.fields[bytes]}")], console)
         self._name = config.name
         self._rounds = config.rounds
+        self._shown = 0
         self._wire_bytes = 0
         self._accuracy: float | None = None
         self._task = self._progress.add_task(
@@ -79,6 +80,7 @@ class Screen(ProgressScreen):
 
     def show_resumed(self, lines: Sequence[dict[str, Any]], checkpoint: Path) -> None:
         """Take in the metrics lines of the rounds that this run goes on from."""
+        self._shown = len(lines)
         self._wire_bytes = sum(sum(line["wire_bytes"].values()) for line in lines)
         scored = [line["test_accuracy"] for line in lines if line["test_accuracy"] is not None]
         self._accuracy = scored[-1] if scored else None
@@ -89,6 +91,7 @@ class Screen(ProgressScreen):
 
     def show_round(self, line: dict[str, Any]) -> None:
         """Take in a metrics line."""
+        self._shown += 1
         self._wire_bytes += sum(line["wire_bytes"].values())
         if line["test_accuracy"] is not None:
             self._accuracy = line["test_accuracy"]
@@ -110,6 +113,16 @@ class Screen(ProgressScreen):
             "This run was complete already. To go on: more rounds=...; to start anew: resume=never, or "
             "another name=...",
             soft_wrap=True,
+        )
+
+    def show_stopped(self, checkpoint: Path | None) -> None:
+        """The last line of a run that was stopped on request."""
+        self._progress.stop()
+        how = f"the same command goes on from {checkpoint}" if checkpoint else "it has no checkpoint"
+        self._console.print(
+            f"stopped on request after round {self._shown} of {self._rounds}; {how}",
+            soft_wrap=True,
+            markup=False,
         )
 
     def show_summary(self, summary: dict[str, Any], folder: Path) -> None:

@@ -3,10 +3,10 @@
 import copy
 import platform
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -15,6 +15,7 @@ from fslsage_rpc.config import Checkpoint
 from fslsage_rpc.errors import HostError
 from fslsage_rpc.training.checkpoint_files import (
     Damaged,
+    Extent,
     Manifest,
     Part,
     RankState,
@@ -27,15 +28,18 @@ from fslsage_rpc.training.checkpoint_files import (
 from fslsage_rpc.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
+LAST_MOMENT_SECONDS = 5.0
+"""how long an error waits for the checkpoint of the round before"""
 
 
 class Checkpoints:
     """Writes checkpoints while the next round runs; every rank has one of these.
 
-    After a round (`begin`) each rank copies the state of its parties, and a thread writes the copy. After the
-    next round (`complete`) the ranks tell rank 0 what they have written, and it writes the manifest: until
-    then the checkpoint before is the one to go on from. A part that cannot be written costs its checkpoint,
-    not the training.
+    After a round (`begin`) each rank copies the state of its parties. A thread writes the copy and tells rank
+    0; when all have, a thread there writes the manifest: until then the checkpoint before is the one to go on
+    from. A part that cannot be written costs its checkpoint, not the training.
+
+    A context: however the training ends, what is being written gets a moment to be.
 
     Args:
         root: the folder of the checkpoints, the same on all hosts.
@@ -48,33 +52,68 @@ class Checkpoints:
         self._keys = keys
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: tuple[int, Future[Part]] | None = None
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writing:
+            wait([self._writing], LAST_MOMENT_SECONDS)  # longer only if a rank is lost, and its part with it
 
     def begin(self, rounds: int, last: bool, state: Callable[[int], RankState]) -> None:
-        """Begin to write a checkpoint, if one is due after so many rounds; called by all ranks alike."""
+        """Begin to write a checkpoint, if one is due after so many rounds; called by all ranks alike, when
+        the round's line is in `metrics.jsonl`.
+        """
         if self._keys.every is None or not (last or rounds % self._keys.every == 0):
             return
-        folder = round_folder(self._root, rounds)
-        writing = self._thread.submit(write_part, folder, self._world.rank, snapshot(state(rounds)))
-        self._writing = rounds, writing
+        self.complete()  # a slow disk holds the training up, so that copies do not pile up in memory
+        lines = self._lines_so_far() if self._folder else None
+        self._writing = self._thread.submit(self._write, snapshot(state(rounds)), lines)
 
     def complete(self) -> None:
-        """Collective: wait until the checkpoint that was begun is written, and make it the newest one."""
-        if self._writing is None:
-            return
-        (rounds, writing), self._writing = self._writing, None
-        outcomes = self._world.gather(_outcome(writing))
-        if self._folder and outcomes:
-            self._make_newest(rounds, outcomes, self._folder)
+        """Wait until this rank has done its part of the checkpoint that was begun: on rank 0, until it is the
+        newest one, or has been given up.
+        """
+        if self._writing:
+            self._writing.result()
+            self._writing = None
 
-    def _make_newest(self, rounds: int, outcomes: list[Part | str], run: RunFolder) -> None:
+    def newest(self) -> Path | None:
+        """The folder of the newest complete checkpoint, as rank 0 sees it."""
+        return next(iter(complete_folders(self._root)), None)
+
+    def _lines_so_far(self) -> Extent | str:
+        """What `metrics.jsonl` holds now, before lines of later rounds; or what the system says."""
+        assert self._folder is not None
+        try:
+            return self._folder.metrics.extent()
+        except OSError as error:
+            return said(error, self._folder.metrics.path)
+
+    def _write(self, state: RankState, lines: Extent | str | None) -> None:
+        """On the thread."""
+        outcome: Part | str
+        try:
+            outcome = write_part(round_folder(self._root, state.rounds), self._world.rank, state)
+        except OSError as error:
+            outcome = said(error)
+        outcomes = self._world.gather_beside(f"checkpoint/{state.rounds}", outcome)
+        if self._folder and outcomes and lines:
+            self._make_newest(state.rounds, outcomes, lines, self._folder)
+
+    def _make_newest(
+        self, rounds: int, outcomes: list[Part | str], lines: Extent | str, run: RunFolder
+    ) -> None:
         """Write the manifest and remove what is too old; or say what the matter is."""
         parts = [outcome for outcome in outcomes if isinstance(outcome, Part)]
         problems = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if isinstance(text, str)]
-        folder = round_folder(self._root, rounds)
-        if not problems:
+        if isinstance(lines, str):
+            problems.append(lines)
+        elif not problems:
             try:
-                Manifest(folder, rounds, parts, run.sync_metrics()).write()
+                run.metrics.sync()
+                Manifest(round_folder(self._root, rounds), rounds, parts, lines).write()
             except OSError as error:
                 problems = [said(error)]
             except Damaged as error:
@@ -112,11 +151,3 @@ def read_state(manifest: Manifest, clients: Collection[int], server: bool) -> Ra
         raise HostError(
             f"output: {error} on host {platform.node()}, expected a file system that all hosts share"
         ) from None
-
-
-def _outcome(writing: Future[Part]) -> Part | str:
-    """This rank's part, or what the system said."""
-    try:
-        return writing.result()
-    except OSError as error:
-        return said(error)

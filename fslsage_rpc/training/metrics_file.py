@@ -30,25 +30,32 @@ class MetricsFile:
             OSError: it, or one before it, is not on disk yet.
         """
         self._unwritten += (json.dumps(line) + "\n").encode()
-        self._write(durably=False)
+        self._write()
 
-    def sync(self) -> Extent:
-        """Make the lines so far durable, and say what they come to.
+    def extent(self) -> Extent:
+        """What the lines so far come to.
 
         Raises:
-            OSError: some are not on disk yet.
+            OSError: some are not written yet.
         """
-        self._write(durably=True)
+        if self._unwritten:
+            self._write()
         return Extent(self._bytes, self._digest.hexdigest())
 
-    def _write(self, durably: bool) -> None:
+    def sync(self) -> None:
+        """Make what has been written durable; also beside `append`, from another thread.
+
+        Raises:
+            OSError: it is not.
+        """
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def _write(self) -> None:
         with self.path.open("r+b") as file:
             file.truncate(self._bytes)  # half a line, where the disk was full
             file.seek(self._bytes)
             file.write(self._unwritten)
-            file.flush()
-            if durably:
-                os.fsync(file.fileno())
         self._bytes += len(self._unwritten)
         self._digest.update(self._unwritten)
         self._unwritten = b""

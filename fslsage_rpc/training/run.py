@@ -1,12 +1,14 @@
 """One run from its configuration to its folder: check, prepare, train, write."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.config import AlgorithmKeys, Config
 from fslsage_rpc.report.screen import Screen
+from fslsage_rpc.stopping import Stopped, StopRequest
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.checkpoint_files import Manifest
 from fslsage_rpc.training.checkpoints import Checkpoints, read_state
@@ -22,14 +24,18 @@ from fslsage_rpc.training.run_folder import (
 from fslsage_rpc.training.trainer import Trainer
 
 
-def run(config: Config, screen: Screen) -> Path:
+def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path:
     """Train as configured, as one rank of a job or (`transport: local`) alone.
+
+    Args:
+        stop: looks out for signals, once the ranks have met.
 
     Returns:
         The run folder.
 
     Raises:
         InputError: the configuration cannot run here; found before ranks meet.
+        Stopped: on request, before its end.
     """
     check(config, job_ranks(config))
     links = emulated_links()
@@ -39,14 +45,13 @@ def run(config: Config, screen: Screen) -> Path:
         folder.check_partition(experiment.partition_summary)
     world = open_world(config)
     try:
-        if folder is None:
-            _train(experiment, world, None, links, screen)
-        else:
-            with screen:
-                _train(experiment, world, folder, links, screen)
+        with screen if folder else nullcontext(), stop or nullcontext():
+            stopped = _train(experiment, world, folder, links, screen, stop)
         world.close()
     except BaseException as error:
         world.fail(error)
+    if stopped:
+        raise stopped
     return Path(config.output) / config.name
 
 
@@ -56,13 +61,18 @@ def _train(
     folder: RunFolder | None,
     links: Mapping[str, Any],
     screen: Screen,
-) -> None:
-    """Train; on the server's rank, which has the folder and the screen, show and write what comes of it."""
+    stop: StopRequest | None,
+) -> Stopped | None:
+    """Train; on the server's rank, which has the folder and the screen, show and write what comes of it.
+
+    Returns:
+        How the run stopped, if it did so before its end.
+    """
     finished = world.broadcast(folder and folder.finished_summary)
     if finished:
         if folder:
             screen.show_finished(finished, folder.path)
-        return
+        return None
     ranks = world.gather(rank_environment(world.device))
     config = experiment.config
     manifest: Manifest | None = world.broadcast(folder and folder.manifest)
@@ -72,9 +82,11 @@ def _train(
     trainer = Trainer(experiment, world, saved, folder.lines if folder else ())
     del saved  # the parties have copies
     checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder)
+    stop_requested = stop or (lambda: False)
     if folder is None:
-        trainer.train(lambda line, reports: None, checkpoints)
-        return
+        with checkpoints:
+            stops = trainer.train(lambda line, reports: None, checkpoints, stop_requested)
+        return _stopped(world, checkpoints, None, screen) if stops else None
     folder.start(
         {"versions": versions(), **world.describe(), "ranks": ranks, **links},
         experiment.partition_summary,
@@ -88,12 +100,26 @@ def _train(
         folder.add_round(line)
         screen.show_round(line)
 
-    trainer.train(on_round, checkpoints)
+    with checkpoints:
+        stops = trainer.train(on_round, checkpoints, stop_requested)
+    if stops:
+        return _stopped(world, checkpoints, folder, screen)
     if trainer.trace:
         folder.add_trace(trainer.trace.text())
     summary = trainer.recorder.summary(experiment.algorithm.name, experiment.algorithm.interval)
     folder.finish(summary, trainer.final_model())
     screen.show_summary(summary, folder.path)
+    return None
+
+
+def _stopped(world: World, checkpoints: Checkpoints, folder: RunFolder | None, screen: Screen) -> Stopped:
+    """Collective: what is left to do when a run has stopped on request."""
+    checkpoint = checkpoints.newest() if folder else None
+    if folder:
+        if checkpoint:
+            folder.mark_stopped(checkpoint)
+        screen.show_stopped(checkpoint)
+    return Stopped(world.broadcast(checkpoint is not None))
 
 
 def unused_keys(keys: AlgorithmKeys, used: frozenset[str]) -> list[str]:

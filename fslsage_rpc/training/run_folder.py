@@ -20,7 +20,6 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.tensorboard import TensorBoard
 from fslsage_rpc.training.checkpoint_files import (
     Damaged,
-    Extent,
     Manifest,
     complete_folders,
     read_manifest,
@@ -45,7 +44,8 @@ FREE_KEYS = {
     "bench",
 }
 """what may differ between a run and the run whose folder it finds"""
-ENDINGS = ("summary.json", "model.pt", "trace.json", "links.json")
+STOPPED = "STOPPED"
+ENDINGS = (STOPPED, "summary.json", "model.pt", "trace.json", "links.json")
 """what a run leaves at its end"""
 EVENTS = "tensorboard"
 ANOTHER = "choose another name=, or resume=never to replace that run"
@@ -136,14 +136,24 @@ class RunFolder:
         except OSError as error:
             self.warn(said(error, self.path / EVENTS))
 
-    def sync_metrics(self) -> Extent:
-        """See `MetricsFile.sync`."""
-        return self._metrics.sync()
+    @property
+    def metrics(self) -> MetricsFile:
+        """`metrics.jsonl`."""
+        return self._metrics
 
     def add_trace(self, text: str) -> None:
         """Write `trace.json`."""
         with self._writing():
             self._write("trace.json", text)
+
+    def mark_stopped(self, checkpoint: Path) -> None:
+        """Write `STOPPED`, by which a launcher knows that the run can be gone on with, from this checkpoint.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        with self._writing():
+            self._write(STOPPED, f"goes on from {checkpoint}\n")
 
     def finish(self, summary: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
         """Write the final model and, last, the summary that marks the run as complete.
@@ -153,6 +163,7 @@ class RunFolder:
         """
         self._tensorboard.close()
         with self._writing():
+            self._metrics.extent()
             self._metrics.sync()
             write_durably(self.path / "model.pt", serialised(dict(model)))
             self._write("summary.json", _json(summary))

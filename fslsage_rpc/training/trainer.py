@@ -90,23 +90,35 @@ class Trainer:
         speeds = self.world.gather((self.world.client_rank, mine)) or []
         return {rank: speed for rank, speed in speeds if speed is not None}
 
-    def train(self, on_round: OnRound, checkpoints: Checkpoints | None = None) -> None:
-        """Train until the configured end; `on_round` gets each round's metrics line, and the ranks' reports
-        that it was made from, on the server's rank.
+    def train(
+        self,
+        on_round: OnRound,
+        checkpoints: Checkpoints | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Train until the configured end, or the end of the round in which a rank is asked to stop.
+
+        Args:
+            on_round: on the server's rank, gets each round's metrics line, and the ranks' reports that it was
+                made from.
+            stop_requested: has this rank been asked to stop?
+
+        Returns:
+            Is there more to train?
         """
         if self._first_round and self.world.broadcast(self._had_ended()):
-            return
+            return False
+        stops = False
         for round in range(self._first_round, self._config.rounds):
             seconds = self.train_round(round)
+            last, stops = self._close_round(round, seconds, on_round, stop_requested())
             if checkpoints:
-                checkpoints.complete()  # before this round's line: `metrics.jsonl` ends where it was begun
-            last = self._close_round(round, seconds, on_round)
-            if checkpoints:
-                checkpoints.begin(round + 1, last, self.state)
-            if last:
+                checkpoints.begin(round + 1, last or stops, self.state)
+            if last or stops:
                 break
         if checkpoints:
             checkpoints.complete()
+        return stops
 
     def train_round(self, round: int) -> float:
         """One round on the training clock: client rounds and server steps, then averaging.
@@ -174,11 +186,13 @@ class Trainer:
             name: t.cpu().clone() for half in self.server.halves() for name, t in half.state_dict().items()
         }
 
-    def _close_round(self, round: int, seconds: float, on_round: OnRound) -> bool:
+    def _close_round(
+        self, round: int, seconds: float, on_round: OnRound, stop_requested: bool
+    ) -> tuple[bool, bool]:
         """Collective: evaluate and record a round that has been trained.
 
         Returns:
-            Was it the last one?
+            Was it the last one? If not, has a rank been asked to stop after it?
         """
         paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
         self._paper_bytes_total += paper_bytes
@@ -199,8 +213,10 @@ class Trainer:
             requests=self._log.take(),
             spans=self._tracer.take() if self._tracer else [],
         )
-        reports = self.world.gather(report)
-        if self.server and reports:
+        gathered = self.world.gather((report, stop_requested))
+        stops = False
+        if self.server and gathered:
+            reports, requests = zip(*gathered, strict=True)
             score = self._evaluate(self.server) if evaluated else None
             line = self.recorder.add(
                 round=round,
@@ -215,7 +231,8 @@ class Trainer:
                 self.trace.add_round(round, [report.spans for report in reports])
             on_round(line, reports)
             last = last or self._accuracy_reached(line)
-        return self.world.broadcast(last)
+            stops = any(requests) and not last
+        return self.world.broadcast((last, stops))
 
     def _open_trace(self) -> TraceFile | None:
         """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""
