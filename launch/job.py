@@ -1,15 +1,14 @@
-"""What the launchers must know of a job, as shell assignments; wrong input is found here, before any rank starts.
+"""What the launchers must know of a job, as shell assignments; wrong input is found before any rank starts.
 
     python launch/job.py train|bench|check CONFIG [key=value ...]
 
 prints
 
-    folder='runs/quickstart'    the run folder
-    ranks=3                     how many ranks: as `ranks=` on the command line says; else one for each GPU of this
-                                machine, or without GPUs for each core, to host clients, and one for the server,
-                                but never more hosts than clients; 1 with `transport: local`
-    on_loss=fail                the key clients.on_loss
-    free_port=43021             a TCP port that nobody listened on
+    folder=runs/quickstart   the run folder
+    ranks=3                  how many ranks: `ranks=` on the command line, else one for each GPU of this machine
+                             (without GPUs: each core but one) to host clients, and one for the server; never
+                             more hosts than clients; 1 with `transport: local`
+    free_port=43021          a TCP port of this machine that nobody listens on
 
 Exit status: 0; 2 where the input is wrong, with one line that says so.
 """
@@ -67,7 +66,7 @@ def describe(arguments: Sequence[str]) -> str:
 
 
 def suitable_ranks(config: Config, gpus: int, cores: int) -> int:
-    """One rank per GPU, or per core, and one for the server, which on cores takes one of them."""
+    """One rank for each GPU, or else core, that hosts clients; and the server's, which takes a core of its own."""
     hosts = gpus or max(cores - 1, 1)
     return min(hosts, config.clients.count) + 1
 

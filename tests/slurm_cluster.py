@@ -1,4 +1,4 @@
-"""A real SLURM on this machine: slurmctld and two slurmd, each node with network, host name and processes of its own.
+"""A real SLURM on this machine: two nodes, each with a network, a host name and processes of its own.
 
 Needs root and Debian's packages slurm-wlm and munge. Everything ends with this process, however it ends.
 """
@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip")
+ISOLATE = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc")
 HOSTS = {"node1": "10.78.0.1", "node2": "10.78.0.2"}
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 START_SECONDS = 20.0
@@ -66,8 +67,7 @@ def why_not() -> str | None:
     if missing:
         return f"needs {', '.join(missing)} (Debian: apt-get install slurm-wlm munge iproute2)"
     probe = subprocess.run(
-        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc"]
-        + ["ip", "link", "add", "probe0", "type", "veth", "peer", "name", "probe1"],
+        [*ISOLATE, "ip", "link", "add", "probe0", "type", "veth", "peer", "name", "probe1"],
         capture_output=True,
         text=True,
     )
@@ -82,8 +82,7 @@ class Node:
 
     def __enter__(self) -> "Node":
         self._process = subprocess.Popen(
-            ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "bash", "-e", "-c"]
-            + [NODE.format(name=self._name, folder=self._folder)],
+            [*ISOLATE, "bash", "-e", "-c", NODE.format(name=self._name, folder=self._folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
