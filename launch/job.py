@@ -5,7 +5,7 @@
 prints
 
     folder=runs/quickstart   the run folder
-    ranks=3                  how many ranks: `ranks=` on the command line, else one for each GPU of this machine
+    ranks=3                  how many ranks: as `ranks=` on the command line says, else one for each GPU here
                              (without GPUs: each core but one) to host clients, and one for the server; never
                              more hosts than clients; 1 with `transport: local`
     free_port=43021          a TCP port of this machine that nobody listens on
@@ -66,7 +66,7 @@ def describe(arguments: Sequence[str]) -> str:
 
 
 def suitable_ranks(config: Config, gpus: int, cores: int) -> int:
-    """One rank for each GPU, or else core, that hosts clients; and the server's, which takes a core of its own."""
+    """One rank for each GPU, or core, to host clients, and one for the server, which needs a core too."""
     hosts = gpus or max(cores - 1, 1)
     return min(hosts, config.clients.count) + 1
 

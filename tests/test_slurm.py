@@ -15,9 +15,9 @@ from test_local_launcher import read
 from fslsage_rpc.notebook import Run
 
 SCRIPT = str(Path(__file__).parent.parent / "launch" / "slurm.sbatch")
-JOB_SECONDS = 180
-ROUNDS = 60
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * JOB_SECONDS)]  # needs root and Debian's slurm-wlm
+JOB_SECONDS = 300
+ROUNDS = 30
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * JOB_SECONDS)]  # needs root and Debian's slurm-wlm
 
 
 @pytest.fixture(scope="module")
