@@ -1,29 +1,115 @@
-"""The command line, with a fault at the n-th estimate of one rank: FAULT="rank:n:raise" or "rank:n:kill"."""
+"""The command line, with a fault in the first attempt of one rank, named by FAULT="rank:round:place:fault".
+
+The round counts from 1, as the screen does. The rank goes to the place, waits until the others have a sign of
+life from there, and then the fault happens: `kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its
+connections to the server break off). `absent` at any place is a rank that never starts.
+"""
 
 import os
 import signal
+import socket
 import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fslsage_rpc import cli  # first: it sets what torch logs
+from fslsage_rpc.comm.rpc import RpcWorld
+from fslsage_rpc.comm.rpc_link import RpcLink
+from fslsage_rpc.parties.alignment import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import Align, Push
+from fslsage_rpc.parties.server import Server
+from fslsage_rpc.training.trainer import Trainer
 
-faulty_rank, countdown, fault = os.environ["FAULT"].split(":")
-estimates = 0
-true_estimate = Client.estimate
+SIGN_OF_LIFE_SECONDS = 1.5
+rank, round, place, fault = os.environ["FAULT"].split(":")
+first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+mine = os.environ["RANK"] == rank and first_attempt
+happened = False
+now = 0
 
 
-def estimate(self: Client, *arguments: Any) -> Any:
-    global estimates
-    estimates += 1
-    if os.environ["RANK"] == faulty_rank and estimates == int(countdown):
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if fault == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+def happen(where: str, wait: bool = True) -> None:
+    """The fault, if this is its place."""
+    global happened
+    if not mine or happened or now != int(round) or where != place:
+        return
+    happened = True
+    if wait:
+        time.sleep(SIGN_OF_LIFE_SECONDS)
+    Path(os.environ["FAULT_TIME"]).write_text(str(time.time()))
+    if fault == "raise":
         raise ZeroDivisionError("a fault for the test")
-    return true_estimate(self, *arguments)
+    if fault == "cut":
+        return cut_connections()
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
 
 
-Client.estimate = estimate  # type: ignore[method-assign]
+def cut_connections() -> None:
+    """Break off all TCP connections of this process but those to the job's store."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(name)))
+        except OSError:
+            continue
+        try:
+            if connection.getpeername()[1] != int(os.environ["MASTER_PORT"]):
+                connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        finally:
+            connection.close()
+
+
+def before(owner: type, method: str, where: str) -> None:
+    """Make it a place: the fault happens as the method is entered."""
+    true: Callable[..., Any] = getattr(owner, method)
+
+    def entered(*arguments: Any, **keywords: Any) -> Any:
+        happen(where)
+        return true(*arguments, **keywords)
+
+    setattr(owner, method, entered)
+
+
+def train_round(self: Trainer, number: int) -> float:
+    global now
+    now = number + 1
+    return true_train_round(self, number)
+
+
+def submit(self: RpcLink, request: Any, on_answer: Any) -> None:
+    """Uploading and waiting for an alignment: the request is on its way when the fault happens."""
+    if isinstance(request.body, Push):
+        true_submit(self, request, on_answer)
+        happen("uploading", wait=False)
+    else:
+        true_submit(self, request, on_answer)
+        if isinstance(request.body, Align):
+            happen("alignment", wait=False)
+
+
+def all_reduce(self: RpcWorld, *arguments: Any) -> None:
+    """In the all-reduce: the others come to it only after the fault."""
+    if now == int(round) and place == "all-reduce" and first_attempt:
+        if mine:
+            threading.Timer(SIGN_OF_LIFE_SECONDS, happen, ["all-reduce", False]).start()
+        else:
+            time.sleep(2 * SIGN_OF_LIFE_SECONDS)
+    true_all_reduce(self, *arguments)
+
+
+if mine and fault == "absent":
+    Path(os.environ["FAULT_TIME"]).write_text(str(time.time()))
+    time.sleep(3600)
+true_train_round, Trainer.train_round = Trainer.train_round, train_round  # type: ignore[method-assign]
+true_submit, RpcLink._submit = RpcLink._submit, submit  # type: ignore[method-assign]
+true_all_reduce, RpcWorld.all_reduce = RpcWorld.all_reduce, all_reduce  # type: ignore[method-assign]
+before(Client, "backward", "computing")
+before(Server, "submit", "serving")
+before(AuxiliaryFit, "run", "fitting")
+before(Server, "average", "averaging")
 sys.exit(cli.main())

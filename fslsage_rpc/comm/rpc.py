@@ -12,20 +12,21 @@ import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed import rpc
-from torch.distributed.rendezvous import rendezvous
 
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.comm.memory import keep_large_blocks
 from fslsage_rpc.comm.placement import ONE_HOST_CHANNELS, GpuPlace, choose_averaging, device_maps
+from fslsage_rpc.comm.roll_call import Presence, roll_call
 from fslsage_rpc.comm.rpc_link import RpcLink, ServerEndpoint, peers_may_be_lost
-from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog
+from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog, claim_failure
 from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
@@ -59,13 +60,17 @@ class RpcWorld(World):
         self._pools: dict[str, ThreadPoolExecutor] = {}
         keep_large_blocks()
         timeout = timedelta(seconds=config.comm.timeout_seconds)
+        self._store: dist.Store | None = None
         self._watchdog: Watchdog | None = None
         try:
-            store = self._find_store(timeout)
+            self._store = store = self._find_store(timeout)
             self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
-            self._watchdog = Watchdog(store.clone(), self.rank, self.size, config.comm.timeout_seconds)
-            devices = self._roll_call(store, timeout)
+            ranks = roll_call(store, Presence.here(self.rank, self.device), self.size, timeout)
+            devices = [torch.device(rank.device) for rank in ranks]
             self._device_maps = device_maps(devices, config.comm.device_maps)
+            self._watchdog = Watchdog(
+                store.clone(), ranks, self.rank, config.comm.timeout_seconds, lambda: self.activity()
+            )
             self._watchdog.start()
             with peers_may_be_lost():
                 self._join(store, config.comm)
@@ -76,13 +81,20 @@ class RpcWorld(World):
         """The job's key-value store, its keys apart from those of earlier attempts of the same job.
 
         Raises:
-            ConnectionLost: it cannot be reached, or (on the rank that hosts it) ranks are missing.
+            ConnectionLost: it cannot be reached.
         """
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        hosts_it = self.rank == 0 and not _launcher_hosts_store()
         try:
-            store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=timeout)))
+            # Nobody waits here for the others: the roll call does, and knows who is missing.
+            store = dist.TCPStore(address, port, is_master=hosts_it, wait_for_workers=False, timeout=timeout)
         except RuntimeError as error:
+            host = "the launcher" if _launcher_hosts_store() else "rank 0"
             reason = str(error).partition("\n")[0]
-            raise ConnectionLost(f"the {self.size} ranks did not all meet: {reason}") from None
+            raise ConnectionLost(
+                f"{host} did not open the job's store at {address}, port {port}, within "
+                f"{timeout.total_seconds():g} s ({reason})"
+            ) from None
         return dist.PrefixStore(f"fslsage_rpc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
     def _join(self, store: dist.Store, keys: Comm) -> None:
@@ -188,23 +200,35 @@ class RpcWorld(World):
         }
 
     def fail(self, error: BaseException) -> NoReturn:
-        role = "server" if self.rank == 0 else "clients"
         # An error that came back from a call begins with a line that names the worker.
         said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
-        reason = f"{type(error).__name__}: {said[0] if said else ''}"
-        message, status = f"fslsage_rpc: rank {self.rank} ({role}) failed: {reason}", 1
+        reason = said[0] if said else ""
+        before, message, status = "", reason, 1
         if isinstance(error, InputError):
-            message, status = f"fslsage_rpc: {error}", 2
+            message, status = str(error), 2
         elif isinstance(error, KeyboardInterrupt):
-            message, status = "fslsage_rpc: interrupted", 130
-        elif not isinstance(error, ConnectionLost):
-            message = "".join(traceback.format_exception(error)) + message
-        if self._watchdog is None or self._watchdog.claim(wait=isinstance(error, ConnectionLost)):
-            print(message, file=sys.stderr, flush=True)
+            message, status = "interrupted", 130
+        elif isinstance(error, ConnectionLost):
+            message = self._watchdog.explain_loss(reason) if self._watchdog else reason
+        else:
+            before = "".join(traceback.format_exception(error))
+            where = f"{Presence.here(self.rank, self.device)} failed in {self.activity()}"
+            message = f"{where}: {type(error).__name__}: {reason}"
+        if self._speaks():
+            print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self.rank == 0 and not _launcher_hosts_store():
             time.sleep(2 * PERIOD_SECONDS)  # this process hosts the store: let the others see the claim
         os._exit(status)  # sys.exit would wait for RPC threads that wait for peers that are gone
+
+    def _speaks(self) -> bool:
+        """Is this rank the one to report a failure?"""
+        if self._watchdog:
+            return self._watchdog.claim()
+        with suppress(RuntimeError):
+            if self._store is not None:
+                return claim_failure(self._store, self.rank)
+        return self.rank == 1 or int(os.environ.get("LOCAL_RANK", self.rank)) == 0  # one on each host
 
     def close(self) -> None:
         global _offered
@@ -229,26 +253,6 @@ class RpcWorld(World):
         on_server_host = self.rank == local_rank
         return local_rank - 1 if on_server_host else local_rank
 
-    def _roll_call(self, store: dist.Store, timeout: timedelta) -> list[torch.device]:
-        """Wait for all ranks to have started.
-
-        Returns:
-            The device of each rank, as the rank itself calls it.
-
-        Raises:
-            ConnectionLost: some did not, within the time-out.
-        """
-        store.set(f"here/{self.rank}", str(self.device))
-        keys = [f"here/{rank}" for rank in range(self.size)]
-        try:
-            store.wait(keys, timeout)
-        except RuntimeError:
-            absent = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
-            raise ConnectionLost(
-                f"rank {absent} did not start within {timeout.total_seconds():g} s"
-            ) from None
-        return [torch.device(store.get(key).decode()) for key in keys]
-
 
 def _offered_server() -> rpc.RRef:
     assert _offered is not None
@@ -257,6 +261,10 @@ def _offered_server() -> rpc.RRef:
 
 def _worker(rank: int) -> str:
     return "server" if rank == 0 else f"clients{rank}"
+
+
+def _launcher_hosts_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _on_one_host() -> bool:

@@ -4,28 +4,56 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import NoReturn
 
 from torch.distributed import Store
 
+from fslsage_rpc.comm.roll_call import Presence
+
 PERIOD_SECONDS = 1.0
 GRACE_SECONDS = 3.0
-"""how long a rank that lost its connection waits for the guilty rank's own message"""
+"""how long a rank that lost a connection waits for the guilty rank's own message, and for signs of life"""
+
+
+def claim_failure(store: Store, rank: int) -> bool:
+    """Is this rank the first to report a failure, so that it should print it?
+
+    Raises:
+        RuntimeError: the store is gone.
+    """
+    return store.compare_set("failure", "", str(rank)).decode() == str(rank)
 
 
 class Watchdog:
     """Shares failures and signs of life through the job's store, on a thread and a connection of its own.
 
     The first rank to `claim` a failure prints it; every other rank that sees the claim ends silently. A rank
-    that gives no sign of life for `timeout_seconds` is claimed as lost by the rank that watches it: rank 0
-    watches all, all watch rank 0. Ranks blocked inside a collective end too, as the thread ends the process.
+    whose process has ended is claimed as lost by the ranks of its host; one that gives no sign of life for
+    `timeout_seconds`, by the rank that watches it: rank 0 watches all, all watch rank 0. Ranks blocked inside
+    a collective end too, as the thread ends the process.
+
+    Args:
+        ranks: what the roll call has found, by rank.
+        doing: what this rank is at, in words; told with each sign of life.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout_seconds: float):
+    def __init__(
+        self,
+        store: Store,
+        ranks: Sequence[Presence],
+        rank: int,
+        timeout_seconds: float,
+        doing: Callable[[], str],
+    ):
         self._store = store
+        self._ranks = ranks
         self._rank = rank
-        self._watched = [r for r in range(size) if r != rank] if rank == 0 else [0]
         self._timeout_seconds = timeout_seconds
+        self._doing = doing
+        others = [other for other in range(len(ranks)) if other != rank]
+        self._watched = others if rank == 0 else [0]
         self._stopped = threading.Event()
         self._reported = False
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -33,6 +61,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to give and watch signs of life."""
+        self._store.set(f"beat/{self._rank}", f"0 {self._doing()}")
         self._thread.start()
 
     def stop(self) -> None:
@@ -40,52 +69,114 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
 
-    def claim(self, wait: bool = False) -> bool:
-        """Is this rank the first to report a failure, so that it should print it?
-
-        Args:
-            wait: the failure may be another rank's doing; give that rank time to claim first.
-        """
-        deadline = time.monotonic() + (GRACE_SECONDS if wait else 0.0)
+    def claim(self) -> bool:
+        """Is this rank the first to report a failure, so that it should print it?"""
         self._reported = True
         try:
-            while wait and time.monotonic() < deadline:
-                if self._store.check(["failure"]):
-                    return False
-                time.sleep(0.05)
-            return self._store.compare_set("failure", "", str(self._rank)).decode() == str(self._rank)
+            return claim_failure(self._store, self._rank)
         except RuntimeError:
-            return True  # the store has gone with the launcher or rank 0: nobody else can say it
+            return self._speaks_without_store()
+
+    def explain_loss(self, seen: str) -> str:
+        """What is to be said of a lost connection, once it is clear which rank is gone.
+
+        Returns only where no other rank reports the failure meanwhile; else ends the process.
+
+        Args:
+            seen: what the library said.
+        """
+        self._reported = True
+        before = self._beats()
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            self._leave_if_claimed()
+            if gone := self._ended():
+                return self._lost(gone, "its process has ended")
+        after = self._beats()
+        if after is None:
+            return self._lost(self._ranks[0], "the job's store is gone with it, or with the launcher")
+        silent = [r for r in self._ranks if before and after[r.rank] == before[r.rank] != b""]
+        if silent:
+            return self._lost(silent[0], f"{seen}; no sign of life for {GRACE_SECONDS:g} s")
+        return (
+            f"{self._ranks[self._rank]} lost a connection in {self._doing()}: {seen}; all ranks still give "
+            "signs of life, so it is the network between them"
+        )
 
     def _run(self) -> None:
-        """Beat, look for a claimed failure, and look for silence; until stopped."""
-        beats, seen = 0, dict.fromkeys(self._watched, b"")
+        """Beat, look for a claimed failure, for ended processes and for silence; until stopped."""
+        count, seen = 0, dict.fromkeys(self._watched, b"")
         changed = dict.fromkeys(self._watched, time.monotonic())
-        while not self._stopped.wait(PERIOD_SECONDS) and not self._reported:
-            beats += 1
+        while not self._stopped.wait(PERIOD_SECONDS):
+            count += 1
             # Where the store's host is silent, so is the store: then this thread never returns from it.
-            alarm = threading.Timer(self._timeout_seconds, self._end, ["the job's store has not answered"])
+            why = f"the job's store has not answered for {self._timeout_seconds:g} s"
+            alarm = threading.Timer(self._timeout_seconds, self._end, [f"{self._ranks[self._rank]}: {why}"])
             alarm.daemon = True
             alarm.start()
             try:
-                self._store.set(f"beat/{self._rank}", str(beats))
-                if self._store.check(["failure"]) and not self._reported:
-                    os._exit(1)
-                for rank in self._watched:
-                    beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
-                    if beat != seen[rank]:
-                        seen[rank], changed[rank] = beat, time.monotonic()
+                self._store.set(f"beat/{self._rank}", f"{count} {self._doing()}")
+                if self._reported:
+                    continue  # the main thread is about to end the process; until then it is alive
+                self._leave_if_claimed()
+                beats = self._beats_of(self._watched)
             except RuntimeError as error:
                 if not self._stopped.is_set():
-                    self._end(
-                        f"lost the job's store, so rank 0 or its launcher is gone ({type(error).__name__})"
-                    )
+                    why = f"the job's store is gone with it, or with the launcher ({type(error).__name__})"
+                    self._end(self._lost(self._ranks[0], why))
                 return
             finally:
                 alarm.cancel()
+            if gone := self._ended():
+                self._end(self._lost(gone, "its process has ended"))
             for rank in self._watched:
-                if time.monotonic() - changed[rank] > self._timeout_seconds:
-                    self._end(f"rank {rank} has given no sign of life for {self._timeout_seconds:g} s")
+                if beats[rank] != seen[rank]:
+                    seen[rank], changed[rank] = beats[rank], time.monotonic()
+                elif time.monotonic() - changed[rank] > self._timeout_seconds:
+                    why = f"no sign of life for {self._timeout_seconds:g} s"
+                    self._end(self._lost(self._ranks[rank], why))
+
+    def _ended(self) -> Presence | None:
+        """A rank of this host whose process has ended: nobody leaves in order before all watchdogs stop."""
+        machine = self._ranks[self._rank].machine
+        return next((rank for rank in self._ranks if rank.has_ended(machine)), None)
+
+    def _lost(self, lost: Presence, why: str) -> str:
+        """The message; what the rank was doing is as of its last sign of life."""
+        try:
+            doing = self._beats_of([lost.rank])[lost.rank].decode().partition(" ")[2]
+        except RuntimeError:
+            doing = self._doing()  # the store is gone: what was going on here
+        return f"{lost} was lost in {doing}: {why}"
+
+    def _beats(self) -> list[bytes] | None:
+        """The last sign of life of every rank; None where the store does not answer."""
+        try:
+            beats = self._beats_of(range(len(self._ranks)))
+        except RuntimeError:
+            return None
+        return [beats[rank] for rank in range(len(self._ranks))]
+
+    def _beats_of(self, ranks: Sequence[int]) -> dict[int, bytes]:
+        keys = {rank: f"beat/{rank}" for rank in ranks}
+        return {rank: self._store.get(key) if self._store.check([key]) else b"" for rank, key in keys.items()}
+
+    def _leave_if_claimed(self) -> None:
+        """End silently where another rank reports a failure."""
+        try:
+            claimed = self._store.check(["failure"])
+        except RuntimeError:
+            return  # the thread, or the end of the grace, sees it
+        if claimed:
+            sys.stdout.flush()
+            os._exit(1)
+
+    def _speaks_without_store(self) -> bool:
+        """Without a store nobody can be asked: the first rank of each host that is left speaks."""
+        machine = self._ranks[self._rank].machine
+        here = [r for r in self._ranks if r.rank > 0 and r.machine == machine]
+        return machine is None or self._rank == min(r.rank for r in here)
 
     def _end(self, message: str) -> None:
         if self._reported:
@@ -98,6 +189,6 @@ class Watchdog:
             self._print_and_exit(message)
         os._exit(1)
 
-    def _print_and_exit(self, message: str) -> None:
-        print(f"fslsage_rpc: rank {self._rank}: {message}", file=sys.stderr, flush=True)
+    def _print_and_exit(self, message: str) -> NoReturn:
+        print(f"fslsage_rpc: {message}", file=sys.stderr, flush=True)
         os._exit(1)

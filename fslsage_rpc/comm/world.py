@@ -33,6 +33,9 @@ class World(ABC):
     client_rank: int | None
     """this rank's place among them, from 0; None where it hosts none"""
 
+    activity: Callable[[], str] = staticmethod(lambda: "the start")
+    """what this rank is doing, in words; told to the other ranks with its signs of life"""
+
     @property
     def hosts_server(self) -> bool:
         """Does this rank own the server?"""

@@ -31,6 +31,11 @@ class Timeline:
         self._on_device: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._open: str | None = None
 
+    @property
+    def open_phase(self) -> str | None:
+        """The phase that is under way."""
+        return self._open
+
     @contextmanager
     def phase(self, name: str, row: str | None = None, arrow: Arrow | None = None) -> Iterator[None]:
         """Add the time spent inside to a phase.

@@ -61,7 +61,7 @@ def _train(
     folder: RunFolder | None,
     links: Mapping[str, Any],
     screen: Screen,
-    stop: StopRequest | None,
+    stop: StopRequest | None = None,
 ) -> Stopped | None:
     """Train; on the server's rank, which has the folder and the screen, show and write what comes of it.
 

@@ -14,6 +14,7 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.progress import Progress
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
@@ -69,6 +70,7 @@ class Trainer:
         self.server = build_server(experiment, world, self._tracer, saved) if world.hosts_server else None
         self._log = RequestLog()
         self._link = world.connect(self.server, self._ledger, self._log)
+        world.activity = self._progress = Progress(self._timeline, self._first_round)
         self.clients = (
             build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
         )
@@ -126,6 +128,7 @@ class Trainer:
         Returns:
             Seconds from the barrier before the round to the one after averaging.
         """
+        self._progress.round = round
         federation, algorithm = self.experiment.federation, self._algorithm
         shares = federation.shares(round)
         averages_auxiliary = algorithm.averages_auxiliary(round)

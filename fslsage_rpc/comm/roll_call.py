@@ -1,0 +1,78 @@
+"""Which ranks there are, and where: what each says of itself in the job's store as it starts."""
+
+import json
+import os
+import platform
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.distributed import Store
+
+from fslsage_rpc.errors import ConnectionLost
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Presence:
+    """One rank's process.
+
+    `machine` tells process ids apart: it is the same where the same id means the same process, and None where
+    that cannot be known.
+    """
+
+    rank: int
+    host: str
+    process: int
+    machine: str | None
+    device: str
+
+    @classmethod
+    def here(cls, rank: int, device: torch.device) -> "Presence":
+        """That of this process."""
+        machine = None
+        with suppress(OSError):
+            boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+            machine = f"{boot} {os.readlink(PROC / 'self/ns/pid')}"
+        return cls(rank, platform.node(), os.getpid(), machine, str(device))
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({'server' if self.rank == 0 else 'clients'}, host {self.host})"
+
+    def has_ended(self, machine: str | None) -> bool:
+        """Is the process gone, as far as can be seen from a machine?"""
+        if machine is None or machine != self.machine:
+            return False
+        try:
+            status = (PROC / str(self.process) / "stat").read_text()
+        except OSError:
+            return True
+        return status.rpartition(")")[2].split()[0] in "ZX"  # what its parent has yet to take note of
+
+
+def roll_call(store: Store, mine: Presence, size: int, timeout: timedelta) -> list[Presence]:
+    """Wait for all ranks to have started.
+
+    Returns:
+        What each says of itself, by rank.
+
+    Raises:
+        ConnectionLost: some did not, within the time-out.
+    """
+    store.set(f"here/{mine.rank}", json.dumps(asdict(mine)))
+    keys = [f"here/{rank}" for rank in range(size)]
+    try:
+        store.wait(keys, timeout)
+    except RuntimeError:
+        try:
+            absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        except RuntimeError:
+            raise ConnectionLost("the job's store is gone while the ranks start") from None
+        raise ConnectionLost(
+            f"rank{'s' if absent[1:] else ''} {', '.join(absent)} did not start within "
+            f"{timeout.total_seconds():g} s"
+        ) from None
+    return [Presence(**json.loads(store.get(key))) for key in keys]

@@ -1,0 +1,235 @@
+"""SIGTERM and Ctrl-C: the run stops after the round under way, says so, and goes on as if it never had."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from job_processes import end_job, members, survivors
+from test_equality import SECONDS
+
+import fslsage_rpc
+from fslsage_rpc.stopping import STOPPED, StopRequest
+from fslsage_rpc.training.checkpoint_files import complete_folders
+
+ROUNDS = 12
+TREE: dict[str, Any] = {
+    "rounds": ROUNDS,
+    "ranks": 3,
+    "device": "cpu",
+    "precision": "fp64",
+    "clients": {"count": 3, "batch_size": 16},
+    "data": {"train_limit": 120, "test_limit": 50, "partition": "iid"},
+    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 20}},
+    "comm": {"transports": ["uv"], "timeout_seconds": 60},
+}
+A_LONG_ROUND = "algorithm.alignment.epochs=1000000"
+ALONE = [sys.executable, "-m", "fslsage_rpc"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
+TORCHRUN += ["fslsage_rpc"]
+
+
+@contextmanager
+def started(tmp_path: Path, *overrides: str, command: list[str] = ALONE) -> Iterator[subprocess.Popen[str]]:
+    """A run in a process group of its own, as a shell starts one; none of it outlives the test."""
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({**TREE, "output": str(tmp_path)}))
+    outer = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    process = subprocess.Popen(
+        [*command, "train", str(config), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=outer,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    try:
+        yield process
+    finally:
+        end_job(process, str(config))
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def wait_for_rounds(folder: Path, rounds: int, process: subprocess.Popen[str]) -> None:
+    wait_for(lambda: len(lines(folder)) >= rounds, process)
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def finish(tmp_path: Path, name: str, transport: str = "rpc") -> None:
+    """Run to the end, from wherever it is."""
+    if transport == "local":
+        fslsage_rpc.train({**TREE, "output": str(tmp_path), "name": name})
+        return
+    with started(tmp_path, f"name={name}") as process:
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    """To the last bit, but for seconds; one line for each round."""
+    mine, its = lines(a), lines(b)
+    assert [line["round"] for line in its] == list(range(ROUNDS))
+    for one, other in zip(mine, its, strict=True):
+        assert {k: v for k, v in one.items() if k not in SECONDS} == {
+            k: v for k, v in other.items() if k not in SECONDS
+        }
+    models = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.parametrize("transport", ["local", pytest.param("rpc", marks=pytest.mark.slow)])
+def test_sigterm_stops_after_the_round_and_the_run_goes_on(transport: str, tmp_path: Path) -> None:
+    keys = [f"transport={transport}", "name=stopped"]
+    folder = tmp_path / "stopped"
+    with started(tmp_path, *keys) as process:
+        wait_for_rounds(folder, 2, process)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == STOPPED
+    assert errors == ""
+    rounds = len(lines(folder))
+    assert 2 <= rounds < ROUNDS
+    checkpoint = complete_folders(folder / "checkpoints")[0]
+    assert checkpoint.name == f"round-{rounds:06d}"
+    how = f"after round {rounds} of {ROUNDS}; the same command goes on from {checkpoint}"
+    assert output.splitlines()[-1] == f"stopped on request {how}"
+    assert (folder / "STOPPED").read_text() == f"goes on from {checkpoint}\n"
+    assert not (folder / "summary.json").exists()
+
+    finish(tmp_path, "stopped", transport)
+    assert not (folder / "STOPPED").exists()
+    finish(tmp_path, "whole", transport)
+    assert_equal_runs(tmp_path / "whole", folder)
+
+
+def test_ctrl_c_of_the_self_launching_form_is_no_traceback(tmp_path: Path) -> None:
+    with started(tmp_path, "ranks=2") as process:
+        wait_for_rounds(tmp_path / "run", 1, process)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        output, errors = process.communicate(timeout=30)
+        assert survivors(str(tmp_path)) == []
+    assert (process.returncode, errors) == (STOPPED, "")
+    assert output.splitlines()[-1].startswith("stopped on request after round ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_signal_to_one_rank_stops_all(rank: int, tmp_path: Path) -> None:
+    with started(tmp_path) as process:
+        wait_for_rounds(tmp_path / "run", 2, process)
+        os.kill(members(str(tmp_path))[rank], signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (STOPPED, "")
+    assert output.splitlines()[-1].startswith("stopped on request after round ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_under_torchrun_a_stopped_run_says_so_in_its_folder(number: signal.Signals, tmp_path: Path) -> None:
+    with started(tmp_path, command=TORCHRUN) as process:
+        wait_for_rounds(tmp_path / "run", 2, process)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode != 0  # torchrun's own, and it shows a traceback of its own
+    assert "fslsage_rpc:" not in errors
+    assert "exitcode" not in errors, "a rank failed"
+    assert output.splitlines()[-1].startswith("stopped on request after round ")
+    assert (tmp_path / "run" / "STOPPED").exists()
+    finish(tmp_path, "run")
+    finish(tmp_path, "whole")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["local", "rpc"])
+def test_a_second_signal_ends_the_run_at_once_with_nothing_half_written(
+    transport: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with started(tmp_path, f"transport={transport}", A_LONG_ROUND) as process:
+        wait_for(lambda: (folder / "partition.json").exists(), process)
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(6)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        output, errors = process.communicate(timeout=30)
+        assert time.monotonic() - sent < 3
+        assert survivors(str(tmp_path)) == []
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
+    assert "SIGTERM: stops after this round; once more ends it at once" in output
+    assert lines(folder) == []
+    names = {path.name for path in folder.iterdir()} - {"tensorboard"}
+    assert names == {"config.yaml", "environment.json", "partition.json", "metrics.jsonl"}
+
+
+@contextmanager
+def signals_taken() -> Iterator[StopRequest]:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        yield stop
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_request_is_noted_also_while_the_main_thread_runs_no_python() -> None:
+    with signals_taken() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while not stop():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)  # the first one's echo
+        time.sleep(0.1)
+
+
+PROGRAM = """
+from fslsage_rpc.stopping import StopRequest
+import fslsage_rpc.stopping as stopping
+stopping.INSISTENCE_SECONDS = 1.0
+import torch
+with StopRequest():
+    print("ready", flush=True)
+    torch.futures.Future().wait()  # in C++, for ever
+"""
+
+
+def test_a_second_signal_ends_a_process_that_waits_in_a_library() -> None:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
