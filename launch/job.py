@@ -8,6 +8,7 @@ prints
     ranks=3                  how many ranks: as `ranks=` on the command line says, else one for each GPU here
                              (without GPUs: each core but one) to host clients, and one for the server; never
                              more hosts than clients; 1 with `transport: local`
+    on_loss=fail             the key clients.on_loss
     free_port=43021          a TCP port of this machine that nobody listens on
 
 Exit status: 0; 2 where the input is wrong, with one line that says so.
@@ -60,6 +61,7 @@ def describe(arguments: Sequence[str]) -> str:
     found = {
         "folder": Path(config.output) / config.name,
         "ranks": ranks,
+        "on_loss": getattr(config.clients, "on_loss", "fail"),
         "free_port": free_port(),
     }
     return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in found.items())

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from job_processes import end_job, members, survivors
 from test_checkpoints import assert_identical, assert_whole, tree
 from user_input import mistake
 
@@ -59,7 +60,7 @@ def write(folder: Path, **keys: object) -> str:
 
 
 @contextmanager
-def started(*arguments: str, log: Path, **options: object) -> Iterator[subprocess.Popen[bytes]]:
+def started(*arguments: str, log: Path, **options: object) -> Iterator[subprocess.Popen[str]]:
     """The launcher as the first process of a session, that none of its job's processes outlives."""
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
@@ -69,27 +70,14 @@ def started(*arguments: str, log: Path, **options: object) -> Iterator[subproces
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            text=True,
             **options,  # type: ignore[call-overload]
         )
     try:
         yield process
-        assert processes(log.parent) == []
+        assert survivors(f"{log.parent}/") == []
     finally:
-        process.kill()
-        process.wait()
-        for rank in processes(log.parent):
-            with suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGKILL)
-
-
-def processes(folder: Path) -> list[int]:
-    """Those that were started with a file in this folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if f"{folder}/".encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found
+        end_job(process, f"{log.parent}/")
 
 
 def wait_until(condition: Callable[[], object], log: Path) -> None:
@@ -152,16 +140,9 @@ def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) ->
     log, config = tmp_path / "log", write(tmp_path, rounds=60)
     with started("train", config, "ranks=3", log=log) as launcher:
         wait_until(lambda: rounds(tmp_path) >= 3, log)
-        victim = next(pid for pid in processes(tmp_path) if rank_of(pid) == "1")
-        os.kill(victim, signal.SIGKILL)
+        os.kill(members(f"{tmp_path}/")[1], signal.SIGKILL)
         assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
     assert "goes on from round" in log.read_text()
     with started("train", config, "ranks=3", "name=whole", log=log) as launcher:
         assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
     assert_identical(read(tmp_path / "whole"), read(tmp_path / "run"))
-
-
-def rank_of(process: int) -> str | None:
-    """The rank that a process is."""
-    variables = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
-    return dict(variable.partition("=")[::2] for variable in variables).get("RANK")

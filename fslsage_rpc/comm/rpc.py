@@ -87,7 +87,14 @@ class RpcWorld(World):
         hosts_it = self.rank == 0 and not _launcher_hosts_store()
         try:
             # Nobody waits here for the others: the roll call does, and knows who is missing.
-            store = dist.TCPStore(address, port, is_master=hosts_it, wait_for_workers=False, timeout=timeout)
+            store = dist.TCPStore(
+                address,
+                port,
+                is_master=hosts_it,
+                wait_for_workers=False,
+                timeout=timeout,
+                multi_tenant=True,  # init_rpc opens it once more
+            )
         except RuntimeError as error:
             host = "the launcher" if _launcher_hosts_store() else "rank 0"
             reason = str(error).partition("\n")[0]
