@@ -9,10 +9,11 @@
 # SIGTERM, SIGHUP or Ctrl-C: the ranks finish the round, write a checkpoint and leave; the same command goes on. Once
 # more, 5 seconds later or after that: they leave at once. A third time: they are killed.
 #
-# --elastic: without torchrun, which ends all ranks when one dies: with clients.on_loss=drop the others go on.
+# --elastic: without torchrun, which ends all ranks when one dies. With clients.on_loss=drop the others go on, and a client
+# rank that has died is started again and takes part from the next round on.
 #
 # Environment:
-#   MAX_RESTARTS      how often torchrun starts the ranks again, from the last checkpoint, after one has failed (3)
+#   MAX_RESTARTS      how often all ranks, or with --elastic those that died, are started again (3)
 #   OMP_NUM_THREADS   threads of each rank (cores / ranks, at least 1)
 #   PYTHON            the interpreter (python)
 #
@@ -25,8 +26,11 @@ elastic=
 if [ "${1:-}" = --elastic ]; then
     elastic=yes
     shift
+    export RANK=0 # job.py, too, is to see ranks that may outlive each other
 fi
-folder='' ranks='' free_port='' # what job.py says
+command=("$@")
+MAX_RESTARTS=${MAX_RESTARTS:-3}
+folder='' ranks='' on_loss='' free_port='' # what job.py says
 job=$("$python" "$root/launch/job.py" "$@")
 eval "$job"
 if [ "$ranks" = 1 ]; then exec "$python" -m fslsage_rpc "$@"; fi
@@ -37,17 +41,18 @@ fi
 rm -f "$folder/STOPPED"
 
 # In sessions of their own: Ctrl-C on the terminal reaches this shell alone.
-started=()
+started=() restarts=0
+start_rank() {
+    RANK=$1 LOCAL_RANK=$1 setsid "$python" -m fslsage_rpc "${command[@]}" &
+    started[$1]=$!
+}
 if [ -n "$elastic" ]; then
     export WORLD_SIZE="$ranks" LOCAL_WORLD_SIZE="$ranks" MASTER_ADDR=127.0.0.1 MASTER_PORT="$free_port"
-    for ((rank = 0; rank < ranks; rank++)); do
-        RANK=$rank LOCAL_RANK=$rank setsid "$python" -m fslsage_rpc "$@" &
-        started+=($!)
-    done
+    for ((rank = 0; rank < ranks; rank++)); do start_rank "$rank"; done
 else
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or most restarts fail: pytorch issue 135712
     setsid "$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" \
-        --max_restarts="${MAX_RESTARTS:-3}" -m fslsage_rpc "$@" &
+        --max_restarts="$MAX_RESTARTS" -m fslsage_rpc "${command[@]}" &
     started=($!)
 fi
 main=${started[0]} # rank 0, or torchrun
@@ -69,8 +74,22 @@ wait_for() { # SECONDS PID...: until all have ended, at most so long
     while running "${@:2}" && [ "$SECONDS" -lt "$end" ]; do sleep 0.1 || true; done
 }
 
+start_lost_again() {
+    local rank status
+    for ((rank = 1; rank < ranks; rank++)); do
+        if running "${started[rank]}" || [ "$restarts" -ge "$MAX_RESTARTS" ]; then continue; fi
+        status=0
+        wait "${started[rank]}" || status=$?
+        case $status in 0 | 2 | 75) continue ;; esac
+        restarts=$((restarts + 1))
+        echo "local.sh: rank $rank has ended with status $status and is started again" >&2
+        start_rank "$rank"
+    done
+}
+
 while running "$main"; do
     sleep 0.5 || true
+    if [ "$on_loss" = drop ] && [ "$stops" = 0 ]; then start_lost_again; fi
     if [ "${#asked[@]}" -gt 0 ] && ! running "${asked[@]}"; then
         wait_for 5 "$main"
         kill -TERM "$main" 2>/dev/null || true # it starts ranks again that died before they could obey
