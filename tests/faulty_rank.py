@@ -56,7 +56,8 @@ def cut_connections() -> None:
         except OSError:
             continue
         try:
-            if connection.getpeername()[1] != int(os.environ["MASTER_PORT"]):
+            over_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+            if over_tcp and connection.getpeername()[1] != int(os.environ["MASTER_PORT"]):
                 connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
@@ -110,6 +111,6 @@ true_submit, RpcLink._submit = RpcLink._submit, submit  # type: ignore[method-as
 true_all_reduce, RpcWorld.all_reduce = RpcWorld.all_reduce, all_reduce  # type: ignore[method-assign]
 before(Client, "backward", "computing")
 before(Server, "submit", "serving")
-before(AuxiliaryFit, "run", "fitting")
+before(AuxiliaryFit, "fit", "fitting")
 before(Server, "average", "averaging")
 sys.exit(cli.main())

@@ -7,6 +7,11 @@ import subprocess
 from pathlib import Path
 
 
+def outer_environment() -> dict[str, str]:
+    """Without the variables of a rank, as at a user's prompt."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
 def survivors(word: str) -> list[int]:
     """Processes with this word in their command line, this one left out."""
     found = []

@@ -1,79 +1,140 @@
-"""A fault on one rank ends all ranks in bounded time, with one message of ours, the last on the screen."""
+"""A fault at a named rank, round and place ends all ranks in bounded time, with one message of ours that says
+which rank, where and why; torchrun's restart goes on from the last checkpoint as if nothing had been.
+"""
 
-import contextlib
-import os
-import signal
+import platform
+import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+from job_processes import end_job, outer_environment, survivors
+from small_run import TREE, assert_close_runs, lines
+
+import fslsage_rpc
 
 PROGRAM = str(Path(__file__).with_name("faulty_rank.py"))
-QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 END_SECONDS = 45
+"""from the fault until all ranks are gone; torchrun itself leaves a stopped process 30 s"""
 START_SECONDS = 60
+HOST = platform.node()
 
 
-def run_faulty(fault: str, tmp_path: Path, *overrides: str) -> tuple[int, list[str], float]:
-    """Run the quickstart with a fault under torchrun.
+@dataclass
+class Ended:
+    """A job that has ended: its status, our messages, what it showed, seconds from the fault to the end."""
 
-    Returns:
-        The exit status, the lines of the ranks (torchrun's own left out), and the seconds from start to end.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", PROGRAM]
-    command += ["train", QUICKSTART, f"output={tmp_path}", "comm.transports=[uv]", *overrides]
-    log = tmp_path / "torchrun.log"
-    started = time.monotonic()
-    with log.open("w") as torchrun_says:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "FAULT": fault},
-            stdout=subprocess.DEVNULL,
-            stderr=torchrun_says,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(START_SECONDS + END_SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    seconds = time.monotonic() - started
-    lines = log.read_text().splitlines()
-    ours = [i for i, line in enumerate(lines) if line.startswith("fslsage_rpc:")]
-    assert len(ours) <= 1, lines
-    assert not [line for line in lines if "tensorpipe" in line.lower()], "a wall of transport errors"
-    return status, [lines[i] for i in ours], seconds
+    status: int
+    messages: list[str]
+    output: str
+    seconds: float
 
 
-def survivors(tmp_path: Path) -> list[str]:
-    """Processes of the job that are still there."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if f"output={tmp_path}" in line]
+def run_faulty(fault: str, tmp_path: Path, *overrides: str, ranks: int = 3, restarts: int = 0) -> Ended:
+    """Train on a torchrun job with a fault, and see all of it gone."""
+    config, moment = tmp_path / "run.yaml", tmp_path / "fault-time"
+    config.write_text(yaml.safe_dump({**TREE, "output": str(tmp_path)}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += [f"--max_restarts={restarts}", PROGRAM, "train", str(config), *overrides]
+    variables = {"FAULT": fault, "FAULT_TIME": str(moment), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    process = subprocess.Popen(
+        command,
+        env={**outer_environment(), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=2 * START_SECONDS + END_SECONDS)
+        ended = time.time()
+        assert survivors(str(config)) == []
+    finally:
+        end_job(process, str(config))
+    assert moment.exists(), f"the fault has not happened: {output} {errors}"
+    assert "tensorpipe" not in errors.lower(), errors
+    messages = [line for line in errors.splitlines() if line.startswith("fslsage_rpc: ")]
+    print(*messages, f"{ended - float(moment.read_text()):.1f} s", sep="\n")
+    assert len(messages) == 1, errors
+    return Ended(process.returncode, messages, output, ended - float(moment.read_text()))
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-def test_an_exception_on_a_rank_is_the_last_word_and_ends_all(rank: int, tmp_path: Path) -> None:
-    status, messages, seconds = run_faulty(f"{rank}:20:raise", tmp_path)
-    assert status == 1
-    assert messages == [f"fslsage_rpc: rank {rank} (clients) failed: ZeroDivisionError: a fault for the test"]
-    assert seconds < START_SECONDS + END_SECONDS
-    assert survivors(tmp_path) == []
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, equal but for the rounding of a sum."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return fslsage_rpc.train({**TREE, "output": str(folder), "transport": "local"}).folder
 
 
-def test_a_killed_rank_ends_all_and_keeps_the_finished_rounds(tmp_path: Path) -> None:
-    status, _, _ = run_faulty("1:60:kill", tmp_path)
-    assert status == 1
-    assert survivors(tmp_path) == []
-    lines = (tmp_path / "quickstart" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) >= 1
+LOST_CLIENT = rf"fslsage_rpc: rank 2 \(clients, host {re.escape(HOST)}\) was lost in "
+LOST_SERVER = rf"fslsage_rpc: rank 0 \(server, host {re.escape(HOST)}\) was lost in "
+ENDED = "its process has ended"
+FAULTS = {
+    "2:4:computing:kill": rf"{LOST_CLIENT}round 4 \(forward_backward\): {ENDED}",
+    "2:4:uploading:kill": rf"{LOST_CLIENT}round [34].*: {ENDED}",
+    "2:5:alignment:kill": rf"{LOST_CLIENT}round [45].*: {ENDED}",
+    "2:4:all-reduce:kill": rf"{LOST_CLIENT}round 4 \(averaging\): {ENDED}",
+    "0:4:serving:kill": rf"{LOST_SERVER}round 4.*: ",
+    "0:5:fitting:kill": rf"{LOST_SERVER}round 5.*: ",
+    "1:4:computing:raise": rf"fslsage_rpc: rank 1 \(clients, host {re.escape(HOST)}\) failed in round 4 "
+    r"\(forward_backward\): ZeroDivisionError: a fault for the test",
+}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=[] if f == "2:4:all-reduce:kill" else pytest.mark.slow) for f in FAULTS]
+)
+def test_a_restarted_job_ends_as_one_that_was_never_disturbed(
+    fault: str, tmp_path: Path, undisturbed: Path
+) -> None:
+    ended = run_faulty(fault, tmp_path, restarts=1)
+    assert ended.status == 0
+    assert re.fullmatch(FAULTS[fault], ended.messages[0]), ended.messages
+    done = int(fault.split(":")[1]) - 1  # the round under way is all that is lost
+    assert f"goes on from round {done} (" in ended.output
+    assert_close_runs(undisturbed, tmp_path / "run")
+
+
+def test_an_exception_on_a_rank_is_the_last_word_and_ends_all(tmp_path: Path) -> None:
+    ended = run_faulty("1:3:computing:raise", tmp_path)
+    assert ended.status == 1
+    assert re.fullmatch(FAULTS["1:4:computing:raise"].replace("round 4", "round 3"), ended.messages[0])
+    assert ended.seconds < END_SECONDS
+    assert [line["round"] for line in lines(tmp_path / "run")] == [0, 1]
 
 
 @pytest.mark.slow  # torchrun gives a stopped process 30 s before it kills it
-def test_a_rank_that_falls_silent_is_named(tmp_path: Path) -> None:
-    status, messages, _ = run_faulty("2:20:stop", tmp_path, "comm.timeout_seconds=5")
-    assert status == 1
-    assert messages == ["fslsage_rpc: rank 0: rank 2 has given no sign of life for 5 s"]
-    assert survivors(tmp_path) == []
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_falls_silent_is_named(rank: int, tmp_path: Path) -> None:
+    ended = run_faulty(
+        f"{rank}:3:{'serving' if rank == 0 else 'computing'}:stop", tmp_path, "comm.timeout_seconds=5"
+    )
+    assert ended.status == 1
+    which = LOST_CLIENT if rank else LOST_SERVER
+    why = "no sign of life for 5 s"
+    assert re.fullmatch(rf"{which}round 3.*: {why}", ended.messages[0])
+    assert ended.seconds < 5 + END_SECONDS
+
+
+@pytest.mark.slow
+def test_a_connection_that_is_cut_between_live_ranks_is_named(tmp_path: Path) -> None:
+    ended = run_faulty("2:3:computing:cut", tmp_path)
+    assert ended.status == 1
+    assert re.search(r"rank \d \(.*\) lost a connection in round 3.*it is the network", ended.messages[0])
+    assert ended.seconds < END_SECONDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_never_starts_is_named(rank: int, tmp_path: Path) -> None:
+    ended = run_faulty(f"{rank}:0:start:absent", tmp_path, "comm.timeout_seconds=10")
+    assert ended.status == 1
+    expected = f"rank {rank} did not start within 10 s"
+    if rank == 0:
+        expected = "rank 0 did not open the job's store at .*, port .*, within 10 s .*"
+    assert re.fullmatch(f"fslsage_rpc: {expected}", ended.messages[0])
+    assert ended.seconds < START_SECONDS + END_SECONDS

@@ -1,6 +1,5 @@
 """SIGTERM and Ctrl-C: the run stops after the round under way, says so, and goes on as if it never had."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,29 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
-from job_processes import end_job, members, survivors
-from test_equality import SECONDS
+from job_processes import end_job, members, outer_environment, survivors
+from small_run import ROUNDS, TREE, assert_equal_runs, lines
 
 import fslsage_rpc
 from fslsage_rpc.stopping import STOPPED, StopRequest
 from fslsage_rpc.training.checkpoint_files import complete_folders
 
-ROUNDS = 12
-TREE: dict[str, Any] = {
-    "rounds": ROUNDS,
-    "ranks": 3,
-    "device": "cpu",
-    "precision": "fp64",
-    "clients": {"count": 3, "batch_size": 16},
-    "data": {"train_limit": 120, "test_limit": 50, "partition": "iid"},
-    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 20}},
-    "comm": {"transports": ["uv"], "timeout_seconds": 60},
-}
 A_LONG_ROUND = "algorithm.alignment.epochs=1000000"
 ALONE = [sys.executable, "-m", "fslsage_rpc"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
@@ -43,13 +29,12 @@ def started(tmp_path: Path, *overrides: str, command: list[str] = ALONE) -> Iter
     """A run in a process group of its own, as a shell starts one; none of it outlives the test."""
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({**TREE, "output": str(tmp_path)}))
-    outer = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     process = subprocess.Popen(
         [*command, "train", str(config), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=outer,
+        env=outer_environment(),
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
@@ -57,13 +42,6 @@ def started(tmp_path: Path, *overrides: str, command: list[str] = ALONE) -> Iter
         yield process
     finally:
         end_job(process, str(config))
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except FileNotFoundError:
-        return []
 
 
 def wait_for_rounds(folder: Path, rounds: int, process: subprocess.Popen[str]) -> None:
@@ -86,18 +64,6 @@ def finish(tmp_path: Path, name: str, transport: str = "rpc") -> None:
     with started(tmp_path, f"name={name}") as process:
         _, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
-
-
-def assert_equal_runs(a: Path, b: Path) -> None:
-    """To the last bit, but for seconds; one line for each round."""
-    mine, its = lines(a), lines(b)
-    assert [line["round"] for line in its] == list(range(ROUNDS))
-    for one, other in zip(mine, its, strict=True):
-        assert {k: v for k, v in one.items() if k not in SECONDS} == {
-            k: v for k, v in other.items() if k not in SECONDS
-        }
-    models = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
 @pytest.mark.parametrize("transport", ["local", pytest.param("rpc", marks=pytest.mark.slow)])

@@ -7,7 +7,6 @@ the device and then, on the CPU, for the other client ranks, before it averages.
 import os
 import pickle
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from fslsage_rpc.comm.memory import keep_large_blocks
 from fslsage_rpc.comm.placement import ONE_HOST_CHANNELS, GpuPlace, choose_averaging, device_maps
 from fslsage_rpc.comm.roll_call import Presence, roll_call
 from fslsage_rpc.comm.rpc_link import RpcLink, ServerEndpoint, peers_may_be_lost
-from fslsage_rpc.comm.watchdog import PERIOD_SECONDS, Watchdog, claim_failure
+from fslsage_rpc.comm.watchdog import Watchdog, claim_failure, leave
 from fslsage_rpc.comm.world import World, interfaces, open_device, server_workers
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import ConnectionLost, InputError
@@ -60,6 +59,7 @@ class RpcWorld(World):
         self._pools: dict[str, ThreadPoolExecutor] = {}
         keep_large_blocks()
         timeout = timedelta(seconds=config.comm.timeout_seconds)
+        self._hosts_store = self.rank == 0 and not _launcher_hosts_store()
         self._store: dist.Store | None = None
         self._watchdog: Watchdog | None = None
         try:
@@ -69,7 +69,12 @@ class RpcWorld(World):
             devices = [torch.device(rank.device) for rank in ranks]
             self._device_maps = device_maps(devices, config.comm.device_maps)
             self._watchdog = Watchdog(
-                store.clone(), ranks, self.rank, config.comm.timeout_seconds, lambda: self.activity()
+                store.clone(),
+                ranks,
+                self.rank,
+                config.comm.timeout_seconds,
+                lambda: self.activity(),
+                _launcher_hosts_store(),
             )
             self._watchdog.start()
             with peers_may_be_lost():
@@ -84,15 +89,13 @@ class RpcWorld(World):
             ConnectionLost: it cannot be reached.
         """
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        hosts_it = self.rank == 0 and not _launcher_hosts_store()
         try:
-            # Nobody waits here for the others: the roll call does, and knows who is missing.
             store = dist.TCPStore(
                 address,
                 port,
-                is_master=hosts_it,
-                wait_for_workers=False,
+                is_master=self._hosts_store,
                 timeout=timeout,
+                wait_for_workers=False,  # the roll call does, and knows who is missing
                 multi_tenant=True,  # init_rpc opens it once more
             )
         except RuntimeError as error:
@@ -223,10 +226,7 @@ class RpcWorld(World):
             message = f"{where}: {type(error).__name__}: {reason}"
         if self._speaks():
             print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        if self.rank == 0 and not _launcher_hosts_store():
-            time.sleep(2 * PERIOD_SECONDS)  # this process hosts the store: let the others see the claim
-        os._exit(status)  # sys.exit would wait for RPC threads that wait for peers that are gone
+        leave(status, self._hosts_store)
 
     def _speaks(self) -> bool:
         """Is this rank the one to report a failure?"""

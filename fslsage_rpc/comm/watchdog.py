@@ -17,6 +17,14 @@ GRACE_SECONDS = 3.0
 """how long a rank that lost a connection waits for the guilty rank's own message, and for signs of life"""
 
 
+def leave(status: int, hosts_store: bool) -> NoReturn:
+    """End the process at once: sys.exit would wait for threads that wait for ranks that are gone."""
+    sys.stdout.flush()
+    if hosts_store:
+        time.sleep(2 * PERIOD_SECONDS)  # the others have to see the claim in it
+    os._exit(status)
+
+
 def claim_failure(store: Store, rank: int) -> bool:
     """Is this rank the first to report a failure, so that it should print it?
 
@@ -37,6 +45,7 @@ class Watchdog:
     Args:
         ranks: what the roll call has found, by rank.
         doing: what this rank is at, in words; told with each sign of life.
+        launcher_hosts_store: the store lives in the launcher; else in rank 0.
     """
 
     def __init__(
@@ -46,12 +55,15 @@ class Watchdog:
         rank: int,
         timeout_seconds: float,
         doing: Callable[[], str],
+        launcher_hosts_store: bool,
     ):
         self._store = store
         self._ranks = ranks
         self._rank = rank
         self._timeout_seconds = timeout_seconds
         self._doing = doing
+        self._launcher_hosts_store = launcher_hosts_store
+        self._hosts_store = rank == 0 and not launcher_hosts_store
         others = [other for other in range(len(ranks)) if other != rank]
         self._watched = others if rank == 0 else [0]
         self._stopped = threading.Event()
@@ -95,7 +107,7 @@ class Watchdog:
                 return self._lost(gone, "its process has ended")
         after = self._beats()
         if after is None:
-            return self._lost(self._ranks[0], "the job's store is gone with it, or with the launcher")
+            return self._lost_store("is gone")
         silent = [r for r in self._ranks if before and after[r.rank] == before[r.rank] != b""]
         if silent:
             return self._lost(silent[0], f"{seen}; no sign of life for {GRACE_SECONDS:g} s")
@@ -111,8 +123,8 @@ class Watchdog:
         while not self._stopped.wait(PERIOD_SECONDS):
             count += 1
             # Where the store's host is silent, so is the store: then this thread never returns from it.
-            why = f"the job's store has not answered for {self._timeout_seconds:g} s"
-            alarm = threading.Timer(self._timeout_seconds, self._end, [f"{self._ranks[self._rank]}: {why}"])
+            silent = f"has not answered for {self._timeout_seconds:g} s"
+            alarm = threading.Timer(self._timeout_seconds, self._end, [self._lost_store(silent)])
             alarm.daemon = True
             alarm.start()
             try:
@@ -121,10 +133,9 @@ class Watchdog:
                     continue  # the main thread is about to end the process; until then it is alive
                 self._leave_if_claimed()
                 beats = self._beats_of(self._watched)
-            except RuntimeError as error:
+            except RuntimeError:
                 if not self._stopped.is_set():
-                    why = f"the job's store is gone with it, or with the launcher ({type(error).__name__})"
-                    self._end(self._lost(self._ranks[0], why))
+                    self._end(self._lost_store("is gone"))
                 return
             finally:
                 alarm.cancel()
@@ -147,8 +158,15 @@ class Watchdog:
         try:
             doing = self._beats_of([lost.rank])[lost.rank].decode().partition(" ")[2]
         except RuntimeError:
-            doing = self._doing()  # the store is gone: what was going on here
+            return self._lost_store("is gone")
         return f"{lost} was lost in {doing}: {why}"
+
+    def _lost_store(self, how: str) -> str:
+        """The message where the store cannot be asked; what was being done is what this rank does."""
+        if self._launcher_hosts_store:
+            here = f"{self._ranks[self._rank]} lost its launcher in {self._doing()}"
+            return f"{here}: the job's store, which is there, {how}"
+        return f"{self._ranks[0]} was lost in {self._doing()}: the job's store, which is there, {how}"
 
     def _beats(self) -> list[bytes] | None:
         """The last sign of life of every rank; None where the store does not answer."""
@@ -169,26 +187,24 @@ class Watchdog:
         except RuntimeError:
             return  # the thread, or the end of the grace, sees it
         if claimed:
-            sys.stdout.flush()
-            os._exit(1)
+            leave(1, self._hosts_store)
 
     def _speaks_without_store(self) -> bool:
         """Without a store nobody can be asked: the first rank of each host that is left speaks."""
         machine = self._ranks[self._rank].machine
-        here = [r for r in self._ranks if r.rank > 0 and r.machine == machine]
-        return machine is None or self._rank == min(r.rank for r in here)
+        here = [r.rank for r in self._ranks if r.rank > 0 and r.machine == machine]
+        return machine is None or self._rank == min(here, default=0)
 
     def _end(self, message: str) -> None:
         if self._reported:
             return  # the main thread is about to end the process
         # A silent store answers no claim.
-        last_resort = threading.Timer(GRACE_SECONDS, self._print_and_exit, [message])
+        last_resort = threading.Timer(GRACE_SECONDS, self._leave, [message, self._speaks_without_store])
         last_resort.daemon = True
         last_resort.start()
-        if self.claim():
-            self._print_and_exit(message)
-        os._exit(1)
+        self._leave(message, self.claim)
 
-    def _print_and_exit(self, message: str) -> NoReturn:
-        print(f"fslsage_rpc: {message}", file=sys.stderr, flush=True)
-        os._exit(1)
+    def _leave(self, message: str, speaks: Callable[[], bool]) -> NoReturn:
+        if speaks():
+            print(f"fslsage_rpc: {message}", file=sys.stderr, flush=True)
+        leave(1, self._hosts_store)

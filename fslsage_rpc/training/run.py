@@ -44,12 +44,15 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
     if folder:
         folder.check_partition(experiment.partition_summary)
     world = open_world(config)
-    try:
-        with screen if folder else nullcontext(), stop or nullcontext():
-            stopped = _train(experiment, world, folder, links, screen, stop)
-        world.close()
-    except BaseException as error:
-        world.fail(error)
+    with (
+        stop or nullcontext()
+    ):  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
+        try:
+            with screen if folder else nullcontext():
+                stopped = _train(experiment, world, folder, links, screen, stop)
+            world.close()
+        except BaseException as error:
+            world.fail(error)
     if stopped:
         raise stopped
     return Path(config.output) / config.name
