@@ -144,3 +144,20 @@ def test_an_interface_that_one_node_lacks_is_refused_by_name_there(slurm: Cluste
         "fslsage_rpc: comm.interface: got 'fast0', expected one of lo, eth0 (on rank 2, host node2)"
         in log(tmp_path)
     )
+
+
+def test_ranks_that_a_firewall_keeps_apart_end_and_say_so(slurm: Cluster, tmp_path: Path) -> None:
+    """Packets are dropped, so nothing fails; only SLURM's own port is open, and those of the other node."""
+    rule = ["INPUT", "--protocol=tcp", "--syn", "!", "--destination-port=6818", "--jump=DROP"]
+    try:
+        slurm.nodes[1].run("iptables", "--append", *rule)
+    except (AssertionError, FileNotFoundError) as error:
+        pytest.skip(f"needs iptables (Debian: apt-get install iptables): {error}")
+    try:
+        job = submit(slurm, tmp_path, "srun", "comm.timeout_seconds=20")
+        assert slurm.wait(job, JOB_SECONDS) == 1
+    finally:
+        slurm.nodes[1].run("iptables", "--delete", *rule)
+    ours = [line for line in log(tmp_path).splitlines() if line.startswith("fslsage_rpc:")]
+    assert len(ours) == 1
+    assert "could not connect to all other ranks within 30 s: is there a firewall" in ours[0]

@@ -77,7 +77,7 @@ class RpcWorld(World):
                 _launcher_hosts_store(),
             )
             self._watchdog.start()
-            with peers_may_be_lost():
+            with peers_may_be_lost(), self._watchdog.expects_connections():
                 self._join(store, config.comm)
         except BaseException as error:
             self.fail(error)

@@ -4,7 +4,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
 
@@ -13,6 +14,8 @@ from torch.distributed import Store
 from fslsage_rpc.comm.roll_call import Presence
 
 PERIOD_SECONDS = 1.0
+CONNECTING_SECONDS = 30.0
+"""how long connecting may take at least"""
 GRACE_SECONDS = 3.0
 """how long a rank that lost a connection waits for the guilty rank's own message, and for signs of life"""
 
@@ -75,6 +78,22 @@ class Watchdog:
         """Begin to give and watch signs of life."""
         self._store.set(f"beat/{self._rank}", f"0 {self._doing()}")
         self._thread.start()
+
+    @contextmanager
+    def expects_connections(self) -> Iterator[None]:
+        """Ends the job if ranks that have met in the store do not reach each other in time: no firewall says so."""
+        seconds = max(self._timeout_seconds, CONNECTING_SECONDS)
+        why = (
+            f"{self._ranks[self._rank]} could not connect to all other ranks within {seconds:g} s: is there a "
+            "firewall between their hosts, or a wrong comm.interface?"
+        )
+        alarm = threading.Timer(seconds, self._end, [why])
+        alarm.daemon = True
+        alarm.start()
+        try:
+            yield
+        finally:
+            alarm.cancel()
 
     def stop(self) -> None:
         """End the thread, before the store goes away."""
