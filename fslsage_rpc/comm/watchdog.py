@@ -81,11 +81,11 @@ class Watchdog:
 
     @contextmanager
     def expects_connections(self) -> Iterator[None]:
-        """Ends the job if ranks that have met in the store do not reach each other in time: no firewall says so."""
+        """End the job if ranks that have met in the store do not reach each other in time."""
         seconds = max(self._timeout_seconds, CONNECTING_SECONDS)
         why = (
-            f"{self._ranks[self._rank]} could not connect to all other ranks within {seconds:g} s: is there a "
-            "firewall between their hosts, or a wrong comm.interface?"
+            f"{self._ranks[self._rank]} could not connect to all other ranks within {seconds:g} s: is there "
+            "a firewall between their hosts, or a wrong comm.interface?"
         )
         alarm = threading.Timer(seconds, self._end, [why])
         alarm.daemon = True
