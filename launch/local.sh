@@ -40,8 +40,20 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 rm -f "$folder/STOPPED"
 
+started=() stops=0 asked=()
+# shellcheck disable=SC2329 # called by the trap
+stop() { # asks the ranks, not torchrun, which would give them 30 seconds
+    if [ "${#started[@]}" = 0 ]; then exit 1; fi
+    stops=$((stops + 1))
+    if [ "$stops" -gt 2 ]; then kill -KILL "${started[@]}" "${asked[@]}" 2>/dev/null || true; fi
+    asked=("${started[@]}")
+    if [ -z "$elastic" ]; then mapfile -t asked < <(pgrep -P "${started[0]}"); fi
+    kill -TERM "${asked[@]:-${started[0]}}" 2>/dev/null || true
+}
+trap stop TERM INT HUP
+
 # In sessions of their own: Ctrl-C on the terminal reaches this shell alone.
-started=() restarts=0
+restarts=0
 start_rank() {
     RANK=$1 LOCAL_RANK=$1 setsid "$python" -m fslsage_rpc "${command[@]}" &
     started[$1]=$!
@@ -56,17 +68,6 @@ else
     started=($!)
 fi
 main=${started[0]} # rank 0, or torchrun
-
-stops=0 asked=()
-# shellcheck disable=SC2329 # called by the trap
-stop() { # asks the ranks, not torchrun, which would give them 30 seconds
-    stops=$((stops + 1))
-    if [ "$stops" -gt 2 ]; then kill -KILL "${started[@]}" "${asked[@]}" 2>/dev/null || true; fi
-    asked=("${started[@]}")
-    if [ -z "$elastic" ]; then mapfile -t asked < <(pgrep -P "$main"); fi
-    kill -TERM "${asked[@]:-$main}" 2>/dev/null || true
-}
-trap stop TERM INT HUP
 
 running() { kill -0 "$@" 2>/dev/null; } # any of these
 wait_for() { # SECONDS PID...: until all have ended, at most so long
