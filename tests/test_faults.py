@@ -56,8 +56,9 @@ def run_faulty(fault: str, tmp_path: Path, *overrides: str, ranks: int = 3, rest
     finally:
         end_job(process, str(config))
     assert moment.exists(), f"the fault has not happened: {output} {errors}"
-    assert "tensorpipe" not in errors.lower(), errors
     messages = [line for line in errors.splitlines() if line.startswith("fslsage_rpc: ")]
+    noise = [line for line in errors.splitlines() if "tensorpipe" in line.lower() and line not in messages]
+    assert noise == []
     print(*messages, f"{ended - float(moment.read_text()):.1f} s", sep="\n")
     assert len(messages) == 1, errors
     return Ended(process.returncode, messages, output, ended - float(moment.read_text()))
@@ -74,14 +75,14 @@ LOST_CLIENT = rf"fslsage_rpc: rank 2 \(clients, host {re.escape(HOST)}\) was los
 LOST_SERVER = rf"fslsage_rpc: rank 0 \(server, host {re.escape(HOST)}\) was lost in "
 ENDED = "its process has ended"
 FAULTS = {
-    "2:4:computing:kill": rf"{LOST_CLIENT}round 4 \(forward_backward\): {ENDED}",
+    "2:4:computing:kill": rf"{LOST_CLIENT}round 4: {ENDED}",
     "2:4:uploading:kill": rf"{LOST_CLIENT}round [34].*: {ENDED}",
     "2:5:alignment:kill": rf"{LOST_CLIENT}round [45].*: {ENDED}",
     "2:4:all-reduce:kill": rf"{LOST_CLIENT}round 4 \(averaging\): {ENDED}",
-    "0:4:serving:kill": rf"{LOST_SERVER}round 4.*: ",
-    "0:5:fitting:kill": rf"{LOST_SERVER}round 5.*: ",
-    "1:4:computing:raise": rf"fslsage_rpc: rank 1 \(clients, host {re.escape(HOST)}\) failed in round 4 "
-    r"\(forward_backward\): ZeroDivisionError: a fault for the test",
+    "0:4:serving:kill": rf"{LOST_SERVER}round 4: {ENDED}",
+    "0:5:fitting:kill": rf"{LOST_SERVER}round 5: {ENDED}",
+    "1:4:computing:raise": rf"fslsage_rpc: rank 1 \(clients, host {re.escape(HOST)}\) failed in round 4: "
+    r"ZeroDivisionError: a fault for the test",
 }
 
 
@@ -110,12 +111,12 @@ def test_an_exception_on_a_rank_is_the_last_word_and_ends_all(tmp_path: Path) ->
 @pytest.mark.slow  # torchrun gives a stopped process 30 s before it kills it
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_falls_silent_is_named(rank: int, tmp_path: Path) -> None:
-    ended = run_faulty(
-        f"{rank}:3:{'serving' if rank == 0 else 'computing'}:stop", tmp_path, "comm.timeout_seconds=5"
-    )
+    place, which, why = {
+        0: ("serving", LOST_SERVER, "the job's store, which is there, has not answered for 5 s"),
+        2: ("computing", LOST_CLIENT, "no sign of life for 5 s"),
+    }[rank]
+    ended = run_faulty(f"{rank}:3:{place}:stop", tmp_path, "comm.timeout_seconds=5")
     assert ended.status == 1
-    which = LOST_CLIENT if rank else LOST_SERVER
-    why = "no sign of life for 5 s"
     assert re.fullmatch(rf"{which}round 3.*: {why}", ended.messages[0])
     assert ended.seconds < 5 + END_SECONDS
 
