@@ -11,7 +11,7 @@ from typing import NoReturn
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
 from fslsage_rpc.errors import HostError, InputError
-from fslsage_rpc.stopping import STOPPED, Stopped, StopRequest, under_torchrun
+from fslsage_rpc.stopping import NOBODY_READS, STOPPED, Stopped, StopRequest, under_torchrun
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done, 2 wrong input, 75 stopped on request after a checkpoint (0 under torchrun, to
-        which any other is a failure), 130 interrupted, 1 anything else.
+        which any other is a failure), 130 interrupted, 141 nobody reads the output, 1 anything else.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Stopped as stopped:
         return (0 if under_torchrun() else STOPPED) if stopped.resumable else 1
+    except BrokenPipeError:  # as in `fslsage train CONFIG | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes
+        return NOBODY_READS
     except KeyboardInterrupt:
         return 130
 

@@ -14,6 +14,8 @@ from typing import Self
 
 STOPPED = 75
 """exit status of a run that can be gone on with (EX_TEMPFAIL): schedulers may queue it again"""
+NOBODY_READS = 128 + 13
+"""exit status when the reader of the output has gone, as of a program that SIGPIPE ends"""
 INSISTENCE_SECONDS = 5.0
 """a signal so much later than the first ends the process at once; until then it is the first one's echo, as
 a launcher and a scheduler both send it"""

@@ -15,7 +15,7 @@ from job_processes import end_job, members, outer_environment, survivors
 from small_run import ROUNDS, TREE, assert_equal_runs, lines
 
 import fslsage_rpc
-from fslsage_rpc.stopping import STOPPED, StopRequest
+from fslsage_rpc.stopping import NOBODY_READS, STOPPED, StopRequest
 from fslsage_rpc.training.checkpoint_files import complete_folders
 
 A_LONG_ROUND = "algorithm.alignment.epochs=1000000"
@@ -151,6 +151,19 @@ def test_a_second_signal_ends_the_run_at_once_with_nothing_half_written(
     assert lines(folder) == []
     names = {path.name for path in folder.iterdir()} - {"tensorboard"}
     assert names == {"config.yaml", "environment.json", "partition.json", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("transport", ["local", pytest.param("rpc", marks=pytest.mark.slow)])
+def test_a_run_whose_reader_has_gone_ends_quietly(transport: str, tmp_path: Path) -> None:
+    with started(tmp_path, f"transport={transport}", "rounds=1000") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("round 1/1000 ")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(30) == NOBODY_READS
+        assert survivors(str(tmp_path)) == []
+        process.stdout = None
 
 
 @contextmanager

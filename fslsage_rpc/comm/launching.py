@@ -12,7 +12,7 @@ from types import FrameType
 
 from torch.distributed import TCPStore
 
-from fslsage_rpc.stopping import STOPPED, signals_that_stop
+from fslsage_rpc.stopping import NOBODY_READS, STOPPED, signals_that_stop
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0
@@ -25,7 +25,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
 
     Returns:
         The exit status: 0; 2 where the ranks found the input wrong; 75 where they have stopped on request;
-        128 and its number after a signal; else 1.
+        141 where nobody reads their output; 128 and its number after a signal; else 1.
     """
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
@@ -102,7 +102,7 @@ class LocalRanks:
         if not failures:
             return 0
         rank, first = next(iter(failures.items()))
-        if first in (2, STOPPED):
+        if first in (2, STOPPED, NOBODY_READS):
             return first
         if self._signalled:
             return 128 + self._signalled

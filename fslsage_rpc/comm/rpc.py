@@ -33,6 +33,7 @@ from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.stopping import NOBODY_READS
 
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
 SHM_CORES_PER_RANK = 2  # TensorPipe's shm transport keeps up to a core busy per rank, also while it waits
@@ -218,13 +219,15 @@ class RpcWorld(World):
             message, status = str(error), 2
         elif isinstance(error, KeyboardInterrupt):
             message, status = "interrupted", 130
+        elif isinstance(error, BrokenPipeError):
+            message, status = "", NOBODY_READS  # this rank's output: connections fail as RuntimeErrors
         elif isinstance(error, ConnectionLost):
             message = self._watchdog.explain_loss(reason) if self._watchdog else reason
         else:
             before = "".join(traceback.format_exception(error))
             where = f"{Presence.here(self.rank, self.device)} failed in {self.activity()}"
             message = f"{where}: {type(error).__name__}: {reason}"
-        if self._speaks():
+        if self._speaks() and message:
             print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
         leave(status, self._hosts_store)
 

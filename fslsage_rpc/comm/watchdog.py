@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -22,7 +22,8 @@ GRACE_SECONDS = 3.0
 
 def leave(status: int, hosts_store: bool) -> NoReturn:
     """End the process at once: sys.exit would wait for threads that wait for ranks that are gone."""
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
     if hosts_store:
         time.sleep(2 * PERIOD_SECONDS)  # the others have to see the claim in it
     os._exit(status)

@@ -25,7 +25,12 @@ TABLE_WIDTH = 78
 
 
 class SteadyCursorConsole(Console):
-    """A console that never hides the cursor: a killed rank could not bring it back."""
+    """A console that never hides the cursor: a killed rank could not bring it back. That nobody reads any
+    more is an error like others, for the caller to end on.
+    """
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
     def show_cursor(self, show: bool = True) -> bool:
         return False
