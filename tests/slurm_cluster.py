@@ -17,6 +17,8 @@ ISOLATE = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-p
 HOSTS = {"node1": "10.78.0.1", "node2": "10.78.0.2"}
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 START_SECONDS = 20.0
+REQUEUE_SECONDS = 3.0
+"""a node refuses what was sent in the second of a job's end: its credential has been revoked"""
 
 CONFIGURATION = """
 ClusterName=test
@@ -156,7 +158,8 @@ class Cluster:
         return self.status(job)
 
     def start_now(self, job: str) -> None:
-        """Spare a requeued job the two minutes that SLURM lets it wait."""
+        """Spare a requeued job most of the two minutes that SLURM lets it wait."""
+        time.sleep(REQUEUE_SECONDS)
         self.nodes[0].run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def _of_job(self, job: str, field: str) -> str:
