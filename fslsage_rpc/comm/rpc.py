@@ -7,6 +7,7 @@ the device and then, on the CPU, for the other client ranks, before it averages.
 import os
 import pickle
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,9 @@ from fslsage_rpc.stopping import NOBODY_READS
 
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
 SHM_CORES_PER_RANK = 2  # TensorPipe's shm transport keeps up to a core busy per rank, also while it waits
+
+FIRST_WORD_SECONDS = 5.0
+"""how long another rank leaves it to rank 1 to report that there is no store to ask who reports"""
 
 _offered: rpc.RRef | None = None  # rank 0's current server
 
@@ -238,7 +242,9 @@ class RpcWorld(World):
         with suppress(RuntimeError):
             if self._store is not None:
                 return claim_failure(self._store, self.rank)
-        return self.rank == 1 or int(os.environ.get("LOCAL_RANK", self.rank)) == 0  # one on each host
+        if self.rank != 1:
+            time.sleep(FIRST_WORD_SECONDS)  # if rank 1 has the same problem, its end ends this rank
+        return True
 
     def close(self) -> None:
         global _offered

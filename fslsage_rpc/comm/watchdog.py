@@ -186,7 +186,9 @@ class Watchdog:
         if self._launcher_hosts_store:
             here = f"{self._ranks[self._rank]} lost its launcher in {self._doing()}"
             return f"{here}: the job's store, which is there, {how}"
-        return f"{self._ranks[0]} was lost in {self._doing()}: the job's store, which is there, {how}"
+        ended = self._ranks[0].has_ended(self._ranks[self._rank].machine)
+        why = "its process has ended" if ended else f"the job's store, which is there, {how}"
+        return f"{self._ranks[0]} was lost in {self._doing()}: {why}"
 
     def _beats(self) -> list[bytes] | None:
         """The last sign of life of every rank; None where the store does not answer."""
