@@ -208,7 +208,8 @@ class ElasticWorld(RpcWorld):
             time.sleep(POLL_SECONDS)
         devices = [torch.device(store.get(key).decode()) for key in keys]
         self._device_maps = device_maps(devices, self._config.comm.device_maps)
-        self._join(store, replace(self._config.comm, averaging="gloo"))  # which can be cut, too
+        with self._generations.expects_connections():
+            self._join(store, replace(self._config.comm, averaging="gloo"))  # which can be cut, too
         if self.rank == 0:
             for rank in range(1, self.size):
                 self._watch_process(rank, self._numbers[rank], generation.number)

@@ -11,12 +11,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from torch.distributed import Store
 
-from fslsage_rpc.comm.watchdog import GRACE_SECONDS, claim_failure
+from fslsage_rpc.comm.watchdog import GRACE_SECONDS, claim_failure, connecting
 
 PERIOD_SECONDS = 0.25
 FRESH_SECONDS = 3.0
@@ -145,6 +145,10 @@ class Generations:
         """The main thread has left all earlier generations: connections from now on belong to this one."""
         with self._changed:
             self._entered = generation.number
+
+    def expects_connections(self) -> AbstractContextManager[None]:
+        """End the job if the members of a generation do not reach each other, though none is silent."""
+        return connecting(self._timeout_seconds + GRACE_SECONDS, self._end)
 
     def is_over(self, generation: int) -> bool:
         """Is there a later one?"""
@@ -294,7 +298,9 @@ class Generations:
         self._print_and_exit("the others took this rank for lost and went on without it")
 
     def _end(self, message: str) -> None:
-        """Rank 0 is gone; or this process was stopped for long, wakes to late alarms, and is not wanted."""
+        """Rank 0 is gone, or a rank out of reach; or this process was stopped for long, wakes to late alarms,
+        and is not wanted.
+        """
         if self._reported:
             return  # the main thread is about to end the process
         last_resort = threading.Timer(GRACE_SECONDS, self._print_and_exit, [message])

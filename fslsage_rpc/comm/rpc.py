@@ -100,7 +100,7 @@ class RpcWorld(World):
             _launcher_hosts_store(),
         )
         self._watchdog.start()
-        with peers_may_be_lost():
+        with peers_may_be_lost(), self._watchdog.expects_connections():
             self._join(store, config.comm)
 
     def _find_store(self, timeout: timedelta) -> dist.Store:
