@@ -2,7 +2,8 @@
 
 Places: `step`, between two steps of a client; `averaging`, before the all-reduce; `closing`, after a trained
 round, before its line; `server`, on rank 0 as it waits for the round's requests. Kinds: kill, stop, raise.
-PACE: seconds to wait before each round of the generation after the first loss.
+PACE: seconds to wait before each round of the generation after the first loss. SLOW_FIT: a client whose
+auxiliary model takes the server 2 s more to fit.
 """
 
 import os
@@ -65,10 +66,16 @@ def wait(self: Server) -> None:
     true_wait(self)
 
 
+def fit(self: Server, client: int, targets: Any) -> Any:
+    if str(client) == os.environ.get("SLOW_FIT"):
+        time.sleep(2)
+    return true_fit(self, client, targets)
+
+
 true_train_round, true_batches = Trainer.train_round, Client.batches
 true_average_clients, true_close_round = Trainer._average_clients, Trainer._close_round
-true_wait = Server.wait
+true_wait, true_fit = Server.wait, Server._fit
 Trainer.train_round, Client.batches = train_round, batches  # type: ignore[method-assign]
 Trainer._average_clients, Trainer._close_round = average_clients, close_round  # type: ignore[method-assign]
-Server.wait = wait  # type: ignore[method-assign]
+Server.wait, Server._fit = wait, fit  # type: ignore[method-assign]
 sys.exit(cli.main())

@@ -276,6 +276,22 @@ def test_wherever_a_rank_is_lost(fault: str, participation: float, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_a_rank_is_lost_while_the_server_fits_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fit ends when the generation that wanted it is over: not the first, whose RPC agent torch keeps."""
+    keys = keys_of(tmp_path, rounds=4)
+    monkeypatch.setenv("SLOW_FIT", "1")
+    with ElasticJob(4, keys, tmp_path) as job:
+        job.start("3:1:step:kill", iter([3]))
+        job.start("1:2:step:kill", iter([0, 1, 2]))
+        assert job.wait(0, 2) == [0, 0], job.said
+    assert [event["rank"] for event in job.events] == [3, 1]
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("change", ALGORITHMS, ids=lambda change: change["algorithm"]["name"])
 def test_each_algorithm_goes_on(change: dict[str, Any], tmp_path: Path) -> None:
     keys = keys_of(tmp_path, change, rounds=4)

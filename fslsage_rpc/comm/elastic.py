@@ -160,12 +160,12 @@ class ElasticWorld(RpcWorld):
         """Leave the generation, without a word to the others."""
         self._server = None
         offer(None)
+        self._dissolve_pools()  # first: what they still run answers calls, and without RPC torch crashes
         with suppress(RuntimeError):  # it was half formed
             rpc.shutdown(graceful=False)
         with suppress(RuntimeError, ValueError, AssertionError):
             dist.destroy_process_group()
         self._clients = self._averaging_group = None
-        self._dissolve_pools()
         _staying.clear()
 
     def _enter_next(self) -> None:
