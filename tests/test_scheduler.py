@@ -155,6 +155,27 @@ def test_answers_reach_the_client_that_asked() -> None:
     assert timeline.seconds["alignment_wait"] > 0
 
 
+def test_an_answer_stays_when_an_uploads_own_comes_after_it() -> None:
+    """The transport does not keep the order of answers."""
+    answers: list[Any] = []
+    uploads: list[Answer] = []
+
+    def send(request: Request, on_answer: Answer) -> None:
+        if isinstance(request.body, Push):
+            uploads.append(on_answer)
+            return
+        on_answer("fitted")
+        uploads.pop()(None)
+
+    def client() -> ClientRound:
+        yield Turn(0)
+        yield push()
+        answers.append((yield Align()))
+
+    Scheduler(send, 1, False, Timeline(), CPU).run({0: client()})
+    assert answers == ["fitted"]
+
+
 def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
     """Four clients share a rank that always has one to go on with: waiting is measured only at the end."""
 

@@ -129,5 +129,7 @@ class Scheduler:
         """Take in the answer to one request."""
         if isinstance(answer, BaseException):
             raise answer
-        progress.answer = answer  # None, for an upload
-        self._turns.settled(progress.place, step, isinstance(body, Push))
+        upload = isinstance(body, Push)
+        if not upload:  # an upload's own, None, may come between another request's and the client's turn
+            progress.answer = answer
+        self._turns.settled(progress.place, step, upload)
