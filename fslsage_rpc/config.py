@@ -48,6 +48,10 @@ class Clients:
     """passes of a client over its own data in one round"""
     batch_size: Count = 64
     """B; the last batch of a pass may be short"""
+    on_loss: Literal["fail", "drop"] = "fail"
+    """when a client rank is lost: fail ends the run; drop goes on without its clients (not under torchrun)"""
+    minimum: Count = 1
+    """with `on_loss: drop`, fewer clients than these end the run"""
 
 
 @dataclass(kw_only=True)

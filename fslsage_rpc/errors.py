@@ -18,3 +18,11 @@ class HostError(InputError):
 
 class ConnectionLost(RuntimeError):
     """A call or collective failed because another rank went away; that rank may have said why."""
+
+
+class TooFewClients(RuntimeError):
+    """With `clients.on_loss: drop`: so many clients were lost that the run gives up."""
+
+
+class RunOver(Exception):
+    """Rank 0 has ended the run, at its end, while this rank was meeting the others anew."""

@@ -1,7 +1,8 @@
 """Who takes part: the clients, their samples and steps, and the participants of each round."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from fslsage_rpc.data.batches import batch_sizes
 from fslsage_rpc.randomness import numpy_stream
@@ -12,7 +13,7 @@ class Federation:
 
     Args:
         samples: n_i, the sample count of each client.
-        participation: ceil(participation * m) clients train in each round.
+        participation: ceil(participation * m) clients of the m that are there train in each round.
     """
 
     def __init__(
@@ -21,19 +22,31 @@ class Federation:
         self.samples = list(samples)
         self.batch_sizes = [batch_sizes(n, batch_size, local_epochs) for n in samples]
         self.seed = seed
+        self._participation = participation
         self._drawn: dict[int, list[int]] = {}
-        self._per_round = max(1, math.ceil(round(participation * len(samples), 9)))  # 0.1 * 30 is 3, not 4
+        self._present = {0: list(range(len(samples)))}  # from each of these rounds on
+
+    def present(self, round: int) -> list[int]:
+        """The clients that are in the run in a round, ascending: those of ranks that were not lost."""
+        return self._present[max(first for first in self._present if first <= round)]
+
+    def follow(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Take in who was lost and who came back, and when: the events of `metrics.jsonl`, all of them."""
+        self._present = {0: list(range(len(self.samples)))}
+        self._drawn = {}
+        for event in events:
+            there, its = set(self.present(event["round"])), set(event["clients"])
+            self._present[event["round"]] = sorted(there - its if event["event"] == "loss" else there | its)
 
     def participants(self, round: int) -> list[int]:
         """The clients that train in a round, ascending."""
-        count = len(self.samples)
-        if self._per_round == count:
-            return list(range(count))
+        present = self.present(round)
+        count = _share_of(len(present), self._participation)
+        if count == len(present):
+            return present
         if round not in self._drawn:  # asked for again and again, by client and round
-            drawn = numpy_stream(self.seed, "participants", round).choice(
-                count, self._per_round, replace=False
-            )
-            self._drawn[round] = sorted(int(client) for client in drawn)
+            drawn = numpy_stream(self.seed, "participants", round).choice(len(present), count, replace=False)
+            self._drawn[round] = sorted(present[place] for place in drawn)
         return self._drawn[round]
 
     def shares(self, round: int) -> dict[int, float]:
@@ -45,3 +58,8 @@ class Federation:
     def steps(self, client: int) -> int:
         """K_i, the local steps of a client in a round."""
         return len(self.batch_sizes[client])
+
+
+def _share_of(count: int, share: float) -> int:
+    """Rounded up, at least 1."""
+    return max(1, math.ceil(round(share * count, 9)))  # 0.1 * 30 is 3, not 4

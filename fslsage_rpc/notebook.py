@@ -12,7 +12,7 @@ from fslsage_rpc.configuration import from_tree, load, to_tree
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, the lines of its `metrics.jsonl`, and its `summary.json`."""
+    """A finished run: its folder, the lines of its rounds in `metrics.jsonl`, and its `summary.json`."""
 
     folder: Path
     rounds: list[dict[str, Any]]
@@ -30,6 +30,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> R
         InputError: a key, value or file is wrong.
     """
     from fslsage_rpc.report.screen import Screen
+    from fslsage_rpc.training.metrics_file import rounds_of
     from fslsage_rpc.training.run import run
 
     if isinstance(config, str | Path):
@@ -40,4 +41,4 @@ def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> R
     folder = run(checked, Screen(checked))
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return Run(folder, [json.loads(line) for line in lines], summary)
+    return Run(folder, rounds_of(json.loads(line) for line in lines), summary)

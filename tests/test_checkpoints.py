@@ -26,7 +26,13 @@ from fslsage_rpc.notebook import Run
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training import checkpoints
-from fslsage_rpc.training.checkpoint_files import MANIFEST, complete_folders, part_path, read_manifest
+from fslsage_rpc.training.checkpoint_files import (
+    MANIFEST,
+    complete_folders,
+    part_path,
+    read_manifest,
+    remove_all_but,
+)
 from fslsage_rpc.training.metrics_file import MetricsFile
 from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
@@ -294,6 +300,15 @@ def test_the_newest_stay(halves: dict[str, Run], tmp_path: Path) -> None:
     assert {file.name for folder in folders for file in folder.iterdir()} == {MANIFEST, "rank-0.pt"}
     longer = fslsage_rpc.train({**keys, "rounds": 6, "checkpoint": {"every": 9, "keep": 1}})
     assert [folder.name for folder in (longer.folder / "checkpoints").iterdir()] == ["round-000006"]
+
+
+def test_a_checkpoint_that_others_have_begun_stays(tmp_path: Path) -> None:
+    """A rank may write its next part while rank 0 still makes the last one the newest."""
+    folders = [tmp_path / f"round-{rounds:06d}" for rounds in (1, 2, 3)]
+    for folder in folders:
+        folder.mkdir()
+    remove_all_but(tmp_path, folders[1:2], until=2)
+    assert sorted(tmp_path.iterdir()) == folders[1:]
 
 
 def test_a_checkpoint_is_written_while_the_next_round_runs(

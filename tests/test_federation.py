@@ -61,3 +61,20 @@ def test_steps_are_the_batches_of_all_epochs() -> None:
     assert clients.samples == [1, 4, 5, 12]
     assert clients.batch_sizes == [[1, 1], [4, 4], [4, 1, 4, 1], [4, 4, 4, 4, 4, 4]]
     assert [clients.steps(client) for client in range(4)] == [2, 2, 4, 6]
+
+
+def test_clients_that_are_away_take_no_part_and_the_others_weigh_more() -> None:
+    some = federation([10, 20, 30, 40], 0.5)
+    before = [some.participants(round) for round in range(6)]
+    loss = {"event": "loss", "round": 2, "clients": [1, 3]}
+    back = {"event": "joined", "round": 4, "clients": [1, 3]}
+    some.follow([loss, back])
+    assert [some.present(round) for round in (1, 2, 3, 4)] == [[0, 1, 2, 3], [0, 2], [0, 2], [0, 1, 2, 3]]
+    after = [some.participants(round) for round in range(6)]
+    assert after[:2] + after[4:] == before[:2] + before[4:]
+    assert all(len(drawn) == 1 and set(drawn) <= {0, 2} for drawn in after[2:4])
+    some.follow([{**loss, "clients": [3]}])
+    assert len(some.participants(2)) == 2  # half of the three that are there, rounded up
+    all_of_them = federation([10, 20, 30, 40])
+    all_of_them.follow([loss])
+    assert all_of_them.shares(2) == {0: 0.25, 2: 0.75}

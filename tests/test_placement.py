@@ -1,6 +1,5 @@
 """Who is on which GPU, and what follows; the parts of the GPU path that a machine without one can try."""
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 
 from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps, fair_threads
-from fslsage_rpc.comm.rpc_link import ServerEndpoint, _on_gpu
+from fslsage_rpc.comm.rpc_link import _on_gpu
 from fslsage_rpc.comm.world import server_workers, set_tf32
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.clock import device_clock
@@ -76,19 +75,6 @@ def test_ranks_whose_threads_nobody_has_set_share_the_cores(tmp_path: Path) -> N
         "world.close()\n"
     )
     run_job(["--nproc_per_node", "2", str(program)], timeout=100)
-
-
-def test_torch_finds_nothing_to_pickle_in_what_the_rref_holds() -> None:
-    """With devices, making an RRef pickles its value to find tensors; a server has locks, and stays here."""
-
-    class Unpicklable:
-        lock = threading.Condition()
-
-        def __reduce__(self) -> str:
-            raise TypeError("cannot be pickled")
-
-    endpoint = ServerEndpoint(Unpicklable(), FIRST)  # type: ignore[arg-type]
-    assert _extract_tensors(endpoint) == []
 
 
 def test_tensors_are_found_in_answers() -> None:

@@ -30,6 +30,7 @@ class LocalWorld(World):
     def __init__(self, config: Config):
         self.rank, self.size = 0, 1
         self.client_ranks, self.client_rank = 1, 0
+        self.homes, self.home = 1, 0
         self.device = open_device(config, 0)
 
     def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink:

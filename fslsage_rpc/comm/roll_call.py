@@ -64,6 +64,16 @@ def roll_call(store: Store, mine: Presence, size: int, timeout: timedelta) -> li
     """
     store.set(f"here/{mine.rank}", json.dumps(asdict(mine)))
     keys = [f"here/{rank}" for rank in range(size)]
+    await_all(store, keys, timeout)
+    return [Presence(**json.loads(store.get(key))) for key in keys]
+
+
+def await_all(store: Store, keys: list[str], timeout: timedelta) -> None:
+    """Wait until all ranks have started and set their keys, given by rank.
+
+    Raises:
+        ConnectionLost: some did not, within the time-out.
+    """
     try:
         store.wait(keys, timeout)
     except RuntimeError:
@@ -75,4 +85,3 @@ def roll_call(store: Store, mine: Presence, size: int, timeout: timedelta) -> li
             f"rank{'s' if absent[1:] else ''} {', '.join(absent)} did not start within "
             f"{timeout.total_seconds():g} s"
         ) from None
-    return [Presence(**json.loads(store.get(key))) for key in keys]

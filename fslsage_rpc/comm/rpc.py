@@ -32,22 +32,29 @@ from fslsage_rpc.comm.placement import (
     fair_threads,
 )
 from fslsage_rpc.comm.roll_call import Presence, roll_call
-from fslsage_rpc.comm.rpc_link import RpcLink, ServerEndpoint, peers_may_be_lost
+from fslsage_rpc.comm.rpc_link import (
+    SERVER,
+    NamedServer,
+    RpcLink,
+    ServerEndpoint,
+    offer,
+    peers_may_be_lost,
+    reference,
+)
 from fslsage_rpc.comm.watchdog import Watchdog, claim_failure, leave
 from fslsage_rpc.comm.world import World, interfaces, on_one_host, open_device, server_workers, usable_cores
 from fslsage_rpc.config import Comm, Config
-from fslsage_rpc.errors import ConnectionLost, InputError
+from fslsage_rpc.errors import ConnectionLost, InputError, TooFewClients
 from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.stopping import NOBODY_READS
 
+POLL_SECONDS = 0.05
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
 FIRST_WORD_SECONDS = 5.0
 """how long another rank leaves it to rank 1 to report that there is no store to ask who reports"""
-
-_offered: rpc.RRef | None = None  # rank 0's current server
 
 
 class RpcWorld(World):
@@ -60,37 +67,48 @@ class RpcWorld(World):
     works_beside = True
 
     def __init__(self, config: Config):
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.client_ranks = self.size - 1
-        self.client_rank = self.rank - 1 if self.rank > 0 else None
+        self.number, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.homes = size - 1
+        self.home = self.number - 1 if self.number > 0 else None
+        self._take_place(self.number, size)
         self.device = open_device(config, self._gpu_index())
         self._interface = _bind_interface(config.comm)
         self._transports = config.comm.transports or _default_transports()
         self._pools: dict[str, ThreadPoolExecutor] = {}
         keep_large_blocks()
-        timeout = timedelta(seconds=config.comm.timeout_seconds)
-        self._hosts_store = self.rank == 0 and not _launcher_hosts_store()
+        self._hosts_store = self.number == 0 and not _launcher_hosts_store()
         self._store: dist.Store | None = None
         self._watchdog: Watchdog | None = None
         try:
-            self._store = store = self._find_store(timeout)
-            self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
-            ranks = roll_call(store, Presence.here(self.rank, self.device), self.size, timeout)
-            devices = [torch.device(rank.device) for rank in ranks]
-            self._device_maps = device_maps(devices, config.comm.device_maps)
-            self._watchdog = Watchdog(
-                store.clone(),
-                ranks,
-                self.rank,
-                config.comm.timeout_seconds,
-                lambda: self.activity(),
-                _launcher_hosts_store(),
-            )
-            self._watchdog.start()
-            with peers_may_be_lost():
-                self._join(store, config.comm)
+            self._start(config)
         except BaseException as error:
             self.fail(error)
+
+    def _take_place(self, rank: int, size: int) -> None:
+        """This process's rank among so many."""
+        self.rank, self.size = rank, size
+        self.client_ranks = size - 1
+        self.client_rank = rank - 1 if rank > 0 else None
+
+    def _start(self, config: Config) -> None:
+        """Meet the other ranks."""
+        timeout = timedelta(seconds=config.comm.timeout_seconds)
+        self._store = store = self._find_store(timeout)
+        self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
+        ranks = roll_call(store, Presence.here(self.rank, self.device), self.size, timeout)
+        devices = [torch.device(rank.device) for rank in ranks]
+        self._device_maps = device_maps(devices, config.comm.device_maps)
+        self._watchdog = Watchdog(
+            store.clone(),
+            ranks,
+            self.rank,
+            config.comm.timeout_seconds,
+            lambda: self.activity(),
+            _launcher_hosts_store(),
+        )
+        self._watchdog.start()
+        with peers_may_be_lost(), self._watchdog.expects_connections():
+            self._join(store, config.comm)
 
     def _find_store(self, timeout: timedelta) -> dist.Store:
         """The job's key-value store, its keys apart from those of earlier attempts of the same job.
@@ -126,12 +144,10 @@ class RpcWorld(World):
             _channels=ONE_HOST_CHANNELS if torch.cuda.is_available() and on_one_host() else None,
         )
         if self.rank in self._device_maps:  # answers take the same way back; torch tells the server
-            options.set_device_map(_worker(0), dict([self._device_maps[self.rank]]))
+            options.set_device_map(self._worker(0), dict([self._device_maps[self.rank]]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # torch's own doing
-            rpc.init_rpc(
-                _worker(self.rank), rank=self.rank, world_size=self.size, rpc_backend_options=options
-            )
+            self._init_rpc(store, options)
         # new_group is called by all ranks, also by rank 0, which is in neither group.
         clients = list(range(1, self.size))
         self._clients: Any = dist.new_group(clients, timeout=FOREVER, backend="gloo")
@@ -147,17 +163,23 @@ class RpcWorld(World):
             dist.new_group(clients, timeout=FOREVER, backend="nccl") if nccl else self._clients
         )
 
+    def _init_rpc(self, store: dist.Store, options: rpc.TensorPipeRpcBackendOptions) -> None:
+        name = self._worker(self.rank)
+        rpc.init_rpc(name, rank=self.rank, world_size=self.size, rpc_backend_options=options)
+
     def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
-        global _offered
         with peers_may_be_lost():
             self.barrier()  # nobody still uses the last one
             synchronise(self.device)  # calls have streams of their own: what they find must be there
-            _offered = None if server is None else rpc.RRef(ServerEndpoint(server, self.device))
+            offer(None if server is None else ServerEndpoint(server, self.device))
             self.barrier()
             if self.rank == 0:
                 return None
-            mapped = self.rank in self._device_maps
-            return RpcLink(rpc.rpc_sync(_worker(0), _offered_server), ledger, log, self.device, mapped)
+            return RpcLink(self._reference(), ledger, log, self.device, self.rank in self._device_maps)
+
+    def _reference(self) -> rpc.RRef | NamedServer:
+        """To the server, on a client rank."""
+        return rpc.rpc_sync(SERVER, reference)
 
     def start(self, kind: str, work: Callable[[], None]) -> None:
         if kind not in self._pools:
@@ -179,15 +201,27 @@ class RpcWorld(World):
         return values
 
     def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+        return self._gather_in_store(self._side_store, name, value)
+
+    def _gather_in_store(
+        self, store: dist.Store, name: str, value: Any, given_up: Callable[[], bool] | None = None
+    ) -> list[Any] | None:
+        """`gather` through the store; None on rank 0 too, when it is given up."""
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         with peers_may_be_lost():
-            self._side_store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
+            store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
             if self.rank != 0:
                 return None
-            self._side_store.wait(keys, FOREVER)
-            values = [pickle.loads(self._side_store.get(key)) for key in keys]
+            if given_up is None:
+                store.wait(keys, FOREVER)
+            else:
+                while not store.check(keys):
+                    if given_up():
+                        return None
+                    time.sleep(POLL_SECONDS)
+            values = [pickle.loads(store.get(key)) for key in keys]
             for key in keys:
-                self._side_store.delete_key(key)
+                store.delete_key(key)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -213,7 +247,7 @@ class RpcWorld(World):
             "averaging": self._averaging,
             "rpc_transports": self._transports or "TensorPipe's own choice",
             "request_tensors": {
-                _worker(rank): "{} to the server's {} and back, by device map".format(
+                self._worker(rank): "{} to the server's {} and back, by device map".format(
                     *self._device_maps[rank]
                 )
                 if rank in self._device_maps
@@ -224,25 +258,29 @@ class RpcWorld(World):
         }
 
     def fail(self, error: BaseException) -> NoReturn:
-        # An error that came back from a call begins with a line that names the worker.
-        said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
-        reason = said[0] if said else ""
-        before, message, status = "", reason, 1
-        if isinstance(error, InputError):
-            message, status = str(error), 2
-        elif isinstance(error, KeyboardInterrupt):
-            message, status = "interrupted", 130
-        elif isinstance(error, BrokenPipeError):
-            message, status = "", NOBODY_READS  # this rank's output: connections fail as RuntimeErrors
-        elif isinstance(error, ConnectionLost):
-            message = self._watchdog.explain_loss(reason) if self._watchdog else reason
-        else:
-            before = "".join(traceback.format_exception(error))
-            where = f"{Presence.here(self.rank, self.device)} failed in {self.activity()}"
-            message = f"{where}: {type(error).__name__}: {reason}"
+        before, message, status = self._last_words(error)
         if self._speaks() and message:
             print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
         leave(status, self._hosts_store)
+
+    def _last_words(self, error: BaseException) -> tuple[str, str, int]:
+        """A traceback where there is a use for one, the message, and the exit status."""
+        if isinstance(error, InputError):
+            return "", str(error), 2
+        if isinstance(error, KeyboardInterrupt):
+            return "", "interrupted", 130
+        if isinstance(error, BrokenPipeError):
+            return "", "", NOBODY_READS  # this rank's output: connections fail as RuntimeErrors
+        if isinstance(error, TooFewClients):
+            return "", str(error), 1
+        if isinstance(error, ConnectionLost):
+            return "", self._explain_loss(first_line(error)), 1
+        where = f"{Presence.here(self.number, self.device)} failed in {self.activity()}"
+        message = f"{where}: {type(error).__name__}: {first_line(error)}"
+        return "".join(traceback.format_exception(error)), message, 1
+
+    def _explain_loss(self, reason: str) -> str:
+        return self._watchdog.explain_loss(reason) if self._watchdog else reason
 
     def _speaks(self) -> bool:
         """Is this rank the one to report a failure?"""
@@ -256,8 +294,6 @@ class RpcWorld(World):
         return True
 
     def close(self) -> None:
-        global _offered
-        _offered = None
         with peers_may_be_lost():
             self.barrier()
             rpc.shutdown()
@@ -265,8 +301,17 @@ class RpcWorld(World):
                 self._watchdog.stop()
             self.barrier()  # the rank that hosts the store leaves it only when nobody's watchdog needs it
             dist.destroy_process_group()
+        offer(None)
+        self._dissolve_pools()
+
+    def _dissolve_pools(self) -> None:
         for pool in self._pools.values():
-            pool.shutdown()
+            pool.shutdown(cancel_futures=True)
+        self._pools = {}
+
+    def _worker(self, rank: int) -> str:
+        """The name of a rank's RPC worker."""
+        return SERVER if rank == 0 else f"clients{rank}"
 
     def _gpu_index(self) -> int:
         """Clients take the GPUs from the first on; the server takes one of its own where one is left."""
@@ -279,13 +324,10 @@ class RpcWorld(World):
         return local_rank - 1 if on_server_host else local_rank
 
 
-def _offered_server() -> rpc.RRef:
-    assert _offered is not None
-    return _offered
-
-
-def _worker(rank: int) -> str:
-    return "server" if rank == 0 else f"clients{rank}"
+def first_line(error: BaseException) -> str:
+    """What an error says; one that came back from a call begins with a line that names the worker."""
+    said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
+    return said[0] if said else ""
 
 
 def _launcher_hosts_store() -> bool:

@@ -25,10 +25,12 @@ from fslsage_rpc.parties.server import Server
 
 NO_TIMEOUT = 0  # a call waits for a slow rank while it lives: the watchdog ends dead ones
 SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "timed out", "unreachable")
+SERVER = "server"
+"""the name of its RPC worker"""
 
 
 class ServerEndpoint:
-    """The server as its RRef's callers see it. Handlers never block a thread of the RPC pool."""
+    """The server as its remote callers see it. Handlers never block a thread of the RPC pool."""
 
     def __init__(self, server: Server, device: torch.device):
         self._server = server
@@ -78,16 +80,52 @@ class ServerEndpoint:
         synchronise_stream(self._device)
 
 
+_offered: ServerEndpoint | None = None  # on rank 0
+
+
+def offer(endpoint: ServerEndpoint | None) -> None:
+    """On rank 0: have calls from now on go to this server."""
+    global _offered
+    _offered = endpoint
+
+
+def reference() -> rpc.RRef:
+    """On rank 0, called from the others: the server that is offered."""
+    assert _offered is not None
+    return rpc.RRef(_offered)
+
+
+class NamedServer:
+    """Stands for the RRef where ranks may be lost and come: torch keeps a process's first RPC agent for all
+    RRefs that it ever has, so that after a loss it could not use one.
+    """
+
+    def owner(self) -> str:
+        """See `rpc.RRef.owner`."""
+        return SERVER
+
+    def local_value(self) -> ServerEndpoint:
+        """See `rpc.RRef.local_value`."""
+        assert _offered is not None
+        return _offered
+
+
 class RpcLink(ServerLink):
-    """Calls the server through its RRef; made by the thread that the clients compute on.
+    """Calls the server on rank 0; made by the thread that the clients compute on.
 
     Args:
+        server: a reference to its `ServerEndpoint`.
         device: of the clients.
         device_map: there is one from this device to the server's.
     """
 
     def __init__(
-        self, server: rpc.RRef, ledger: WireLedger, log: RequestLog, device: torch.device, device_map: bool
+        self,
+        server: rpc.RRef | NamedServer,
+        ledger: WireLedger,
+        log: RequestLog,
+        device: torch.device,
+        device_map: bool,
     ):
         super().__init__(ledger, log, carrier=device if device_map else CPU)
         self._server = server
@@ -97,21 +135,17 @@ class RpcLink(ServerLink):
         self.staged = device.type == "cuda" and not device_map
 
     def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
-        with peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).announce(plans, ranking)
+        self._call("announce", plans, ranking)
 
     def server_clock(self) -> float:
-        with peers_may_be_lost():
-            return self._server.rpc_sync(timeout=NO_TIMEOUT).clock()
+        return self._call("clock")
 
     def _echo(self, payload: torch.Tensor, down_bytes: int) -> None:
-        with peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).echo(payload, down_bytes)
+        self._call("echo", payload, down_bytes)
         synchronise(self.carrier)
 
     def _initial_weights(self) -> tuple[Weights, Weights | None]:
-        with peers_may_be_lost():
-            return self._server.rpc_sync(timeout=NO_TIMEOUT).initial()
+        return self._call("initial")
 
     def _submit(self, request: Request, on_answer: OnAnswer) -> None:
         travelling = Request(request.client, request.number, request.body.to(self.carrier))
@@ -127,13 +161,9 @@ class RpcLink(ServerLink):
 
         # Not by the RRef's own rpc_async: its future is made without devices, so nobody would wait for the
         # answer's tensors, and it may send from a stream that has not waited for the request's.
+        arguments = (self._server, travelling, self._device_map)
         with peers_may_be_lost():
-            call = rpc.rpc_async(
-                self._server.owner(),
-                _submit,
-                args=(self._server, travelling, self._device_map),
-                timeout=NO_TIMEOUT,
-            )
+            call = rpc.rpc_async(self._server.owner(), _submit, args=arguments, timeout=NO_TIMEOUT)
             call.add_done_callback(deliver)
 
     def _there(self, answered: Future[Any]) -> Reading:
@@ -147,12 +177,16 @@ class RpcLink(ServerLink):
             return device_clock(self._device)
 
     def _deposit_average(self, weights: Weights) -> None:
-        with peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_average(weights.to(CPU))
+        self._call("deposit_average", weights.to(CPU))
 
     def _deposit_auxiliary(self, weights: Weights) -> None:
+        self._call("deposit_auxiliary", weights.to(CPU))
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Call the server and wait for its answer."""
+        arguments = (self._server, method, *arguments)
         with peers_may_be_lost():
-            self._server.rpc_sync(timeout=NO_TIMEOUT).deposit_auxiliary(weights.to(CPU))
+            return rpc.rpc_sync(self._server.owner(), _answer, args=arguments, timeout=NO_TIMEOUT)
 
 
 @contextmanager
@@ -175,8 +209,13 @@ def _named(error: Exception) -> Exception:
     return ConnectionLost(text.partition("\n")[0])
 
 
+def _answer(server: rpc.RRef | NamedServer, method: str, *arguments: Any) -> Any:
+    """On the server's rank."""
+    return getattr(server.local_value(), method)(*arguments)
+
+
 @rpc.functions.async_execution
-def _submit(server: rpc.RRef, request: Request, device_map: bool) -> Future[Answer]:
+def _submit(server: rpc.RRef | NamedServer, request: Request, device_map: bool) -> Future[Answer]:
     """On the server's rank."""
     return server.local_value().submit(request, device_map)
 

@@ -4,8 +4,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -14,6 +14,8 @@ from torch.distributed import Store
 from fslsage_rpc.comm.roll_call import Presence
 
 PERIOD_SECONDS = 1.0
+CONNECTING_SECONDS = 30.0
+"""how long connecting may take at least"""
 GRACE_SECONDS = 3.0
 """how long a rank that lost a connection waits for the guilty rank's own message, and for signs of life"""
 
@@ -34,6 +36,27 @@ def claim_failure(store: Store, rank: int) -> bool:
         RuntimeError: the store is gone.
     """
     return store.compare_set("failure", "", str(rank)).decode() == str(rank)
+
+
+@contextmanager
+def connecting(seconds: float, end: Callable[[str], None]) -> Iterator[None]:
+    """If ranks that have met in the store do not reach each other in time, end with what is to be said.
+
+    Args:
+        seconds: how long that may take, if it is not less than `CONNECTING_SECONDS`.
+    """
+    seconds = max(seconds, CONNECTING_SECONDS)
+    why = (
+        f"could not connect to all other ranks within {seconds:g} s: is there a firewall between their "
+        "hosts, or a wrong comm.interface?"
+    )
+    alarm = threading.Timer(seconds, end, [why])
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
 
 
 class Watchdog:
@@ -77,6 +100,10 @@ class Watchdog:
         """Begin to give and watch signs of life."""
         self._store.set(f"beat/{self._rank}", f"0 {self._doing()}")
         self._thread.start()
+
+    def expects_connections(self) -> AbstractContextManager[None]:
+        """End the job if ranks that have met in the store do not reach each other in time."""
+        return connecting(self._timeout_seconds, lambda why: self._end(f"{self._ranks[self._rank]} {why}"))
 
     def stop(self) -> None:
         """End the thread, before the store goes away."""

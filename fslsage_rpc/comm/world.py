@@ -4,6 +4,7 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,19 @@ from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.streams import own_stream
+
+
+@dataclass(frozen=True)
+class Change:
+    """A rank, by its number as the job was started, that was lost or has joined.
+
+    `reason`: of a loss; None for a rank that joined. `seconds`: from the news of it until the ranks had met
+    anew.
+    """
+
+    rank: int
+    reason: str | None
+    seconds: float
 
 
 class World(ABC):
@@ -34,6 +48,12 @@ class World(ABC):
     """pieces of the server's work started one after the other run at the same time"""
     client_rank: int | None
     """this rank's place among them, from 0; None where it hosts none"""
+    homes: int
+    """how many there were when the job was started: the clients are dealt out over them for good"""
+    home: int | None
+    """this rank's place among those, from 0; None where it hosts no clients"""
+    generation: int = 0
+    """how often the ranks have met anew, after a loss or with a newcomer"""
 
     activity: Callable[[], str] = staticmethod(lambda: "the start")
     """what this rank is doing, in words; told to the other ranks with its signs of life"""
@@ -95,6 +115,31 @@ class World(ABC):
                 mine = link.measure_speed()
         speeds = self.gather((self.client_rank, mine)) or []
         return {rank: speed for rank, speed in speeds if speed is not None}
+
+    def admit(self) -> None:  # noqa: B027 (most worlds stay as they are)
+        """Called by all ranks between two rounds: where ranks wait to join, those here meet anew with them
+        (`accept_loss`, `regroup`), so this or a later collective fails.
+        """
+
+    def accept_loss(self, error: BaseException) -> None:
+        """After an error in a round: return if it comes from a rank that was lost, or joins.
+
+        Raises:
+            BaseException: the error, where it does not.
+        """
+        raise error
+
+    def regroup(self) -> None:  # noqa: B027
+        """Then meet anew with the ranks that are there now.
+
+        Raises:
+            TooFewClients: too few are left.
+            RunOver: the run has ended meanwhile.
+        """
+
+    def take_changes(self) -> list[Change]:
+        """On rank 0: the ranks lost and joined since this was last asked for."""
+        return []
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -200,6 +245,10 @@ def open_world(config: Config) -> World:
         from fslsage_rpc.comm.local import LocalWorld
 
         return LocalWorld(config)
+    if config.clients.on_loss == "drop":
+        from fslsage_rpc.comm.elastic import ElasticWorld
+
+        return ElasticWorld(config)
     from fslsage_rpc.comm.rpc import RpcWorld
 
     return RpcWorld(config)

@@ -139,15 +139,22 @@ class Client:
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Go on from such a state.
+
+        That of a client that was away (`returning.py`) may have None for an optimizer, which then starts
+        anew, and counts the rounds that were missed.
+        """
         self.weights.load_state(state["weights"])
-        self.optimizer.load_state(state["optimizer"])
+        if state["optimizer"] is not None:
+            self.optimizer.load_state(state["optimizer"])
         if self._auxiliary is not None:
             self.auxiliary_weights.load_state(state["auxiliary_weights"])
         if "auxiliary_optimizer" not in state:
             self.freeze_auxiliary()
-        elif self._auxiliary_optimizer is not None:
+        elif self._auxiliary_optimizer is not None and state["auxiliary_optimizer"] is not None:
             self._auxiliary_optimizer.load_state(state["auxiliary_optimizer"])
+        for _ in range(state.get("rounds_missed", 0)):
+            self.end_round()
 
     def freeze_auxiliary(self) -> None:
         """From here on the auxiliary model is the server's to fit: this client only loads and uses it."""

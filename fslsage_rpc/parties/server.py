@@ -181,7 +181,7 @@ class Server:
                 idle = bool(lane.released) and not lane.busy
                 lane.busy = lane.busy or idle
         except BaseException as error:
-            self._fail(error)
+            self.fail(error)
             raise
         if idle:
             self._run("lane", lambda: self._work(lane))
@@ -320,7 +320,8 @@ class Server:
     def _idle(self) -> bool:
         return not self._unfitted and all(lane.mailbox.finished and not lane.busy for lane in self._distinct)
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """End the round under way: `wait` raises this error, and no more requests are executed."""
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
@@ -332,7 +333,7 @@ class Server:
             try:
                 work()
             except BaseException as error:
-                self._fail(error)
+                self.fail(error)
                 raise
 
         self._start(kind, guarded)
@@ -341,7 +342,7 @@ class Server:
         """Execute what the lane's mailbox has released, until there is no more of it."""
         while True:
             with self._changed:
-                if not lane.released:
+                if not lane.released or self._failure:
                     lane.busy = False
                     self._changed.notify_all()
                     return

@@ -77,6 +77,7 @@ class Screen(ProgressScreen):
         self._shown = 0
         self._wire_bytes = 0
         self._accuracy: float | None = None
+        self._events: list[dict[str, Any]] = []
         self._task = self._progress.add_task(
             self._name, total=self._rounds, accuracy="   - ", bytes=_mib(0), start=True
         )
@@ -87,13 +88,28 @@ class Screen(ProgressScreen):
 
     def show_resumed(self, lines: Sequence[dict[str, Any]], checkpoint: Path) -> None:
         """Take in the metrics lines of the rounds that this run goes on from."""
-        self._shown = len(lines)
-        self._wire_bytes = sum(sum(line["wire_bytes"].values()) for line in lines)
-        scored = [line["test_accuracy"] for line in lines if line["test_accuracy"] is not None]
-        self._accuracy = scored[-1] if scored else None
         self._progress.console.print(
             f"goes on from round {len(lines)} ({checkpoint})", soft_wrap=True, markup=False
         )
+        self._go_to(lines)
+
+    def show_changes(
+        self, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], rounds: int
+    ) -> None:
+        """Ranks were lost or have joined, and the run goes on from so many rounds."""
+        for event in events:
+            if event["round"] == rounds and event not in self._events:
+                self._events.append(event)
+                clients = ", ".join(str(client) for client in event["clients"])
+                lost = f"is lost ({event.get('reason')}): clients {clients} leave"
+                what = lost if event["event"] == "loss" else f"has joined: clients {clients} are back"
+                self.warn(f"rank {event['rank']} {what}; goes on from round {rounds}")
+        self._go_to(lines)
+
+    def _go_to(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._wire_bytes = sum(sum(line["wire_bytes"].values()) for line in lines)
+        scored = [line["test_accuracy"] for line in lines if line["test_accuracy"] is not None]
+        self._accuracy = scored[-1] if scored else None
         self._progress.update(self._task, completed=len(lines), **self._fields())
 
     def show_round(self, line: dict[str, Any]) -> None:

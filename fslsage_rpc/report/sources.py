@@ -165,6 +165,8 @@ def _read_lines(path: Path) -> list[Line]:
             line = json.loads(text)
         except (ValueError, RecursionError):
             line = None
+        if isinstance(line, dict) and "event" in line:  # a rank was lost, or has joined
+            continue
         if not _is_round(line):
             raise InputError(f"{path}: line {number} is damaged, expected the figures of a round")
         wire_bytes += sum(line["wire_bytes"].values())

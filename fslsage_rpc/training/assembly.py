@@ -7,6 +7,7 @@ from torch import nn
 
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World
+from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Tracer
@@ -92,16 +93,20 @@ def uses_graphs(experiment: Experiment, world: World) -> bool:
 
 def hosted_clients(experiment: Experiment, world: World) -> range:
     """The ids of the clients that this rank hosts."""
-    count = len(experiment.parts)
-    return range(0) if world.client_rank is None else range(world.client_rank, count, world.client_ranks)
+    return range(0) if world.home is None else dealt_out(experiment, world, world.home)
+
+
+def dealt_out(experiment: Experiment, world: World, home: int) -> range:
+    """The ids of the clients of one of the client ranks, by its place among those of the job's start."""
+    return range(home, len(experiment.parts), world.homes)
 
 
 def build_clients(
     experiment: Experiment, world: World, link: ServerLink, timeline: Timeline, saved: RankState | None
 ) -> dict[int, Client]:
     """The clients that this rank hosts, by id, as they were saved or starting from the server's weights."""
-    assert experiment.train is not None
     config = experiment.config
+    train = datasets.load(config.data, train=True) if experiment.train is None else experiment.train
     keys = TrainingKeys(config.seed, config.clients.local_epochs, config.data.augment)
     clients = {}
     for id in hosted_clients(experiment, world):
@@ -109,7 +114,7 @@ def build_clients(
         kind = experiment.algorithm.auxiliary
         auxiliary = None if kind == "none" else copy.deepcopy(experiment.split.auxiliary).to(world.device)
         data = ImageBatches(
-            experiment.train.subset(experiment.parts[id]),
+            train.subset(experiment.parts[id]),
             experiment.spec,
             config.clients.batch_size,
             world.device,

@@ -209,10 +209,14 @@ def complete_folders(root: Path) -> list[Path]:
     return [folder for folder in folders if (folder / MANIFEST).exists()]
 
 
-def remove_all_but(root: Path, kept: Sequence[Path]) -> None:
-    """Remove every other checkpoint, complete or not, as far as the file system lets us."""
-    for folder in _folders(root).values():
-        if folder not in kept:
+def remove_all_but(root: Path, kept: Sequence[Path], until: int | None = None) -> None:
+    """Remove every other checkpoint, complete or not, as far as the file system lets us.
+
+    Args:
+        until: those after more rounds than this stay.
+    """
+    for rounds, folder in _folders(root).items():
+        if folder not in kept and (until is None or rounds <= until):
             with suppress(OSError):
                 (folder / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint is none
             shutil.rmtree(folder, ignore_errors=True)

@@ -44,15 +44,28 @@ class Checkpoints:
     Args:
         root: the folder of the checkpoints, the same on all hosts.
         folder: the run folder, on the server's rank.
+        in_memory: keep the copies of the last two rounds' ends, for when a rank is lost.
+
+    Attributes:
+        memory: by rounds done, such a copy; None for the start of a run. Two, as ranks may be a round apart.
     """
 
-    def __init__(self, world: World, root: Path, keys: Checkpoint, folder: RunFolder | None):
+    def __init__(
+        self,
+        world: World,
+        root: Path,
+        keys: Checkpoint,
+        folder: RunFolder | None,
+        in_memory: bool = False,
+    ):
         self._world = world
         self._root = root
         self._keys = keys
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._in_memory = in_memory
+        self.memory: dict[int, RankState | None] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -65,11 +78,17 @@ class Checkpoints:
         """Begin to write a checkpoint, if one is due after so many rounds; called by all ranks alike, when
         the round's line is in `metrics.jsonl`.
         """
-        if self._keys.every is None or not (last or rounds % self._keys.every == 0):
+        due = self._keys.every is not None and (last or rounds % self._keys.every == 0)
+        if not (due or self._in_memory):
             return
         self.complete()  # a slow disk holds the training up, so that copies do not pile up in memory
-        lines = self._lines_so_far() if self._folder else None
-        self._writing = self._thread.submit(self._write, snapshot(state(rounds)), lines)
+        copied = snapshot(state(rounds))
+        if self._in_memory:
+            self.memory = {done: kept for done, kept in self.memory.items() if done == rounds - 1}
+            self.memory[rounds] = copied
+        if due:
+            lines = self._lines_so_far() if self._folder else None
+            self._writing = self._thread.submit(self._write, copied, lines)
 
     def complete(self) -> None:
         """Wait until this rank has done its part of the checkpoint that was begun: on rank 0, until it is the
@@ -123,7 +142,7 @@ class Checkpoints:
             more = f", and {len(problems) - 1} more" if problems[1:] else ""
             last = f"the last one is {found[0]}" if found else "there is none"
             run.warn(f"no checkpoint after round {rounds} ({problems[0]}{more}); {last}; the run goes on")
-        remove_all_but(self._root, found[: self._keys.keep])
+        remove_all_but(self._root, found[: self._keys.keep], until=rounds)  # others may write the next one
 
 
 def snapshot(tree: Any) -> Any:

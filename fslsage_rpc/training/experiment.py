@@ -1,5 +1,6 @@
 """What a configuration comes to, before any rank talks to another: data, clients, models, algorithm."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,11 @@ def check(config: Config, ranks: int) -> None:
     if config.transport == "rpc":
         _check_ranks(config, ranks)
     spec = datasets.SPECS[config.data.name]
+    clients = config.clients
+    if clients.minimum > clients.count:
+        raise InputError(
+            f"clients.minimum: got {clients.minimum}, expected at most clients.count, {clients.count}"
+        )
     with torch.device("meta"):
         build(config.model, spec.classes, spec.image_shape, 0, torch.float32)
     for party, keys in vars(config.optimizer).items():
@@ -48,12 +54,29 @@ def _check_ranks(config: Config, ranks: int) -> None:
         raise InputError(f"transport: got 'rpc' on {ranks} rank, expected local, or at least 2 ranks")
     if ranks - 1 > clients:
         raise InputError(f"clients.count: got {clients}, expected at least {ranks - 1}, one per client rank")
+    if config.clients.on_loss == "drop":
+        _check_drop(config)
     if config.comm.averaging == "nccl" and not (config.device != "cpu" and nccl_available()):
         raise HostError(
             "comm.averaging: got 'nccl', expected auto or gloo: there is no NCCL or GPU to use it on"
         )
     if interface is not None and interface not in interfaces():
         raise HostError(f"comm.interface: got {interface!r}, expected one of {', '.join(interfaces())}")
+
+
+def _check_drop(config: Config) -> None:
+    """Ranks that outlive each other need a launcher that lets them, and connections that can be cut."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or "RANK" not in os.environ:
+        raise InputError(
+            "clients.on_loss: got 'drop', expected fail: torchrun, and fslsage itself, end all ranks when "
+            "one is lost; start them by launch/local.sh --elastic or plain srun"
+        )
+    if config.comm.averaging == "nccl":
+        raise InputError("comm.averaging: got 'nccl', expected auto or gloo, as clients.on_loss is 'drop'")
+    if config.comm.transports not in (None, ["uv"]):
+        raise InputError(
+            f"comm.transports: got {config.comm.transports}, expected null or [uv]: clients.on_loss is 'drop'"
+        )
 
 
 @dataclass

@@ -1,8 +1,11 @@
-"""`metrics.jsonl`: one line per round, without gap or double line, also across a resume and a full disk."""
+"""`metrics.jsonl`: one line per round, without gap or double line, also across a resume and a full disk; and
+between them one for each event.
+"""
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,15 @@ class MetricsFile:
         """Start with these lines (of earlier rounds); whatever else the file held is gone."""
         write_durably(self.path, lines)
         self._bytes, self._digest = len(lines), hashlib.sha256(lines)
+        self._unwritten = b""
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a round's line.
+        """Add a line.
 
         Raises:
             OSError: it, or one before it, is not on disk yet.
         """
-        self._unwritten += (json.dumps(line) + "\n").encode()
+        self._unwritten += encoded([line])
         self._write()
 
     def extent(self) -> Extent:
@@ -59,6 +63,16 @@ class MetricsFile:
         self._bytes += len(self._unwritten)
         self._digest.update(self._unwritten)
         self._unwritten = b""
+
+
+def encoded(lines: Iterable[dict[str, Any]]) -> bytes:
+    """Lines as they stand in the file; those read from it come out the same."""
+    return b"".join((json.dumps(line) + "\n").encode() for line in lines)
+
+
+def rounds_of(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of rounds, without those of events: a rank that was lost, or has joined."""
+    return [line for line in lines if "event" not in line]
 
 
 def read_beginning(path: Path, extent: Extent) -> bytes:

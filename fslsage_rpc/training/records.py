@@ -85,7 +85,8 @@ class RoundRecorder:
 
     def go_on(self, lines: Sequence[dict[str, Any]], client_bytes: WireBytes) -> None:
         """Take over earlier rounds: their lines, one or more, and the bytes by client, not in them."""
-        self.lines, self.client_bytes = list(lines), client_bytes
+        self.lines = list(lines)
+        self.client_bytes = {client: dict(kinds) for client, kinds in client_bytes.items()}
         self._elapsed_seconds = lines[-1]["elapsed_seconds"]
         self._paper_bytes = lines[-1]["paper_bytes_total"]
 

@@ -1,18 +1,19 @@
 """One run from its configuration to its folder: check, prepare, train, write."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.config import AlgorithmKeys, Config
+from fslsage_rpc.errors import RunOver
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.stopping import Stopped, StopRequest
-from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.checkpoint_files import Manifest
-from fslsage_rpc.training.checkpoints import Checkpoints, read_state
+from fslsage_rpc.training.checkpoints import Checkpoints, snapshot
 from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.going_on import from_checkpoint, from_memory
 from fslsage_rpc.training.records import RankReport
 from fslsage_rpc.training.run_folder import (
     RunFolder,
@@ -48,7 +49,11 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
         stop or nullcontext()
     ):  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
         try:
-            with screen if folder else nullcontext():
+            stopped = None
+            with (
+                screen if folder else nullcontext(),
+                suppress(RunOver),
+            ):  # it was meeting the others at the end
                 stopped = _train(experiment, world, folder, links, screen, stop)
             world.close()
         except BaseException as error:
@@ -71,47 +76,60 @@ def _train(
     Returns:
         How the run stopped, if it did so before its end.
     """
-    finished = world.broadcast(folder and folder.finished_summary)
+    finished = world.broadcast(folder and folder.finished_summary) if world.generation == 0 else None
     if finished:
         if folder:
             screen.show_finished(finished, folder.path)
         return None
-    ranks = world.gather(rank_environment(world.device))
     config = experiment.config
-    manifest: Manifest | None = world.broadcast(folder and folder.manifest)
-    saved = None
-    if manifest:
-        saved = read_state(manifest, hosted_clients(experiment, world), world.hosts_server)
-    trainer = Trainer(experiment, world, saved, folder.lines if folder else ())
-    del saved  # the parties have copies
-    checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder)
-    stop_requested = stop or (lambda: False)
-    if folder is None:
-        with checkpoints:
-            stops = trainer.train(lambda line, reports: None, checkpoints, stop_requested)
-        return _stopped(world, checkpoints, None, screen) if stops else None
-    folder.start(
-        {"versions": versions(), **world.describe(), "ranks": ranks, **links},
-        experiment.partition_summary,
-    )
-    if manifest:
-        screen.show_resumed(folder.lines, manifest.folder)
-    for key in unused_keys(config.algorithm, experiment.algorithm.uses):
-        screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")
+    elastic = config.clients.on_loss == "drop" and config.transport == "rpc"
+    checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder, elastic)
+    trainer: Trainer | None = None
+    if world.generation == 0:  # else this rank joins a run under way
+        ranks = world.gather(rank_environment(world.device))
+        manifest: Manifest | None = world.broadcast(folder and folder.manifest)
+        saved = from_checkpoint(experiment, world, manifest, folder) if manifest else None
+        trainer = Trainer(experiment, world, saved, folder.rounds if folder else ())
+        if elastic:
+            checkpoints.memory = {saved.rounds if saved else 0: saved and snapshot(saved)}
+        del saved  # the parties have copies
+    if folder and trainer:
+        folder.start(
+            {"versions": versions(), **world.describe(), "ranks": ranks, **links},
+            experiment.partition_summary,
+        )
+        if manifest:
+            screen.show_resumed(folder.rounds, manifest.folder)
+        for key in unused_keys(config.algorithm, experiment.algorithm.uses):
+            screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")
 
     def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
-        folder.add_round(line)
-        screen.show_round(line)
+        if folder:
+            folder.add_round(line)
+            screen.show_round(line)
 
     with checkpoints:
-        stops = trainer.train(on_round, checkpoints, stop_requested)
+        while True:
+            try:
+                if trainer is None:
+                    saved = from_memory(experiment, world, checkpoints, folder, screen)
+                    trainer = Trainer(experiment, world, saved, folder.rounds if folder else ())
+                    del saved
+                stops = trainer.train(on_round, checkpoints, stop or (lambda: False))
+                break
+            except Exception as error:
+                trainer = None
+                world.accept_loss(error)
+                checkpoints.complete()  # or given up, where it lacks the part of a rank that was lost
+            world.regroup()
     if stops:
         return _stopped(world, checkpoints, folder, screen)
-    if trainer.trace:
-        folder.add_trace(trainer.trace.text())
-    summary = trainer.recorder.summary(experiment.algorithm.name, experiment.algorithm.interval)
-    folder.finish(summary, trainer.final_model())
-    screen.show_summary(summary, folder.path)
+    if folder:
+        if trainer.trace:
+            folder.add_trace(trainer.trace.text())
+        summary = trainer.recorder.summary(experiment.algorithm.name, experiment.algorithm.interval)
+        folder.finish(summary, trainer.final_model())
+        screen.show_summary(summary, folder.path)
     return None
 
 

@@ -29,7 +29,7 @@ from fslsage_rpc.training.checkpoint_files import (
     serialised,
     write_durably,
 )
-from fslsage_rpc.training.metrics_file import MetricsFile, read_beginning
+from fslsage_rpc.training.metrics_file import MetricsFile, encoded, read_beginning, rounds_of
 from fslsage_rpc.version import __version__
 
 FREE_KEYS = {
@@ -46,6 +46,7 @@ FREE_KEYS = {
     "bench",
 }
 """what may differ between a run and the run whose folder it finds"""
+FREE_CLIENT_KEYS = {"clients.on_loss", "clients.minimum"}
 STOPPED = "STOPPED"
 ENDINGS = (STOPPED, "summary.json", "model.pt", "trace.json", "links.json")
 """what a run leaves at its end"""
@@ -62,7 +63,7 @@ class RunFolder:
     Attributes:
         finished_summary: of the run that is there, where it is complete and nothing more is asked of it.
         manifest: of the checkpoint to go on from; None where this run has yet to begin.
-        lines: the metrics lines of the rounds before that checkpoint.
+        lines: all metrics lines so far; before the first round, those up to that checkpoint.
 
     Raises:
         InputError: the folder cannot be made, or holds a benchmark, a run of another configuration, or a
@@ -78,7 +79,6 @@ class RunFolder:
         self._config = to_tree(config)
         self._checkpoints = checkpoints_folder(config)
         self._metrics = MetricsFile(self.path / "metrics.jsonl")
-        self._kept = b""  # of metrics.jsonl
         with self._writing():
             check_place(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class RunFolder:
         """
         with self._writing():
             # Whenever this is cut short, what is there can still be gone on with: no file of it is missing.
-            self._metrics.begin(self._kept)
+            self._metrics.begin(encoded(self.lines))
             complete, going_on = complete_folders(self._checkpoints), self.manifest
             kept = [folder for folder in complete if folder <= going_on.folder] if going_on else []
             remove_all_but(self._checkpoints, kept)
@@ -128,16 +128,48 @@ class RunFolder:
                 shutil.rmtree(self.path / EVENTS, ignore_errors=True)
         self._tensorboard = TensorBoard(self.path / EVENTS, going_on.rounds if going_on else 0)
 
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of rounds."""
+        return rounds_of(self.lines)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of ranks that were lost or have joined."""
+        return [line for line in self.lines if "event" in line]
+
     def add_round(self, line: dict[str, Any]) -> None:
-        """Append one line to `metrics.jsonl`; where that fails the training goes on."""
-        try:
-            self._metrics.append(line)
-        except OSError as error:
-            self.warn(f"{said(error, self._metrics.path)}: this round's line is written later")
+        """Append a round's line to `metrics.jsonl`; where that fails the training goes on."""
+        self._add(line)
         try:
             self._tensorboard.add_round(line)
         except OSError as error:
             self.warn(said(error, self.path / EVENTS))
+
+    def add_event(self, line: dict[str, Any]) -> None:
+        """Append an event's line."""
+        self._add(line)
+
+    def go_back(self, rounds: int) -> None:
+        """Forget the lines of later rounds than so many: they are done again.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        kept = [line for line in self.lines if "event" in line or line["round"] < rounds]
+        if len(kept) < len(self.lines):
+            self.lines = kept
+            with self._writing():
+                self._metrics.begin(encoded(kept))
+            self._tensorboard.close()
+            self._tensorboard = TensorBoard(self.path / EVENTS, rounds)
+
+    def _add(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        try:
+            self._metrics.append(line)
+        except OSError as error:
+            self.warn(f"{said(error, self._metrics.path)}: this line is written later")
 
     @property
     def metrics(self) -> MetricsFile:
@@ -175,7 +207,7 @@ class RunFolder:
         """Hold the configuration of the run that is there to this one, and find what is left to do."""
         old = to_tree(load(self.path / "config.yaml"))
         for key, (was, is_now) in changed_keys(old, self._config).items():
-            if key.split(".")[0] not in FREE_KEYS:
+            if key.split(".")[0] not in FREE_KEYS and key not in FREE_CLIENT_KEYS:
                 raise InputError(
                     f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
                 )
@@ -212,13 +244,13 @@ class RunFolder:
             try:
                 manifest = read_manifest(folder)
                 manifest.check()
-                self._kept = read_beginning(self._metrics.path, manifest.metrics)
+                kept = read_beginning(self._metrics.path, manifest.metrics)
             except Damaged as error:
                 self.warn(f"{error}: this checkpoint is left out")
                 continue
             self.manifest = manifest
-            self.lines = [json.loads(line) for line in self._kept.splitlines()]
-            evaluated = self.lines[-1]["test_accuracy"] is not None  # as a run's last round must be
+            self.lines = [json.loads(line) for line in kept.splitlines()]
+            evaluated = self.rounds[-1]["test_accuracy"] is not None  # as a run's last round must be
             least = manifest.rounds if evaluated else manifest.rounds + 1
             if self._config["rounds"] < least:
                 raise InputError(

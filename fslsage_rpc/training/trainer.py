@@ -75,6 +75,10 @@ class Trainer:
             build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
         )
         experiment.train = None  # a rank keeps only what its clients need
+        # On the server's rank: the clients that are away, as a checkpoint had them last.
+        self._away = (
+            {id: state for id, state in saved.clients.items() if id not in self.clients} if saved else {}
+        )
         self.trace = self._open_trace() if self._tracer else None
         self._test_data = self._load_test_data() if self.server else None
 
@@ -102,6 +106,7 @@ class Trainer:
             return False
         stops = False
         for round in range(self._first_round, self._config.rounds):
+            self.world.admit()
             seconds = self.train_round(round)
             last, stops = self._close_round(round, seconds, on_round, stop_requested())
             if checkpoints:
@@ -162,12 +167,12 @@ class Trainer:
         return clock() - started
 
     def state(self, rounds: int) -> RankState:
-        """Everything of the parties that this rank hosts, after so many rounds. Random numbers are keyed, so
-        they have no state.
+        """Everything of the parties that this rank hosts, after so many rounds; on the server's rank, also
+        what is left of clients that are away. Random numbers are keyed, so they have no state.
         """
         return RankState(
             rounds=rounds,
-            clients={id: client.state() for id, client in self.clients.items()},
+            clients={**self._away, **{id: client.state() for id, client in self.clients.items()}},
             server=self.server.state() if self.server else None,
             client_bytes=self.recorder.client_bytes,
         )

@@ -37,7 +37,8 @@ class Ledger:
         for path, now in self._lines().items():
             kept = os.path.commonprefix([self._before.get(path, []), now])  # the rounds that it went on from
             lines += now[len(kept) :]
-        return sum(sum(json.loads(line)["wire_bytes"].values()) for line in lines) if lines else None
+        rounds = [json.loads(line) for line in lines]
+        return sum(sum(line.get("wire_bytes", {}).values()) for line in rounds) if lines else None
 
     def _lines(self) -> dict[Path, list[str]]:
         """The files with a line per round, of a training or a benchmark."""

@@ -1,0 +1,94 @@
+"""What the launchers must know of a job, as shell assignments; wrong input is found before any rank starts.
+
+    python launch/job.py train|bench|check CONFIG [key=value ...]
+
+prints
+
+    folder=runs/quickstart   the run folder
+    ranks=3                  how many ranks: as `ranks=` on the command line says, else one for each GPU here
+                             (without GPUs: each core but one) to host clients, and one for the server; never
+                             more hosts than clients; 1 with `transport: local`
+    on_loss=fail             the key clients.on_loss
+    free_port=43021          a TCP port of this machine that nobody listens on
+
+Exit status: 0; 2 where the input is wrong, with one line that says so.
+"""
+
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fslsage_rpc.config import Config
+from fslsage_rpc.configuration import load
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.training.experiment import check
+
+COMMANDS = ("train", "bench", "check")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the assignments; the exit status is in the module's description."""
+    try:
+        print(describe(arguments))
+    except InputError as error:
+        print(f"fslsage_rpc: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def describe(arguments: Sequence[str]) -> str:
+    """The assignments for a command and its arguments.
+
+    Raises:
+        InputError: it is no command that runs on ranks, or its configuration cannot run here.
+    """
+    if len(arguments) < 2 or arguments[0] not in COMMANDS:
+        got = " ".join(arguments)
+        raise InputError(f"command: got {got!r}, expected {', '.join(COMMANDS)} and CONFIG [key=value ...]")
+    command, path, *overrides = arguments
+    config = load(path, overrides)
+    chosen = any(word.startswith("ranks=") for word in overrides)
+    ranks = config.ranks if chosen else suitable_ranks(config, gpus(config), cores())
+    if config.transport == "local":
+        ranks = 1
+    if command != "check":  # which says all that is wrong itself
+        check(config, ranks)
+    found = {
+        "folder": Path(config.output) / config.name,
+        "ranks": ranks,
+        "on_loss": config.clients.on_loss,
+        "free_port": free_port(),
+    }
+    return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in found.items())
+
+
+def suitable_ranks(config: Config, gpus: int, cores: int) -> int:
+    """One rank for each GPU, or core, to host clients, and one for the server, which needs a core too."""
+    hosts = gpus or max(cores - 1, 1)
+    return min(hosts, config.clients.count) + 1
+
+
+def gpus(config: Config) -> int:
+    """The GPUs that ranks may use here."""
+    return 0 if config.device == "cpu" else torch.cuda.device_count()
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,300 @@
+"""With `clients.on_loss: drop` the ranks that are left go on: as a run in which the lost clients took no
+part.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+import yaml
+from test_checkpoints import tree
+
+from fslsage_rpc.comm.world import open_world
+from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.trainer import Trainer
+
+PROGRAM = str(Path(__file__).with_name("elastic_rank.py"))
+SGD = {"optimizer": {"client": {"name": "sgd", "lr": 0.05}, "auxiliary": {"name": "sgd", "lr": 0.05}}}
+FOUR = {"clients": {"count": 4, "batch_size": 16}, "data": {"train_limit": 120}}
+END_SECONDS = 150
+
+
+class ElasticJob:
+    """Ranks of one run, each a process that nobody ends when another dies. A context: none outlives it."""
+
+    def __init__(self, ranks: int, keys: dict[str, Any], folder: Path):
+        self.folder = folder / "run"
+        self._log = folder / "log"
+        self._config = folder / "config.yaml"
+        keys = {**keys, "transport": "rpc", "output": str(folder)}
+        keys["clients"] = {"on_loss": "drop", **keys["clients"]}
+        self._config.write_text(yaml.safe_dump(keys))
+        self._ranks = ranks
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self._port = listener.getsockname()[1]
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._all: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._all:
+            process.kill()
+            process.wait()
+
+    def start(self, fault: str = "-1:0:step:kill", ranks: Iterator[int] | None = None) -> Self:
+        """Start these ranks, or all."""
+        for rank in ranks or range(self._ranks):
+            environment = {
+                **os.environ,
+                "FAULT": fault,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(self._ranks),
+                "LOCAL_WORLD_SIZE": str(self._ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self._port),
+            }
+            command = [sys.executable, PROGRAM, "train", str(self._config)]
+            with self._log.open("ab") as log:
+                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            self.processes[rank] = process
+            self._all.append(process)
+        return self
+
+    def wait(self, *ranks: int) -> list[int]:
+        """The exit statuses of these ranks."""
+        try:
+            return [self.processes[rank].wait(END_SECONDS) for rank in ranks]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no end:\n{self.said}") from None
+
+    def wait_until(self, text: str) -> None:
+        """Until this has been said."""
+        deadline = time.monotonic() + END_SECONDS
+        while text not in self.said:
+            assert time.monotonic() < deadline, f"not said: {text}\n{self.said}"
+            time.sleep(0.05)
+
+    @property
+    def said(self) -> str:
+        """What all ranks have said."""
+        return self._log.read_text()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Of metrics.jsonl."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Those that are events."""
+        return [line for line in self.lines if "event" in line]
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The others."""
+        return [line for line in self.lines if "event" not in line]
+
+
+def assert_equals_one_process(job: ElasticJob, keys: dict[str, Any]) -> None:
+    """The job's model and figures are those of one process with the same clients in the same rounds."""
+    experiment = Experiment.prepare(from_tree({**keys, "transport": "local"}))
+    experiment.federation.follow(job.events)
+    trainer = Trainer(experiment, open_world(experiment.config))
+    lines: list[dict[str, Any]] = []
+    trainer.train(lambda line, reports: lines.append(line))
+    assert [line["round"] for line in job.rounds] == list(range(keys["rounds"]))
+    for mine, its in zip(lines, job.rounds, strict=True):
+        for key in ("participants", "paper_bytes", "paper_bytes_total"):
+            assert its[key] == mine[key], key
+        assert its["train_loss"] == pytest.approx(mine["train_loss"], rel=1e-9)
+    model = torch.load(job.folder / "model.pt", weights_only=True)
+    for name, expected in trainer.final_model().items():
+        assert (model[name].double() - expected.double()).norm() <= 1e-9 * expected.double().norm(), name
+
+
+def keys_of(tmp_path: Path, *changes: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return tree(tmp_path / "oracle", FOUR, *changes, **more)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_rank_costs_its_clients_and_the_round_under_way(tmp_path: Path) -> None:
+    """The one of the fast suite: killed between two steps of a round with an alignment."""
+    keys = keys_of(tmp_path, rounds=4)
+    with ElasticJob(3, keys, tmp_path).start("1:2:step:kill") as job:
+        assert job.wait(0, 2) == [0, 0], job.said
+    (event,) = job.events
+    assert event.pop("seconds") < 5
+    reason = "its process has died, or its connection to rank 0"
+    assert event == {"event": "loss", "round": 2, "rank": 1, "clients": [0, 2], "reason": reason}
+    assert f"rank 1 is lost ({reason}): clients 0, 2 leave; goes on from round 2" in job.said
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "variables", "said"),
+    [
+        (
+            {},
+            {"RANK": "0", "TORCHELASTIC_RUN_ID": "x"},
+            "clients.on_loss: got 'drop', expected fail: torchrun",
+        ),
+        ({}, {}, "clients.on_loss: got 'drop', expected fail: torchrun, and fslsage itself"),
+        ({"comm": {"transports": ["shm"]}}, {"RANK": "0"}, "comm.transports: got ['shm'], expected null or"),
+        ({"comm": {"averaging": "nccl"}}, {"RANK": "0"}, "comm.averaging: got 'nccl', expected auto or gloo"),
+        (
+            {"clients": {"minimum": 5}},
+            {"RANK": "0"},
+            "clients.minimum: got 5, expected at most clients.count, 4",
+        ),
+    ],
+)
+def test_what_cannot_go_on_is_refused_at_the_start(
+    changes: dict[str, Any],
+    variables: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    keys = keys_of(tmp_path, {"clients": {"on_loss": "drop"}, "transport": "rpc"}, changes)
+    with pytest.raises(InputError, match=re.escape(said)):
+        check(from_tree(keys), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, {"comm": {"timeout_seconds": 5}}, rounds=4)
+    with ElasticJob(3, keys, tmp_path).start("2:2:averaging:stop") as job:
+        job.wait_until("rank 2 is lost (no sign of life for 5 s)")
+        job.processes[2].send_signal(signal.SIGCONT)
+        assert job.wait(0, 1) == [0, 0], job.said
+        assert job.wait(2) == [1], job.said
+    assert_equals_one_process(job, keys)
+    last = [line for line in job.said.splitlines() if line.startswith("fslsage_rpc:")]
+    assert len(last) == 1, last
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without optimizer state at the clients, what is back is exactly what would have been there."""
+    keys = keys_of(tmp_path, SGD, rounds=60)
+    monkeypatch.setenv("PACE", "2")
+    with ElasticJob(3, keys, tmp_path).start("2:2:step:kill") as job:
+        job.wait_until("is lost")
+        job.start(ranks=iter([2]))
+        assert job.wait(0, 1, 2) == [0, 0, 0], job.said
+    loss, joined = job.events
+    assert (joined["event"], joined["clients"]) == ("joined", [1, 3])
+    assert joined["round"] > loss["round"]
+    assert f"rank 2 has joined: clients 1, 3 are back; goes on from round {joined['round']}" in job.said
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_below_the_minimum_the_run_gives_up_and_all_ranks_go_on_from_its_checkpoint(tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, SGD, {"clients": {"minimum": 2}}, rounds=6)
+    with ElasticJob(3, keys, tmp_path) as job:
+        job.start("2:2:step:kill", iter([2]))
+        job.start("1:4:step:kill", iter([0, 1]))
+        assert job.wait(0) == [1], job.said
+        assert (
+            "0 clients are left, fewer than clients.minimum (2): the run ends (rank 1 is lost: " in job.said
+        )
+        assert [line["round"] for line in job.rounds] == [0, 1, 2, 3]
+        job.wait(1, 2)
+        job.start()
+        assert job.wait(0, 1, 2) == [0, 0, 0], job.said
+    loss, joined = job.events
+    assert (loss["round"], loss["clients"]) == (2, [1, 3])
+    assert joined["clients"] == [1, 3]
+    assert joined["round"] in (3, 4)
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_servers_death_ends_the_run_at_its_last_checkpoint(tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, rounds=5)
+    with ElasticJob(3, keys, tmp_path) as job:
+        job.start("0:3:server:kill")
+        assert job.wait(0, 1, 2) == [-signal.SIGKILL, 1, 1], job.said
+        assert job.said.count("rank 0 is gone, and the job's store with it") == 1
+        job.start()
+        assert job.wait(0, 1, 2) == [0, 0, 0], job.said
+    assert job.events == []
+    assert_equals_one_process(job, keys)
+
+
+ALGORITHMS: list[dict[str, Any]] = [
+    {"algorithm": {"name": "splitfed_v1"}},
+    {"algorithm": {"name": "splitfed_v2"}},
+    {"algorithm": {"name": "cse_fsl"}},
+    {"algorithm": {"name": "fedavg"}},
+]
+FAULTS = [
+    ("2:0:step:kill", 1.0),
+    ("1:3:averaging:kill", 0.5),
+    ("2:2:closing:kill", 1.0),
+    ("1:2:step:raise", 0.5),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("fault", "participation"), FAULTS)
+def test_wherever_a_rank_is_lost(fault: str, participation: float, tmp_path: Path) -> None:
+    rank, round, _, kind = fault.split(":")
+    keys = keys_of(tmp_path, {"clients": {"participation": participation}}, rounds=5)
+    with ElasticJob(3, keys, tmp_path).start(fault) as job:
+        assert job.wait(0, 3 - int(rank)) == [0, 0], job.said
+    (event,) = job.events
+    assert (event["rank"], event["round"]) == (int(rank), int(round))
+    assert (event["reason"] == "ZeroDivisionError: a fault for the test") == (kind == "raise")
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_is_lost_while_the_server_fits_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fit ends when the generation that wanted it is over: not the first, whose RPC agent torch keeps."""
+    keys = keys_of(tmp_path, rounds=4)
+    monkeypatch.setenv("SLOW_FIT", "1")
+    with ElasticJob(4, keys, tmp_path) as job:
+        job.start("3:1:step:kill", iter([3]))
+        job.start("1:2:step:kill", iter([0, 1, 2]))
+        assert job.wait(0, 2) == [0, 0], job.said
+    assert [event["rank"] for event in job.events] == [3, 1]
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("change", ALGORITHMS, ids=lambda change: change["algorithm"]["name"])
+def test_each_algorithm_goes_on(change: dict[str, Any], tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, change, rounds=4)
+    with ElasticJob(3, keys, tmp_path).start("1:2:step:kill") as job:
+        assert job.wait(0, 2) == [0, 0], job.said
+    assert_equals_one_process(job, keys)

@@ -1,0 +1,148 @@
+"""launch/local.sh: how many ranks, signals, exit statuses, and that no rank is left behind."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from job_processes import end_job, members, survivors
+from test_checkpoints import assert_identical, assert_whole, tree
+from user_input import mistake
+
+import fslsage_rpc
+from fslsage_rpc.config import Clients, Config
+from fslsage_rpc.notebook import Run
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
+
+import job
+
+LOCAL = str(Path(__file__).parent.parent / "launch" / "local.sh")
+RUN_SECONDS = 90
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "clients", "ranks"),
+    [(8, 64, 100, 9), (8, 64, 4, 5), (1, 64, 100, 2), (0, 64, 4, 5), (0, 4, 100, 4), (0, 1, 100, 2)],
+)
+def test_ranks_follow_gpus_or_else_cores(gpus: int, cores: int, clients: int, ranks: int) -> None:
+    assert job.suitable_ranks(Config(clients=Clients(count=clients)), gpus, cores) == ranks
+
+
+def test_launchers_are_told_in_words_that_a_shell_can_read(tmp_path: Path) -> None:
+    config = write(tmp_path, output=str(tmp_path / "it's here"))
+    script = f'{job.describe(["train", config, "ranks=4"])}\necho "$folder,$ranks"'
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said == f"{tmp_path}/it's here/run,4\n"
+
+
+def test_wrong_input_is_found_before_a_rank_starts(tmp_path: Path) -> None:
+    config = write(tmp_path)
+    assert "command: got 'evaluate runs/a'" in mistake(job.describe, ["evaluate", "runs/a"])
+    assert "comm.interface: got 'nosuch'" in mistake(job.describe, ["train", config, "comm.interface=nosuch"])
+    assert "clients.count: got 3" in mistake(job.describe, ["train", config, "ranks=5"])
+    assert "ranks: got 'two'" in mistake(job.describe, ["train", config, "ranks=two"])
+
+
+def write(folder: Path, **keys: object) -> str:
+    """A configuration file of a run in `folder/run`."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree(folder, name="run", transport="rpc") | keys), encoding="utf-8")
+    return str(path)
+
+
+@contextmanager
+def started(*arguments: str, log: Path, **options: object) -> Iterator[subprocess.Popen[str]]:
+    """The launcher as the first process of a session, that none of its job's processes outlives."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [LOCAL, *arguments],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            **options,  # type: ignore[call-overload]
+        )
+    try:
+        yield process
+        assert survivors(f"{log.parent}/") == []
+    finally:
+        end_job(process, f"{log.parent}/")
+
+
+def wait_until(condition: Callable[[], object], log: Path) -> None:
+    deadline = time.monotonic() + RUN_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def rounds(folder: Path) -> int:
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def read(folder: Path) -> Run:
+    """A finished run from its folder."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return Run(folder, [json.loads(line) for line in lines], summary)
+
+
+def test_a_stopped_job_is_status_75(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started("train", write(tmp_path), "ranks=2", "rounds=5000", log=log) as launcher:
+        wait_until(lambda: rounds(tmp_path) >= 2, log)
+        launcher.terminate()
+        assert launcher.wait(RUN_SECONDS) == 75, log.read_text()
+    assert (tmp_path / "run" / "STOPPED").exists()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow  # a quarter of a minute each
+@pytest.mark.parametrize("form", [[], ["--elastic"]])
+def test_ctrl_c_on_a_terminal_stops_the_job_which_goes_on_to_the_same_end(
+    form: list[str], tmp_path: Path
+) -> None:
+    log, config = tmp_path / "log", write(tmp_path)
+    terminal, its_end = pty.openpty()
+
+    def take_terminal() -> None:
+        os.close(os.open(os.ttyname(its_end), os.O_RDWR))  # becomes the session's
+
+    command = (*form, "train", config, "ranks=3")
+    with started(*command, "rounds=5000", log=log, stdin=its_end, preexec_fn=take_terminal) as launcher:
+        wait_until(lambda: rounds(tmp_path) >= 2, log)
+        os.write(terminal, b"\x03")
+        assert launcher.wait(RUN_SECONDS) == 75, log.read_text()
+    assert "Traceback" not in log.read_text()
+    done = rounds(tmp_path)
+    with started(*command, f"rounds={done + 2}", log=log) as launcher:
+        assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
+    run = read(tmp_path / "run")
+    assert_whole(run)
+    whole = fslsage_rpc.train(tree(tmp_path, name="whole", rounds=done + 2))
+    assert run.summary["test_loss"] == pytest.approx(whole.summary["test_loss"], rel=1e-10)
+
+
+@pytest.mark.slow  # half a minute
+def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) -> None:
+    log, config = tmp_path / "log", write(tmp_path, rounds=60)
+    with started("train", config, "ranks=3", log=log) as launcher:
+        wait_until(lambda: rounds(tmp_path) >= 3, log)
+        os.kill(members(f"{tmp_path}/")[1], signal.SIGKILL)
+        assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
+    assert "goes on from round" in log.read_text()
+    with started("train", config, "ranks=3", "name=whole", log=log) as launcher:
+        assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
+    assert_identical(read(tmp_path / "whole"), read(tmp_path / "run"))

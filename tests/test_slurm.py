@@ -1,0 +1,163 @@
+"""launch/slurm.sbatch on a real SLURM of two nodes: both forms, jobs that are requeued, wrong input."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from slurm_cluster import Cluster, cluster, why_not
+from test_checkpoints import assert_identical, assert_whole, tree
+from test_local_launcher import read
+
+from fslsage_rpc.notebook import Run
+
+SCRIPT = str(Path(__file__).parent.parent / "launch" / "slurm.sbatch")
+JOB_SECONDS = 300
+ROUNDS = 30
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * JOB_SECONDS)]  # needs root and Debian's slurm-wlm
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+def submit(slurm: Cluster, folder: Path, launcher: str, *overrides: str, **environment: str) -> str:
+    """Submit a job of 2 nodes with 2 ranks each, its run in `folder/run`."""
+    keys = tree(Path("."), rounds=ROUNDS, name="run", transport="rpc", data={"train_limit": 600})
+    keys["comm"]["interface"] = "eth0"
+    (folder / "job.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+    options = ["--nodes=2", "--ntasks-per-node=2", "--job-name=test", SCRIPT, "train", "job.yaml"]
+    return slurm.submit(
+        folder,
+        *options,
+        *overrides,
+        LAUNCHER=launcher,
+        PYTHON=sys.executable,
+        OMP_NUM_THREADS="1",
+        **environment,
+    )
+
+
+def log(folder: Path) -> str:
+    return (folder / "slurm.log").read_text(encoding="utf-8")
+
+
+def wait_until(condition: Callable[[], object], folder: Path, seconds: float = JOB_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, log(folder)
+        time.sleep(0.1)
+
+
+def in_round(folder: Path, rounds: int) -> Callable[[], bool]:
+    """Has the run so many rounds behind it?"""
+    metrics = folder / "run" / "metrics.jsonl"
+    return lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= rounds
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """The job run to its end, in both forms."""
+    runs = {}
+    for launcher in ("torchrun", "srun"):
+        folder = tmp_path_factory.mktemp(launcher)
+        assert slurm.wait(submit(slurm, folder, launcher), JOB_SECONDS) == 0, log(folder)
+        runs[launcher] = read(folder / "run")
+    return runs
+
+
+def test_both_forms_train_on_both_nodes_to_the_same_end(undisturbed: dict[str, Run]) -> None:
+    assert_whole(undisturbed["srun"])
+    assert_identical(undisturbed["srun"], undisturbed["torchrun"])
+    for launcher, run in undisturbed.items():
+        environment = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+        hosts = [rank["host"] for rank in environment["ranks"]]
+        assert environment["interface"] == "eth0"
+        if launcher == "srun":
+            assert hosts == ["node1", "node1", "node2", "node2"]
+        else:  # whose nodes are in no order
+            assert sorted(hosts) == ["node1", "node1", "node2", "node2"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_job_that_is_stopped_before_its_time_limit_goes_on_where_it_was(
+    launcher: str, slurm: Cluster, undisturbed: dict[str, Run], tmp_path: Path
+) -> None:
+    job = submit(slurm, tmp_path, launcher)
+    wait_until(in_round(tmp_path, 3), tmp_path)
+    slurm.nodes[0].run("scancel", "--signal=USR1", "--batch", job)  # as --signal=B:USR1@120 does
+    wait_until(lambda: slurm.state(job) == "PENDING", tmp_path)
+    stopped_after = (tmp_path / "run" / "metrics.jsonl").read_bytes().count(b"\n")
+    assert 3 <= stopped_after < ROUNDS
+    assert "Traceback" not in log(tmp_path)
+    assert (tmp_path / "run" / "STOPPED").exists()
+    slurm.start_now(job)
+    assert slurm.wait(job, JOB_SECONDS) == 0, log(tmp_path)
+    assert f"goes on from round {stopped_after} " in log(tmp_path)
+    assert not (tmp_path / "run" / "STOPPED").exists()
+    run = read(tmp_path / "run")
+    assert_whole(run)
+    assert_identical(undisturbed[launcher], run)
+
+
+def test_a_requeued_job_goes_on_from_its_last_checkpoint(
+    slurm: Cluster, undisturbed: dict[str, Run], tmp_path: Path
+) -> None:
+    """As after preemption or the loss of a node: nobody asked the ranks first."""
+    job = submit(slurm, tmp_path, "srun")
+    wait_until(in_round(tmp_path, 3), tmp_path)
+    slurm.nodes[0].run("scontrol", "requeue", job)
+    wait_until(lambda: slurm.state(job) == "PENDING", tmp_path)
+    slurm.start_now(job)
+    assert slurm.wait(job, JOB_SECONDS) == 0, log(tmp_path)
+    assert_identical(undisturbed["srun"], read(tmp_path / "run"))
+
+
+def test_a_cancelled_job_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "srun")
+    wait_until(in_round(tmp_path, 1), tmp_path)
+    slurm.nodes[0].run("scancel", job)
+    slurm.wait(job, JOB_SECONDS)
+    time.sleep(2)
+    assert slurm.state(job) == "CANCELLED"
+
+
+def test_an_interface_that_is_on_no_node_is_refused_by_name(slurm: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "torchrun", "comm.interface=nosuch")
+    assert slurm.wait(job, JOB_SECONDS) == 2
+    assert log(tmp_path) == "fslsage_rpc: comm.interface: got 'nosuch', expected one of lo, eth0\n"
+
+
+def test_an_interface_that_one_node_lacks_is_refused_by_name_there(slurm: Cluster, tmp_path: Path) -> None:
+    slurm.nodes[0].run("ip", "link", "add", "fast0", "type", "veth", "peer", "name", "fast1")
+    job = submit(slurm, tmp_path, "srun", "comm.interface=fast0")
+    assert slurm.wait(job, JOB_SECONDS) != 0
+    assert (
+        "fslsage_rpc: comm.interface: got 'fast0', expected one of lo, eth0 (on rank 2, host node2)"
+        in log(tmp_path)
+    )
+
+
+def test_ranks_that_a_firewall_keeps_apart_end_and_say_so(slurm: Cluster, tmp_path: Path) -> None:
+    """Packets are dropped, so nothing fails; only SLURM's own port is open, and those of the other node."""
+    rule = ["INPUT", "--protocol", "tcp", "--syn", "!", "--destination-port", "6818", "--jump", "DROP"]
+    if shutil.which("iptables", path="/usr/sbin:/sbin") is None:
+        pytest.skip("needs iptables (Debian: apt-get install iptables)")
+    slurm.nodes[1].run("iptables", "--append", *rule)
+    try:
+        job = submit(slurm, tmp_path, "srun", "comm.timeout_seconds=20")
+        assert slurm.wait(job, JOB_SECONDS) == 1
+    finally:
+        slurm.nodes[1].run("iptables", "--delete", *rule)
+    ours = [line for line in log(tmp_path).splitlines() if line.startswith("fslsage_rpc:")]
+    assert len(ours) == 1
+    assert "could not connect to all other ranks within 30 s: is there a firewall" in ours[0]
