@@ -3,9 +3,11 @@
 import argparse
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from fslsage_rpc.config import Config
@@ -110,9 +112,10 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     if _needs_ranks(config):
         return _launch(config, arguments)
-    from fslsage_rpc.comm.world import is_first_rank
-    from fslsage_rpc.report.screen import Screen
-    from fslsage_rpc.training.run import run
+    with _uninterrupted():
+        from fslsage_rpc.comm.world import is_first_rank
+        from fslsage_rpc.report.screen import Screen
+        from fslsage_rpc.training.run import run
 
     screen = Screen(config)
     run(config, screen, StopRequest(screen.warn if is_first_rank(config) else None))
@@ -123,8 +126,9 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     if _needs_ranks(config):
         return _launch(config, arguments)
-    from fslsage_rpc.bench.run import bench
-    from fslsage_rpc.bench.screen import BenchScreen
+    with _uninterrupted():
+        from fslsage_rpc.bench.run import bench
+        from fslsage_rpc.bench.screen import BenchScreen
 
     bench(config, BenchScreen(config))
     return 0
@@ -135,7 +139,8 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
     clients = _counts("--clients", options.clients or str(config.clients.count))
     ranks = _counts("--client-ranks", options.client_ranks)[0] if options.client_ranks else None
     cores = _counts("--shared-cores", options.shared_cores)[0] if options.shared_cores else None
-    from fslsage_rpc.plan.run import plan
+    with _uninterrupted():
+        from fslsage_rpc.plan.run import plan
 
     plan(config, clients, options.bandwidth, options.rtt, ranks, cores, options.calibrate)
     return 0
@@ -155,10 +160,11 @@ def _needs_ranks(config: Config) -> bool:
 
 def _launch(config: Config, arguments: list[str]) -> int:
     """The same command on ranks of its own."""
-    from fslsage_rpc.training.experiment import check
-
+    with _uninterrupted():
+        from fslsage_rpc.training.experiment import check
     check(config, config.ranks)
-    from fslsage_rpc.comm.launching import launch  # not everywhere to be had: check says so by name
+    with _uninterrupted():
+        from fslsage_rpc.comm.launching import launch  # not everywhere to be had: check says so by name
 
     return launch(config.ranks, arguments)
 
@@ -168,7 +174,8 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
         import matplotlib  # noqa: F401 (an optional extra)
     except ImportError:
         raise InputError("report: needs matplotlib: pip install 'fslsage_rpc[plots]'") from None
-    from fslsage_rpc.report.comparison import write_report
+    with _uninterrupted():
+        from fslsage_rpc.report.comparison import write_report
 
     print(f"Report: {write_report(options.folders, options.out)}")
     return 0
@@ -183,8 +190,9 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
         config = from_tree({} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {"transport": "local"})
     if _needs_ranks(config):
         return _launch(config, arguments)
-    from fslsage_rpc.check.run import examine
-    from fslsage_rpc.check.screen import CheckScreen
+    with _uninterrupted():
+        from fslsage_rpc.check.run import examine
+        from fslsage_rpc.check.screen import CheckScreen
 
     findings = examine(config, configured=options.config is not None)
     if findings:
@@ -197,18 +205,35 @@ def _list_cuts(options: argparse.Namespace) -> int:
     if options.config is None:
         raise InputError("check --cuts: got no configuration, expected one that names a model")
     config = load(options.config, options.overrides)
-    from fslsage_rpc.models.screen import cut_lines
+    with _uninterrupted():
+        from fslsage_rpc.models.screen import cut_lines
 
     print("\n".join(cut_lines(config)))
     return 0
 
 
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
-    from fslsage_rpc.training.evaluation import evaluate_run
+    with _uninterrupted():
+        from fslsage_rpc.training.evaluation import evaluate_run
 
     score = evaluate_run(options.run)
     print(f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}")
     return 0
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until modules have been imported: torch takes an interrupted import of numpy for a missing
+    one, and goes on with half of it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _report(error: InputError) -> None:

@@ -31,15 +31,6 @@ fi
 command=("$@")
 MAX_RESTARTS=${MAX_RESTARTS:-3}
 folder='' ranks='' on_loss='' free_port='' # what job.py says
-job=$("$python" "$root/launch/job.py" "$@")
-eval "$job"
-if [ "$ranks" = 1 ]; then exec "$python" -m fslsage_rpc "$@"; fi
-if [ -z "${OMP_NUM_THREADS:-}" ]; then
-    threads=$(($(nproc) / ranks))
-    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-fi
-rm -f "$folder/STOPPED"
-
 started=() stops=0 asked=()
 # shellcheck disable=SC2329 # called by the trap
 stop() { # asks the ranks, not torchrun, which would give them 30 seconds
@@ -53,6 +44,15 @@ stop() { # asks the ranks, not torchrun, which would give them 30 seconds
 trap stop TERM INT HUP
 
 # In sessions of their own: Ctrl-C on the terminal reaches this shell alone.
+job=$(setsid --wait "$python" "$root/launch/job.py" "$@")
+eval "$job"
+if [ "$ranks" = 1 ]; then exec "$python" -m fslsage_rpc "$@"; fi
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+    threads=$(($(nproc) / ranks))
+    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+rm -f "$folder/STOPPED"
+
 restarts=0
 start_rank() {
     RANK=$1 LOCAL_RANK=$1 setsid "$python" -m fslsage_rpc "${command[@]}" &

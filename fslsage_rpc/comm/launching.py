@@ -33,8 +33,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
     with LocalRanks(arguments) as job:
-        job.start(ranks, port)
-        status = job.wait()
+        status = job.run(ranks, port)
     del store
     return status
 
@@ -56,10 +55,20 @@ class LocalRanks:
                 process.kill()
             process.wait()
 
-    def start(self, ranks: int, port: int) -> None:
-        """Start them, to meet in a store at this port; each in a session of its own, so that a terminal's
-        Ctrl-C reaches them through this process alone.
+    def run(self, ranks: int, port: int) -> int:
+        """Start them, to meet in a store at this port, and wait for their end.
+
+        Returns:
+            See `launch`.
         """
+        with self._passing_signals_on():
+            self._start(ranks, port)
+            if self._signalled:  # before all of them were there
+                self._send(signal.SIGTERM)
+            return self._status(self._wait())
+
+    def _start(self, ranks: int, port: int) -> None:
+        """Each in a session of its own: a terminal's Ctrl-C reaches them through this process alone."""
         threads = str(max(1, (os.cpu_count() or 1) // ranks))
         outer = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
         common = {
@@ -75,27 +84,26 @@ class LocalRanks:
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             self._processes.append(subprocess.Popen(self._command, env=environment, start_new_session=True))
 
-    def wait(self) -> int:
+    def _wait(self) -> dict[int, int]:
         """Wait for their end; when one has failed, not for long.
 
         Returns:
-            See `launch`.
+            The ranks' statuses, in the order of their ends.
         """
-        statuses: dict[int, int] = {}  # in the order of their ends
+        statuses: dict[int, int] = {}
         deadline = float("inf")
-        with self._passing_signals_on():
-            while len(statuses) < len(self._processes):
-                time.sleep(POLL_SECONDS)
-                for rank, process in enumerate(self._processes):
-                    if rank not in statuses and process.poll() is not None:
-                        statuses[rank] = process.returncode
-                failed = any(status not in (0, STOPPED) for status in statuses.values())
-                if failed and deadline == float("inf"):
-                    deadline = time.monotonic() + GRACE_SECONDS
-                    self._send(signal.SIGTERM)  # for ranks that have yet to meet: they would wait for long
-                if time.monotonic() > deadline:
-                    self._send(signal.SIGKILL)
-        return self._status(statuses)
+        while len(statuses) < len(self._processes):
+            time.sleep(POLL_SECONDS)
+            for rank, process in enumerate(self._processes):
+                if rank not in statuses and process.poll() is not None:
+                    statuses[rank] = process.returncode
+            failed = any(status not in (0, STOPPED) for status in statuses.values())
+            if failed and deadline == float("inf"):
+                deadline = time.monotonic() + GRACE_SECONDS
+                self._send(signal.SIGTERM)  # for ranks that have yet to meet: they would wait for long
+            if time.monotonic() > deadline:
+                self._send(signal.SIGKILL)
+        return statuses
 
     def _status(self, statuses: dict[int, int]) -> int:
         failures = {rank: status for rank, status in statuses.items() if status}

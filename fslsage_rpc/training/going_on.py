@@ -44,7 +44,7 @@ def from_checkpoint(
             left = saved.clients.get(client)
             saved.clients[client] = returning_state(client, others.clients[present[0]], left, others)
     if folder:
-        folder.lines += back  # written as the folder is started
+        folder.add_before(back)
     experiment.federation.follow([*events, *back])
     return saved
 

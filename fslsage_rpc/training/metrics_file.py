@@ -36,6 +36,15 @@ class MetricsFile:
         self._unwritten += encoded([line])
         self._write()
 
+    def lines(self) -> list[dict[str, Any]]:
+        """All lines so far, read back: they are not kept in memory, as a long run has many.
+
+        Raises:
+            Damaged: the file is not what was written.
+        """
+        written = read_beginning(self.path, Extent(self._bytes, self._digest.hexdigest()))
+        return decoded(written + self._unwritten)
+
     def extent(self) -> Extent:
         """What the lines so far come to.
 
@@ -68,6 +77,11 @@ class MetricsFile:
 def encoded(lines: Iterable[dict[str, Any]]) -> bytes:
     """Lines as they stand in the file; those read from it come out the same."""
     return b"".join((json.dumps(line) + "\n").encode() for line in lines)
+
+
+def decoded(lines: bytes) -> list[dict[str, Any]]:
+    """What `encoded` has made of lines."""
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 def rounds_of(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,17 +76,30 @@ def client_device_seconds(reports: Sequence[RankReport]) -> dict[str, float]:
 
 
 class RoundRecorder:
-    """Turns what the ranks report into metrics lines, and keeps the totals."""
+    """Turns what the ranks report into metrics lines, and keeps the totals; not the lines: a long run has
+    many.
+
+    Attributes:
+        last: the line of the last round so far.
+        client_bytes: on the wire in all rounds so far, by client.
+    """
 
     def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
+        self.last: dict[str, Any] | None = None
         self.client_bytes: WireBytes = {}
         self._elapsed_seconds = 0.0
         self._paper_bytes = 0
+        self._round_seconds = array("d")
+        self._evaluation_seconds = 0.0
+        self._phases: dict[str, dict[str, float]] = {"client": {}, "server": {}}
+        self._wire_bytes = dict.fromkeys(KINDS, 0)
+        self._last_scored: dict[str, Any] = {}
+        self._best: dict[str, Any] = {}
 
     def go_on(self, lines: Sequence[dict[str, Any]], client_bytes: WireBytes) -> None:
         """Take over earlier rounds: their lines, one or more, and the bytes by client, not in them."""
-        self.lines = list(lines)
+        for line in lines:
+            self._count(line)
         self.client_bytes = {client: dict(kinds) for client, kinds in client_bytes.items()}
         self._elapsed_seconds = lines[-1]["elapsed_seconds"]
         self._paper_bytes = lines[-1]["paper_bytes_total"]
@@ -135,37 +149,43 @@ class RoundRecorder:
         if any(on_devices.values()):
             line["device_seconds"] = on_devices
         line = _finite(line)
-        self.lines.append(line)
+        self._count(line)
         return line
+
+    def _count(self, line: dict[str, Any]) -> None:
+        """Add a line to the totals that are made of lines."""
+        self.last = line
+        self._round_seconds.append(line["round_seconds"])
+        self._evaluation_seconds += line["evaluation_seconds"]
+        for party, total in self._phases.items():
+            for name, seconds in line["phases"][party].items():
+                total[name] = total.get(name, 0.0) + seconds
+        for kind in KINDS:
+            self._wire_bytes[kind] += line["wire_bytes"][kind]
+        if line["test_accuracy"] is not None:
+            self._last_scored = line
+            if not self._best or line["test_accuracy"] > self._best["test_accuracy"]:
+                self._best = line
 
     def summary(self, algorithm: str, interval: int) -> dict[str, Any]:
         """What `summary.json` holds: totals, accuracies, and medians over alignment intervals of `interval`
         rounds.
         """
-        lines = self.lines
-        scored = [line for line in lines if line["test_accuracy"] is not None]
-        best = max(scored, key=lambda line: line["test_accuracy"])
-        phases = {
-            party: {
-                name: sum(line["phases"][party][name] for line in lines) for name in lines[0]["phases"][party]
-            }
-            for party in ("client", "server")
-        }
         return {
             "algorithm": algorithm,
-            "rounds": len(lines),
+            "rounds": len(self._round_seconds),
             "test_accuracy": {
-                "last": scored[-1]["test_accuracy"],
-                "best": best["test_accuracy"],
-                "best_round": best["round"],
+                "last": self._last_scored["test_accuracy"],
+                "best": self._best["test_accuracy"],
+                "best_round": self._best["round"],
             },
-            "test_loss": scored[-1]["test_loss"],
+            "test_loss": self._last_scored["test_loss"],
             "training_seconds": self._elapsed_seconds,
-            "evaluation_seconds": sum(line["evaluation_seconds"] for line in lines),
+            "evaluation_seconds": self._evaluation_seconds,
             "interval_rounds": interval,
-            "median_round_seconds": interval_median([line["round_seconds"] for line in lines], interval),
-            "phases": phases,
-            "wire_bytes": {kind: sum(line["wire_bytes"][kind] for line in lines) for kind in KINDS},
+            "median_round_seconds": interval_median(self._round_seconds, interval),
+            "phases": self._phases,
+            "wire_bytes": self._wire_bytes,
             "wire_bytes_per_client": {
                 str(client): kinds for client, kinds in sorted(self.client_bytes.items()) if client != RANK
             },

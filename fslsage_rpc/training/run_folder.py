@@ -29,7 +29,7 @@ from fslsage_rpc.training.checkpoint_files import (
     serialised,
     write_durably,
 )
-from fslsage_rpc.training.metrics_file import MetricsFile, encoded, read_beginning, rounds_of
+from fslsage_rpc.training.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
 from fslsage_rpc.version import __version__
 
 FREE_KEYS = {
@@ -63,7 +63,6 @@ class RunFolder:
     Attributes:
         finished_summary: of the run that is there, where it is complete and nothing more is asked of it.
         manifest: of the checkpoint to go on from; None where this run has yet to begin.
-        lines: all metrics lines so far; before the first round, those up to that checkpoint.
 
     Raises:
         InputError: the folder cannot be made, or holds a benchmark, a run of another configuration, or a
@@ -75,7 +74,7 @@ class RunFolder:
         self.warn = warn
         self.finished_summary: dict[str, Any] | None = None
         self.manifest: Manifest | None = None
-        self.lines: list[dict[str, Any]] = []
+        self._before: list[dict[str, Any]] | None = []  # until it is started, the lines to go on from
         self._config = to_tree(config)
         self._checkpoints = checkpoints_folder(config)
         self._metrics = MetricsFile(self.path / "metrics.jsonl")
@@ -116,6 +115,7 @@ class RunFolder:
         with self._writing():
             # Whenever this is cut short, what is there can still be gone on with: no file of it is missing.
             self._metrics.begin(encoded(self.lines))
+            self._before = None
             complete, going_on = complete_folders(self._checkpoints), self.manifest
             kept = [folder for folder in complete if folder <= going_on.folder] if going_on else []
             remove_all_but(self._checkpoints, kept)
@@ -127,6 +127,24 @@ class RunFolder:
             if not going_on:
                 shutil.rmtree(self.path / EVENTS, ignore_errors=True)
         self._tensorboard = TensorBoard(self.path / EVENTS, going_on.rounds if going_on else 0)
+
+    def add_before(self, events: list[dict[str, Any]]) -> None:
+        """Add lines of events before the first round; written as the folder is started."""
+        self._before = self.lines + events
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """All metrics lines so far; before the first round, those up to the checkpoint to go on from.
+
+        Raises:
+            InputError: the file is not what was written.
+        """
+        if self._before is not None:
+            return self._before
+        try:
+            return self._metrics.lines()
+        except Damaged as error:
+            raise InputError(f"output: {error}") from None
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
@@ -156,16 +174,15 @@ class RunFolder:
         Raises:
             InputError: the folder cannot be written to.
         """
-        kept = [line for line in self.lines if "event" in line or line["round"] < rounds]
-        if len(kept) < len(self.lines):
-            self.lines = kept
+        lines = self.lines
+        kept = [line for line in lines if "event" in line or line["round"] < rounds]
+        if len(kept) < len(lines):
             with self._writing():
                 self._metrics.begin(encoded(kept))
             self._tensorboard.close()
             self._tensorboard = TensorBoard(self.path / EVENTS, rounds)
 
     def _add(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
         try:
             self._metrics.append(line)
         except OSError as error:
@@ -249,7 +266,7 @@ class RunFolder:
                 self.warn(f"{error}: this checkpoint is left out")
                 continue
             self.manifest = manifest
-            self.lines = [json.loads(line) for line in kept.splitlines()]
+            self._before = decoded(kept)
             evaluated = self.rounds[-1]["test_accuracy"] is not None  # as a run's last round must be
             least = manifest.rounds if evaluated else manifest.rounds + 1
             if self._config["rounds"] < least:

@@ -289,6 +289,7 @@ class Trainer:
         """Was the round before the first one here already the last? Known on the server's rank."""
         if self.server is None:
             return False
-        line = self.recorder.lines[-1]
+        line = self.recorder.last
+        assert line is not None
         enough = self._first_round == self._config.rounds or self._paper_limit_reached()
         return line["test_accuracy"] is not None and (enough or self._accuracy_reached(line))
