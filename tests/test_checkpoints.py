@@ -198,12 +198,37 @@ def test_three_ranks_go_on_from_where_two_were(whole: dict[str, Run], tmp_path: 
     said = run_on_ranks(3, trees, tmp_path, timeout=100)
     for case, folder in zip(cases, folders, strict=True):
         assert f"goes on from round 3 ({folder}/checkpoints/round-000003)" in said
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        run = Run(folder, lines, json.loads((folder / "summary.json").read_text()))
+        run = finished(folder)
         assert_whole(run)
         saved = read_manifest(folder / "checkpoints" / "round-000006")
         assert [part.clients for part in saved.parts] == [[], [0, 2], [1]]
         assert_equal(everything(whole[case]), everything(run))
+
+
+@pytest.mark.slow
+def test_over_rpc_too_three_rounds_and_three_more_are_six(tmp_path: Path) -> None:
+    """Each rank goes on from its own part: to the last bit, for every algorithm."""
+    whole, halves = (
+        [
+            tree(tmp_path, *changes, name=f"{kind}-{number}", transport="rpc")
+            for number, changes in enumerate(CASES.values())
+        ]
+        for kind in ("whole", "half")
+    )
+    run_on_ranks(3, whole, tmp_path, timeout=150)
+    run_on_ranks(3, [{**keys, "rounds": 3} for keys in halves], tmp_path, timeout=150)
+    said = run_on_ranks(3, halves, tmp_path, timeout=150)
+    for one, other in zip(whole, halves, strict=True):
+        folder = tmp_path / other["name"]
+        assert f"goes on from round 3 ({folder}/checkpoints/round-000003)" in said
+        assert_identical(*(finished(tmp_path / keys["name"]) for keys in (one, other)))
+        assert_whole(finished(folder))
+
+
+def finished(folder: Path) -> Run:
+    """A run that has ended, from its folder."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Run(folder, lines, json.loads((folder / "summary.json").read_text()))
 
 
 def assert_equal(expected: dict[str, Any], found: dict[str, Any]) -> None:

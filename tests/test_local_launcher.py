@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 from job_processes import end_job, members, survivors
-from test_checkpoints import assert_identical, assert_whole, tree
+from test_checkpoints import assert_identical, assert_whole, finished, tree
 from user_input import mistake
 
 import fslsage_rpc
 from fslsage_rpc.config import Clients, Config
-from fslsage_rpc.notebook import Run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
@@ -92,13 +91,6 @@ def rounds(folder: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def read(folder: Path) -> Run:
-    """A finished run from its folder."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return Run(folder, [json.loads(line) for line in lines], summary)
-
-
 def test_a_stopped_job_is_status_75(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with started("train", write(tmp_path), "ranks=2", "rounds=5000", log=log) as launcher:
@@ -129,7 +121,7 @@ def test_ctrl_c_on_a_terminal_stops_the_job_which_goes_on_to_the_same_end(
     done = rounds(tmp_path)
     with started(*command, f"rounds={done + 2}", log=log) as launcher:
         assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
-    run = read(tmp_path / "run")
+    run = finished(tmp_path / "run")
     assert_whole(run)
     whole = fslsage_rpc.train(tree(tmp_path, name="whole", rounds=done + 2))
     assert run.summary["test_loss"] == pytest.approx(whole.summary["test_loss"], rel=1e-10)
@@ -145,4 +137,62 @@ def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) ->
     assert "goes on from round" in log.read_text()
     with started("train", config, "ranks=3", "name=whole", log=log) as launcher:
         assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
-    assert_identical(read(tmp_path / "whole"), read(tmp_path / "run"))
+    assert_identical(finished(tmp_path / "whole"), finished(tmp_path / "run"))
+
+
+@pytest.mark.slow  # half a minute
+def test_elastic_ranks_go_on_without_a_killed_one_which_is_started_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    config = write(tmp_path, clients={"count": 3, "batch_size": 16, "on_loss": "drop"})
+    with started("--elastic", "train", config, "ranks=3", "rounds=50000", log=log) as launcher:
+        wait_until(lambda: rounds(tmp_path) >= 3, log)
+        os.kill(members(f"{tmp_path}/")[2], signal.SIGKILL)
+        wait_until(lambda: "rank 2 has joined: clients 1 are back" in log.read_text(), log)
+        launcher.terminate()
+        assert launcher.wait(RUN_SECONDS) == 75, log.read_text()
+    said = log.read_text()
+    assert "rank 2 is lost (its process has died, or its connection to rank 0): clients 1 leave" in said
+    assert "local.sh: rank 2 has ended with status 137 and is started again" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    loss, joined = (line for line in lines if "event" in line)
+    assert (loss["event"], joined["event"]) == ("loss", "joined")
+    trained = [line for line in lines if "event" not in line]
+    assert [line["round"] for line in trained] == list(range(len(trained)))
+    absent = range(loss["round"], joined["round"])
+    assert [1 not in line["participants"] for line in trained] == [
+        line["round"] in absent for line in trained
+    ]
+
+
+@pytest.mark.slow  # half a minute each
+@pytest.mark.parametrize("form", [[], ["--elastic"]])
+def test_a_second_signal_ends_the_job_at_once(form: list[str], tmp_path: Path) -> None:
+    log, long_round = tmp_path / "log", "algorithm.alignment.epochs=1000000"
+    with started(*form, "train", write(tmp_path), "ranks=3", long_round, log=log) as launcher:
+        wait_until((tmp_path / "run" / "partition.json").exists, log)
+        time.sleep(2)
+        launcher.terminate()
+        time.sleep(6)
+        assert launcher.poll() is None
+        launcher.terminate()
+        sent = time.monotonic()
+        assert launcher.wait(RUN_SECONDS) not in (0, 75), log.read_text()
+        assert time.monotonic() - sent < 20
+    assert rounds(tmp_path) == 0
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.slow  # as long as torchrun's patience
+def test_a_round_may_take_longer_than_torchrun_would_wait(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with started("train", write(tmp_path), "ranks=3", "rounds=50000", log=log) as launcher:
+        wait_until(lambda: rounds(tmp_path) >= 2, log)
+        slow = members(f"{tmp_path}/")[1]
+        os.kill(slow, signal.SIGSTOP)
+        launcher.terminate()
+        time.sleep(35)
+        assert launcher.poll() is None
+        os.kill(slow, signal.SIGCONT)
+        assert launcher.wait(RUN_SECONDS) == 75, log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert (tmp_path / "run" / "STOPPED").exists()

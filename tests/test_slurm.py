@@ -1,7 +1,10 @@
 """launch/slurm.sbatch on a real SLURM of two nodes: both forms, jobs that are requeued, wrong input."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from slurm_cluster import Cluster, cluster, why_not
-from test_checkpoints import assert_identical, assert_whole, tree
-from test_local_launcher import read
+from job_processes import members
+from slurm_cluster import HOSTS, Cluster, cluster, why_not
+from test_checkpoints import assert_identical, assert_whole, finished, tree
 
 from fslsage_rpc.notebook import Run
+from fslsage_rpc.stopping import STOPPED
 
 SCRIPT = str(Path(__file__).parent.parent / "launch" / "slurm.sbatch")
 JOB_SECONDS = 300
@@ -30,15 +34,28 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield running
 
 
-def submit(slurm: Cluster, folder: Path, launcher: str, *overrides: str, **environment: str) -> str:
+def submit(
+    slurm: Cluster,
+    folder: Path,
+    launcher: str,
+    *overrides: str,
+    command: str = "train",
+    requeue: bool = True,
+    **environment: str,
+) -> str:
     """Submit a job of 2 nodes with 2 ranks each, its run in `folder/run`."""
     keys = tree(Path("."), rounds=ROUNDS, name="run", transport="rpc", data={"train_limit": 600})
     keys["comm"]["interface"] = "eth0"
     (folder / "job.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
-    options = ["--nodes=2", "--ntasks-per-node=2", "--job-name=test", SCRIPT, "train", "job.yaml"]
+    options = ["--nodes=2", "--ntasks-per-node=2", "--job-name=test"]
+    if not requeue:
+        options.append("--no-requeue")
     return slurm.submit(
         folder,
         *options,
+        SCRIPT,
+        command,
+        "job.yaml",
         *overrides,
         LAUNCHER=launcher,
         PYTHON=sys.executable,
@@ -71,7 +88,7 @@ def undisturbed(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dic
     for launcher in ("torchrun", "srun"):
         folder = tmp_path_factory.mktemp(launcher)
         assert slurm.wait(submit(slurm, folder, launcher), JOB_SECONDS) == 0, log(folder)
-        runs[launcher] = read(folder / "run")
+        runs[launcher] = finished(folder / "run")
     return runs
 
 
@@ -104,7 +121,7 @@ def test_a_job_that_is_stopped_before_its_time_limit_goes_on_where_it_was(
     assert slurm.wait(job, JOB_SECONDS) == 0, log(tmp_path)
     assert f"goes on from round {stopped_after} " in log(tmp_path)
     assert not (tmp_path / "run" / "STOPPED").exists()
-    run = read(tmp_path / "run")
+    run = finished(tmp_path / "run")
     assert_whole(run)
     assert_identical(undisturbed[launcher], run)
 
@@ -119,7 +136,44 @@ def test_a_requeued_job_goes_on_from_its_last_checkpoint(
     wait_until(lambda: slurm.state(job) == "PENDING", tmp_path)
     slurm.start_now(job)
     assert slurm.wait(job, JOB_SECONDS) == 0, log(tmp_path)
-    assert_identical(undisturbed["srun"], read(tmp_path / "run"))
+    assert_identical(undisturbed["srun"], finished(tmp_path / "run"))
+
+
+def test_where_nothing_is_requeued_a_stopped_job_is_status_75(slurm: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "srun", requeue=False)
+    wait_until(in_round(tmp_path, 1), tmp_path)
+    slurm.nodes[0].run("scancel", "--signal=TERM", job)
+    assert slurm.wait(job, JOB_SECONDS) == STOPPED, log(tmp_path)
+    assert (tmp_path / "run" / "STOPPED").exists()
+
+
+def test_under_plain_srun_the_others_go_on_without_a_killed_rank(slurm: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "srun", "clients.on_loss=drop")
+    wait_until(in_round(tmp_path, 3), tmp_path)
+    os.kill(members(f"{sys.executable}\0-m\0fslsage_rpc\0train\0job.yaml")[3], signal.SIGKILL)
+    assert slurm.wait(job, JOB_SECONDS) == 0, log(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (loss,) = (line for line in lines if "event" in line)
+    assert (loss["event"], loss["rank"], loss["clients"]) == ("loss", 3, [2])
+    assert [line["round"] for line in lines if "event" not in line] == list(range(ROUNDS))
+    assert all(
+        (2 in line["participants"]) == (line["round"] < loss["round"])
+        for line in lines
+        if "event" not in line
+    )
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_check_looks_at_every_rank_of_the_job(launcher: str, slurm: Cluster, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, launcher, command="check", COLUMNS="160")
+    assert slurm.wait(job, JOB_SECONDS) == 0, log(tmp_path)
+    shown = log(tmp_path)
+    for host, address in HOSTS.items():
+        assert len(re.findall(rf"{host}.*{re.escape(address)} \(eth0\)", shown)) == 2, shown
+    for rank in (1, 2, 3):
+        assert re.search(rf"rank {rank} - rank 0 +[\d.]+ ms .*MB/s", shown), shown
+    assert "an all-reduce over 3 client ranks takes" in shown
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_cancelled_job_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
