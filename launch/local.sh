@@ -63,8 +63,9 @@ if [ -n "$elastic" ]; then
     for ((rank = 0; rank < ranks; rank++)); do start_rank "$rank"; done
 else
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or most restarts fail: pytorch issue 135712
+    # Without --log_dir torchrun leaves a folder in /tmp.
     setsid "$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" \
-        --max_restarts="$MAX_RESTARTS" -m fslsage_rpc "${command[@]}" &
+        --max_restarts="$MAX_RESTARTS" --log_dir=/dev/null -m fslsage_rpc "${command[@]}" &
     started=($!)
 fi
 main=${started[0]} # rank 0, or torchrun

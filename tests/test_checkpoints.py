@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import resource
 import shutil
 import threading
@@ -28,10 +29,14 @@ from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training import checkpoints
 from fslsage_rpc.training.checkpoint_files import (
     MANIFEST,
+    Manifest,
+    RankState,
     complete_folders,
+    extent_of,
     part_path,
     read_manifest,
     remove_all_but,
+    write_part,
 )
 from fslsage_rpc.training.metrics_file import MetricsFile
 from fslsage_rpc.training.run_folder import RunFolder
@@ -334,6 +339,35 @@ def test_a_checkpoint_that_others_have_begun_stays(tmp_path: Path) -> None:
         folder.mkdir()
     remove_all_but(tmp_path, folders[1:2], until=2)
     assert sorted(tmp_path.iterdir()) == folders[1:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_every_file_is_synced_before_it_gets_its_name_and_the_manifest_is_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    replace, fsync = os.replace, os.fsync
+
+    def note_sync(descriptor: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).relative_to(tmp_path)}")
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        done.append(f"rename {source.relative_to(tmp_path)} {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    folder = tmp_path / "round-000001"
+    parts = [write_part(folder, rank, RankState(1, {}, None, {})) for rank in (0, 1)]
+    assert complete_folders(tmp_path) == []
+    Manifest(folder, 1, parts, extent_of(b"")).write()
+    expected = []
+    for name in ("rank-0.pt", "rank-1.pt", "manifest.json"):
+        path = f"round-000001/{name}.tmp"
+        expected += [f"sync {path}", f"rename {path} {name}", "sync round-000001"]
+    assert done == [*expected, "sync ."]
+    assert complete_folders(tmp_path) == [folder]
 
 
 def test_a_checkpoint_is_written_while_the_next_round_runs(

