@@ -1,6 +1,7 @@
 """Can a run be left alone? Kills that it gets over by itself, memory that stays flat, nothing left behind.
 
-    python benchmarks/soak.py FOLDER [--rounds 300] [--between 30] [--long 1000] [--seed 0] [key=value ...]
+    python benchmarks/soak.py FOLDER [--part kills|memory] [--rounds 300] [--between 30] [--long 1000]
+        [--seed 0] [key=value ...]
 
 Trains the quickstart under launch/local.sh, four times, in runs below FOLDER:
 
@@ -248,46 +249,61 @@ def section(title: str, job: Job, checks: Sequence[Check], tables: Sequence[str]
     return all(holds for _, holds in checks)
 
 
-def main() -> int:
-    """The four jobs, one after the other."""
-    parser = argparse.ArgumentParser(description="Trains, kills and counts what is left.")
-    parser.add_argument("folder", type=Path, help="for the runs; a new one")
-    parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--between", type=int, default=30, help="rounds between two kills, about")
-    parser.add_argument("--long", type=int, default=1000, help="rounds over which memory is read")
-    parser.add_argument("--seed", type=int, default=0, help="of the kills")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all of the runs")
-    options = parser.parse_args()
-    output, rounds, overrides = options.folder.absolute(), options.rounds, options.overrides
-    holds = True
-
+def with_kills(output: Path, rounds: int, between: int, seed: int, overrides: Sequence[str]) -> bool:
+    """The jobs that are killed, and the one that is not."""
     undisturbed = Job(output, "undisturbed", [*overrides, f"rounds={rounds}"])
     seconds = undisturbed.watch(lambda rounds: None)
-    holds &= section(f"{rounds} rounds undisturbed: {seconds:.0f} s", undisturbed, [])
+    holds = section(f"{rounds} rounds undisturbed: {seconds:.0f} s", undisturbed, [])
 
-    plan = plan_kills(rounds, options.between, options.seed)
+    plan = plan_kills(rounds, between, seed)
     disturbed = Job(output, "disturbed", [*overrides, f"rounds={rounds}"], restarts=len(plan))
     kills = disturb(disturbed, plan)
     checks = [*got_over(kills, len(plan)), *compare(undisturbed.folder, disturbed.folder)]
     holds &= section(f"{rounds} rounds with {len(kills)} kills", disturbed, checks, kill_table(kills))
 
     few = rounds // 5
-    plan = plan_kills(few, options.between // 2, options.seed)
+    plan = plan_kills(few, between // 2, seed)
     shm = [*overrides, f"rounds={few}", "comm.transports=[shm,uv]"]
     shared_memory = Job(output, "shared-memory", shm, restarts=len(plan))
     kills = disturb(shared_memory, plan)
     same = figures(shared_memory.folder) == figures(undisturbed.folder)[:few]
     checks = [*got_over(kills, len(plan)), ("figures equal to those of the undisturbed run", same)]
-    holds &= section(f"{few} rounds over shared memory", shared_memory, checks, kill_table(kills))
+    return section(f"{few} rounds over shared memory", shared_memory, checks, kill_table(kills)) and holds
 
-    long = Job(output, "long", [*overrides, f"rounds={options.long}"])
-    table, flat = memory_table(sample_memory(long), options.long)
-    holds &= section(f"{options.long} rounds undisturbed", long, [flat], table)
 
-    environment = json.loads((long.folder / "environment.json").read_text())
+def over_time(output: Path, rounds: int, overrides: Sequence[str]) -> bool:
+    """The job whose memory is read."""
+    long = Job(output, "long", [*overrides, f"rounds={rounds}"])
+    table, flat = memory_table(sample_memory(long), rounds)
+    return section(f"{rounds} rounds undisturbed", long, [flat], table)
+
+
+def machine(run: Path) -> str:
+    """What a run was made on."""
+    environment = json.loads((run / "environment.json").read_text())
     versions = [f"{name} {version}" for name, version in environment["versions"].items() if version]
-    machine = f"{os.cpu_count()} cores ({os.uname().machine}), Linux {os.uname().release}"
-    print(f"\n{RANKS} ranks, {machine}; {', '.join(versions)}")
+    here = f"{os.cpu_count()} cores ({os.uname().machine}), Linux {os.uname().release}"
+    return f"{RANKS} ranks, {here}; {', '.join(versions)}"
+
+
+def main() -> int:
+    """The jobs, one after the other."""
+    parser = argparse.ArgumentParser(description="Trains, kills and counts what is left.")
+    parser.add_argument("folder", type=Path, help="for the runs; a new one")
+    parser.add_argument("--part", choices=["all", "kills", "memory"], default="all")
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--between", type=int, default=30, help="rounds between two kills, about")
+    parser.add_argument("--long", type=int, default=1000, help="rounds over which memory is read")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all of the runs")
+    options = parser.parse_args()
+    output, overrides = options.folder.absolute(), options.overrides
+    holds = True
+    if options.part in ("all", "kills"):
+        holds &= with_kills(output, options.rounds, options.between, options.seed, overrides)
+    if options.part in ("all", "memory"):
+        holds &= over_time(output, options.long, overrides)
+    print(f"\n{machine(output / ('undisturbed' if options.part == 'kills' else 'long'))}")
     return 0 if holds else 1
 
 
