@@ -239,7 +239,8 @@ def section(title: str, job: Job, checks: Sequence[Check], tables: Sequence[str]
     left = job.left()
     checks = [*checks, ("no process, socket, shared-memory or temporary file left", left.nothing)]
     print(f"\n### {title}\n")
-    print("\n".join([*tables, *([""] if tables else [])]), end="")
+    if tables:
+        print(*tables, "", sep="\n")
     for text, holds in checks:
         print(f"- {'yes' if holds else '**NO**'}: {text}")
     for kind, things in left.things.items():
