@@ -17,6 +17,8 @@ RANKS = 3
 MARK = "FSLSAGE_SOAK"
 """the variable in whose value the processes of a job are told from all others"""
 POLL_SECONDS = 0.1
+SOCKETS_SECONDS = 1.0
+"""between two looks at which sockets the processes have open"""
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Job:
         self._temporary.mkdir(parents=True)
         self._shared_memory = _names(Path("/dev/shm"))
         self._sockets: set[str] = set()
+        self._counted = (0, 0), 0
         self._mark = uuid.uuid4().hex
         environment = {
             "OMP_NUM_THREADS": "1",
@@ -71,9 +74,12 @@ class Job:
             RuntimeError: it ended with another status than 0.
         """
         started = time.monotonic()
+        due = 0.0
         try:
             while self.launcher.poll() is None:
-                self._sockets |= {inode for process in self._processes() for inode in _sockets(process)}
+                if time.monotonic() >= due:
+                    self._sockets |= {inode for process in self._processes() for inode in _sockets(process)}
+                    due = time.monotonic() + SOCKETS_SECONDS
                 look(self.rounds)
                 time.sleep(POLL_SECONDS)
         finally:
@@ -87,8 +93,13 @@ class Job:
     @property
     def rounds(self) -> int:
         """How many rounds `metrics.jsonl` has."""
+        path = self.folder / "metrics.jsonl"
         with suppress(FileNotFoundError):
-            return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
+            status = path.stat()
+            version = status.st_size, status.st_mtime_ns
+            if self._counted[0] != version:
+                self._counted = version, path.read_bytes().count(b"\n")
+            return self._counted[1]
         return 0
 
     def ranks(self) -> dict[int, int]:

@@ -111,6 +111,7 @@ def test_ctrl_c_on_a_terminal_stops_the_job_which_goes_on_to_the_same_end(
 
     def take_terminal() -> None:
         os.close(os.open(os.ttyname(its_end), os.O_RDWR))  # becomes the session's
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in a shell's background ignores
 
     command = (*form, "train", config, "ranks=3")
     with started(*command, "rounds=5000", log=log, stdin=its_end, preexec_fn=take_terminal) as launcher:
