@@ -212,3 +212,22 @@ def test_a_second_signal_ends_a_process_that_waits_in_a_library() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+IMPORTING = """
+import os, signal
+from fslsage_rpc.cli import _uninterrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with _uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        print("imported")
+    print("gone on")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_waits_until_modules_are_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("imported\ninterrupted\n", "")
