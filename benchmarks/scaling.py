@@ -42,7 +42,7 @@ TIMED_STEPS = 512
 """of all clients, at the least"""
 COUNTS = {
     ("fsl_sage", "simple_conv"): [4, 16, 64, 128, 256],
-    ("fsl_sage", "resnet18"): [4, 16, 64, 128],
+    ("fsl_sage", "resnet18"): [4, 16, 64, 256],
     ("splitfed_v1", "simple_conv"): [4, 16, 64, 128, 256],
     ("splitfed_v1", "resnet18"): [4, 16, 32, 64],
 }

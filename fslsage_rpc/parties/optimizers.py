@@ -30,8 +30,8 @@ class ScheduledOptimizer:
         self._rate: Tensor | None = None  # the learning rate where captured steps read it, if it moves
 
     def _allocate(self) -> None:
-        """Make the optimizer's state now, all 0: it lasts, and torch would make it in the first step, among
-        a batch's activations (`comm/memory.py`).
+        """Make the optimizer's state now, all 0, each kind in one buffer. torch would make it in the first
+        step, among a batch's activations, while it lasts (`comm/memory.py`).
         """
         (group,) = self.optimizer.param_groups
         for parameter in group["params"]:
@@ -41,9 +41,13 @@ class ScheduledOptimizer:
         self.optimizer.step()
         group["lr"] = rate
         self.clear()
-        for state in self.optimizer.state.values():
-            for tensor in state.values():
-                tensor.zero_()
+        states = list(self.optimizer.state.values())
+        for name in states[0] if states else ():
+            tensors = [state[name] for state in states]
+            sizes = [tensor.numel() for tensor in tensors]
+            buffer = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+            for state, tensor, part in zip(states, tensors, buffer.split(sizes), strict=True):
+                state[name] = part.view(tensor.shape)
 
     def step(self) -> None:
         """Apply the gradients and clear them."""
