@@ -1,13 +1,18 @@
 """What makes an alignment cheaper: the same fits by several ways, side by side.
 
-    python benchmarks/alignment.py [--model resnet18] [--device cpu]
+    python benchmarks/alignment.py [ways | stopping] [--device cpu]
 
-Every way makes the same passes over the same targets for the same clients, in turn, with one thread per
-operation: one client after the other (the reference); clients side by side on threads, as the server does;
-clients stacked by `torch.func.vmap`, so that one call fits all of them; and one client after the other with
-the gradient compiled by `torch.compile`. Prints seconds per pass and client, the median of the paired ratios
-to the reference, and how far the fitted weights are from the reference's at fp64 (over the largest weight).
-Then what an early stop and L-BFGS do: passes, and what is left of the objective. Some minutes on 2 cores.
+ways: for each kind of auxiliary model (a copy of ResNet-18's `layer3`, an mlp, a linear layer), every way
+makes the same passes over the same targets for the same clients, in turn, with one thread per operation: one
+client after the other (the reference); clients side by side on threads, as the server does; clients stacked
+by `torch.func.vmap`, so that one call fits all of them (convolutions become grouped ones, linear layers one
+batched product); and one client after the other with the gradient compiled by `torch.compile`. Prints seconds
+per pass and client, the median of the paired ratios to the reference, and how far the fitted weights are from
+the reference's at fp64 (over the largest weight).
+
+stopping: what an early stop and L-BFGS do: passes, and what is left of the objective.
+
+Without a word both; about six minutes on 2 cores.
 """
 
 import argparse
@@ -35,21 +40,37 @@ CLIENTS = 4
 BATCH = 50
 BATCHES = 5
 PAIRS = 5
+CASES = [  # model, auxiliary model, samples of a batch, batches, passes of one sample
+    ("resnet18", Auxiliary(), BATCH, BATCHES, 2),
+    ("resnet18", Auxiliary(kind="mlp", width=128), BATCH, BATCHES, 40),
+    ("resnet18", Auxiliary(kind="linear"), BATCH, BATCHES, 40),
+    ("simple_conv", Auxiliary(kind="mlp", width=128), BATCH, BATCHES, 20),
+    ("simple_conv", Auxiliary(kind="linear"), BATCH, BATCHES, 20),
+    ("simple_conv", Auxiliary(kind="linear"), 1000, 1, 20),
+]
+"""the last one as `algorithm.alignment` is by default"""
 Way = Callable[[list[AuxiliaryFit], list[list[Target]]], list[Tensor]]
 """fits in place; returns each client's weights"""
 
 
-def make_fits(split: SplitModel, device: torch.device, epochs: int, **keys: Any) -> list[AuxiliaryFit]:
+def make_fits(
+    split: SplitModel,
+    device: torch.device,
+    epochs: int,
+    batch: int = BATCH,
+    batches: int = BATCHES,
+    **keys: Any,
+) -> list[AuxiliaryFit]:
     """One for each client, all from the same weights, with data of its own in its buffer."""
     fits = []
     for client in range(CLIENTS):
         model = copy.deepcopy(split.auxiliary).to(device)
         drawn = torch.Generator().manual_seed(client)
-        buffer = AlignmentBuffer(BATCH * BATCHES)
+        buffer = AlignmentBuffer(batch * batches)
         weights = flatten(model)
-        for _ in range(BATCHES):
-            z = torch.randn(BATCH, *split.smashed_shape, generator=drawn, dtype=torch.float64)
-            y = torch.randint(10, (BATCH,), generator=drawn)
+        for _ in range(batches):
+            z = torch.randn(batch, *split.smashed_shape, generator=drawn, dtype=torch.float64)
+            y = torch.randint(10, (batch,), generator=drawn)
             buffer.add(z.to(device, weights.floats.dtype), y.to(device))
         fits.append(
             AuxiliaryFit(
@@ -57,7 +78,7 @@ def make_fits(split: SplitModel, device: torch.device, epochs: int, **keys: Any)
                 weights=weights,
                 optimizer=ScheduledOptimizer(OptimizerKeys(), model.parameters()),
                 buffer=buffer,
-                keys=Alignment(epochs=epochs, batch_size=BATCH, **keys),
+                keys=Alignment(epochs=epochs, batch_size=batch, **keys),
                 timeline=Timeline(),
             )
         )
@@ -135,9 +156,11 @@ class Compiled:
         return parameters_of(fits)
 
 
-def run(way: Way, split: SplitModel, device: torch.device, epochs: int) -> tuple[float, list[Tensor]]:
+def run(
+    way: Way, split: SplitModel, device: torch.device, epochs: int, batch: int, batches: int
+) -> tuple[float, list[Tensor]]:
     """Seconds of all clients' fits, targets excluded, and the weights that come of them."""
-    fits = make_fits(split, device, epochs)
+    fits = make_fits(split, device, epochs, batch, batches)
     server = copy.deepcopy(split.server).to(device)
     targets = [fit.targets(server) for fit in fits]
     synchronise(device)
@@ -153,29 +176,33 @@ def distance(weights: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 
-def compare(model: str, device: torch.device) -> None:
+def compare(
+    model: str, auxiliary: Auxiliary, batch: int, batches: int, epochs: int, device: torch.device
+) -> None:
     """Each way beside the reference, in pairs."""
-    fp32, fp64 = (build(Model(name=model), 10, (3, 32, 32), 0, t) for t in (torch.float32, torch.float64))
+    keys = Model(name=model, auxiliary=auxiliary)
+    fp32, fp64 = (build(keys, 10, (3, 32, 32), 0, dtype) for dtype in (torch.float32, torch.float64))
     ways: dict[str, Callable[[SplitModel], Way]] = {
         "threads": lambda split: on_threads,
         "stacked": lambda split: stacked,
         "compiled": lambda split: Compiled(split.auxiliary),
     }
-    epochs = 2
-    for name, make in ways.items():
+    name = f"{model}, {auxiliary.kind or 'copy'} auxiliary model, {batches} x {batch} samples"
+    for way_name, make in ways.items():
         try:
-            off = distance(run(make(fp64), fp64, device, 1)[1], run(in_turn, fp64, device, 1)[1])
+            mine, reference = (run(way, fp64, device, 1, batch, batches)[1] for way in (make(fp64), in_turn))
+            off = distance(mine, reference)
             way, ratios, seconds = make(fp32), [], []
             for pair in range(PAIRS + 1):
-                mine, reference = run(way, fp32, device, epochs)[0], run(in_turn, fp32, device, epochs)[0]
+                took, beside = (run(each, fp32, device, epochs, batch, batches)[0] for each in (way, in_turn))
                 if pair:  # the first one compiles and warms up
-                    ratios.append(mine / reference)
-                    seconds.append(mine / epochs / CLIENTS)
+                    ratios.append(took / beside)
+                    seconds.append(took / epochs / CLIENTS)
         except Exception as error:  # torch.compile needs a compiler
-            print(f"{model} {name}: not here ({type(error).__name__}: {str(error).splitlines()[0]})")
+            print(f"{name}, {way_name}: not here ({type(error).__name__}: {str(error).splitlines()[0]})")
             continue
         print(
-            f"{model} {name}: {1000 * statistics.median(seconds):.0f} ms per pass and client, "
+            f"{name}, {way_name}: {1000 * statistics.median(seconds):.1f} ms per pass and client, "
             f"{statistics.median(ratios):.2f} of one after the other, weights {off:.0e} off at fp64",
             flush=True,
         )
@@ -196,18 +223,25 @@ def stopping(model: str, auxiliary: Auxiliary, settings: dict[str, dict[str, Any
 
 
 def main() -> None:
-    """All comparisons of one model."""
+    """All comparisons, or those asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("part", nargs="?", choices=["ways", "stopping"])
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    compare(options.model, torch.device(options.device))
-    early = {"all passes": {}, "tolerance 0.01": {"tolerance": 0.01}, "tolerance 0.05": {"tolerance": 0.05}}
-    stopping(options.model, Auxiliary(), early)
-    stopping(options.model, Auxiliary(kind="linear"), {**early, "lbfgs": {"solver": "lbfgs"}})
+    if options.part in (None, "ways"):
+        for case in CASES:
+            compare(*case, torch.device(options.device))
+    if options.part in (None, "stopping"):
+        early = {
+            "all passes": {},
+            "tolerance 0.01": {"tolerance": 0.01},
+            "tolerance 0.05": {"tolerance": 0.05},
+        }
+        stopping("resnet18", Auxiliary(), early)
+        stopping("resnet18", Auxiliary(kind="linear"), {**early, "lbfgs": {"solver": "lbfgs"}})
 
 
 if __name__ == "__main__":

@@ -1,31 +1,36 @@
 """What more virtual clients cost: seconds per client step, and memory per client, on two client ranks.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py [fsl_sage | splitfed_v1] [simple_conv | resnet18]
 
-Trains FSL-SAGE and SplitFedV1 on synthetic images with more and more clients of the same size, one job after
-the other, and reads from each rank the highest memory that it held. A client step is one batch of one client;
-its seconds are those of a median round times the client ranks over all steps of the round. About ten minutes
-on 2 cores.
+Trains on synthetic images with more and more clients of the same size, one job after the other, and reads
+from each rank the highest memory that it held. A client step is one batch of one client; its seconds are the
+client ranks' share of all rounds but the first, which warms up and aligns, over their steps. Without
+arguments all four combinations, one after the other; each takes four to six minutes on 2 cores.
 
-Prints a line for each job, and last what one more client adds to the memory of its rank and of the server, as
-the slope between the two largest jobs, beside the bytes that must be kept for it.
+Prints a line for each job, and last, for each combination, how far the seconds per client step are from flat
+(the slowest job over the fastest) and what one more client adds to the memory of its rank and of the server:
+the slope between the two largest jobs, whose ranks all have as many steps open as may be, beside the bytes
+that must be kept for a client. For FSL-SAGE also whether that is what is asked for: flat within 10 %, and no
+more memory than must be kept.
 """
 
 import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.models.flat import module_bytes
+from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 
@@ -33,8 +38,22 @@ CLIENT_RANKS = 2
 BATCH = 32
 STEPS = 2
 """of each client in a round"""
-ROUNDS = 5
+TIMED_STEPS = 512
+"""of all clients, at the least"""
+COUNTS = {
+    ("fsl_sage", "simple_conv"): [4, 16, 64, 128, 256],
+    ("fsl_sage", "resnet18"): [4, 16, 64, 256],
+    ("splitfed_v1", "simple_conv"): [4, 16, 64, 128, 256],
+    ("splitfed_v1", "resnet18"): [4, 16, 32, 64],
+}
+"""of clients; from 2 x 16 on as many steps are open as may be (`parties/turns.py`)"""
+FLAT = 1.10
 MIB = 2**20
+
+
+def timed_rounds(clients: int) -> int:
+    """So many that jobs with few clients are not timed by few steps."""
+    return -(-TIMED_STEPS // (clients * STEPS))
 
 
 def configuration(algorithm: str, model: str, clients: int) -> Config:
@@ -42,12 +61,13 @@ def configuration(algorithm: str, model: str, clients: int) -> Config:
     return from_tree(
         {
             "device": "cpu",
+            "rounds": 1 + timed_rounds(clients),
             "clients": {"count": clients, "batch_size": BATCH},
             "data": {"name": "synthetic", "partition": "iid", "train_limit": clients * STEPS * BATCH},
             "model": {"name": model},
             "algorithm": {
                 "name": algorithm,
-                "align_every": ROUNDS,  # in the first round, which is not timed
+                "align_every": 1 + timed_rounds(clients),  # in the first round, which is not timed
                 "alignment": {"epochs": 1, "batch_size": BATCH, "buffer_size": BATCH},
                 "measure_drift": False,
             },
@@ -59,30 +79,38 @@ def run_rank(config: Config) -> None:
     """As one rank of a job; the server's rank prints the result as JSON."""
     world = open_world(config)
     trainer = Trainer(Experiment.prepare(config), world)
-    seconds = [trainer.train_round(round) for round in range(ROUNDS)][1:]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peaks = world.gather(peak)
+    first, *rest = range(config.rounds)
+    trainer.train_round(first)
+    seconds = sum(trainer.train_round(round) for round in rest)
+    peaks = world.gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     if peaks:
-        steps = config.clients.count * STEPS
-        step_seconds = statistics.median(seconds) * CLIENT_RANKS / steps
+        steps = config.clients.count * STEPS * len(rest)
+        step_seconds = seconds * CLIENT_RANKS / steps
         print(json.dumps({"step_seconds": step_seconds, "peaks": peaks, "kept": kept(config)}), flush=True)
     world.close()
 
 
 def kept(config: Config) -> dict[str, float]:
-    """Bytes that must be kept for one client, at its rank and at the server: weights (w), Adam's two moments
-    (2 w), and its data; alignment buffer and auxiliary state, or a replica.
+    """Bytes that must be kept for one client, at its rank and at the server: weights, Adam's two moments, and
+    its data (images of one byte a number, and labels); alignment buffer and auxiliary state, or a replica.
     """
     experiment = Experiment.prepare(config)
-    sizes, shape = experiment.sizes(), experiment.split.smashed_shape
-    images = STEPS * BATCH * torch.Size(experiment.spec.image_shape).numel()
-    buffer = BATCH * torch.Size(shape).numel() * 4
+    split, sample = experiment.split, torch.Size(experiment.split.smashed_shape).numel()
+    image, label = torch.Size(experiment.spec.image_shape).numel(), 8
+    data = STEPS * BATCH * (image + label)
+    auxiliary = module_bytes(split.auxiliary)
     if config.algorithm.name == "fsl_sage":
+        buffer = BATCH * (4 * sample + label)
         return {
-            "client": 3 * sizes.client + sizes.auxiliary + images,
-            "server": 3 * sizes.auxiliary + buffer,
+            "client": trained(split.client) + auxiliary + data,
+            "server": trained(split.auxiliary) + buffer,
         }
-    return {"client": 3 * sizes.client + images, "server": 3 * sizes.server}
+    return {"client": trained(split.client) + data, "server": trained(split.server)}
+
+
+def trained(model: nn.Module) -> int:
+    """Bytes of a model and of Adam's moments."""
+    return module_bytes(model) + 2 * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def measure(algorithm: str, model: str, clients: int) -> dict[str, Any]:
@@ -101,36 +129,55 @@ def measure(algorithm: str, model: str, clients: int) -> dict[str, Any]:
     return result
 
 
-def report(algorithm: str, model: str, counts: list[int]) -> list[str]:
-    """The jobs of one algorithm; what one more client adds."""
+def report(algorithm: str, model: str) -> list[str]:
+    """The jobs of one algorithm; what one more client costs."""
+    counts = COUNTS[algorithm, model]
+    assert counts[-2] >= CLIENT_RANKS * MOST_OPEN_STEPS
     results = [measure(algorithm, model, clients) for clients in counts]
     (few, many), more = results[-2:], counts[-1] - counts[-2]
-    at_rank = (max(many["peaks"][1:]) - max(few["peaks"][1:])) / (more / CLIENT_RANKS)
-    at_server = (many["peaks"][0] - few["peaks"][0]) / more
+    adds = {
+        "client": (max(many["peaks"][1:]) - max(few["peaks"][1:])) / (more / CLIENT_RANKS),
+        "server": (many["peaks"][0] - few["peaks"][0]) / more,
+    }
     steps = [result["step_seconds"] for result in results]
-    return [
-        f"{algorithm}, {model}: one more client adds {at_rank / MIB:.2f} MiB to its rank (kept for it: "
-        f"{many['kept']['client'] / MIB:.2f}) and {at_server / MIB:.2f} MiB to the server (kept for it: "
-        f"{many['kept']['server'] / MIB:.2f})",
-        f"{algorithm}, {model}: seconds per client step, {counts[-1]} clients / {counts[0]}: "
-        f"{steps[-1] / steps[0]:.2f}",
+    spread = max(steps) / min(steps)
+    judged = algorithm == "fsl_sage"
+    flat = verdict(spread <= FLAT) if judged else ""
+    lines = [
+        f"{algorithm}, {model}: seconds per client step, {counts[0]} to {counts[-1]} clients, slowest / "
+        f"fastest {spread:.3f}, {counts[-1]} clients / {counts[0]} {steps[-1] / steps[0]:.3f}{flat}"
     ]
+    for party, where in (("client", "its rank"), ("server", "the server")):
+        needed = many["kept"][party]
+        enough = verdict(adds[party] <= needed) if judged else ""
+        lines.append(
+            f"{algorithm}, {model}: one more client adds {adds[party] / MIB:.2f} MiB to {where}, kept for it "
+            f"{needed / MIB:.2f} MiB{enough}"
+        )
+    return lines
+
+
+def verdict(met: bool) -> str:
+    """Is that what is asked for?"""
+    return ": met" if met else ": NOT met"
 
 
 def main() -> None:
-    """All jobs; or (inside one) a rank of it."""
+    """The combinations asked for; or (inside one) a rank of a job."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("job", nargs="*", help=argparse.SUPPRESS)
-    job = parser.parse_args().job
-    if job:
-        run_rank(configuration(job[0], job[1], int(job[2])))
+    parser.add_argument("algorithm", nargs="?", choices=sorted({each for each, _ in COUNTS}))
+    parser.add_argument("model", nargs="?", choices=sorted({each for _, each in COUNTS}))
+    parser.add_argument("clients", nargs="?", type=int, help=argparse.SUPPRESS)  # of a job
+    options = parser.parse_args()
+    if options.clients:
+        run_rank(configuration(options.algorithm, options.model, options.clients))
         return
     lines = []
-    for algorithm in ("fsl_sage", "splitfed_v1"):
-        lines += report(algorithm, "simple_conv", [4, 64, 256])
-        lines += report(algorithm, "resnet18", [4, 16, 32])
+    for algorithm, model in COUNTS:
+        if options.algorithm in (None, algorithm) and options.model in (None, model):
+            lines += report(algorithm, model)
     print("\n".join(lines))
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import rpc
 from torch.futures import Future
 
+from fslsage_rpc.comm.memory import keep_large_blocks
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.measure.clock import clock
@@ -93,6 +94,7 @@ def main() -> None:
         command = [sys.executable, *launcher, str(Path(__file__)), *sys.argv[1:]]
         sys.exit(subprocess.run(command, env=environment).returncode)
     world = open_world(from_tree({"ranks": 2, "device": "cpu"}, sys.argv[1:]))
+    keep_large_blocks()  # as in every round
     sends = world.client_rank == 0
     ratios = {}
     if sends:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from fslsage_rpc.comm import world
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.local import LocalLink
+from fslsage_rpc.comm.world import open_device
 from fslsage_rpc.config import Alignment, OptimizerKeys
+from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
@@ -244,3 +247,28 @@ def test_on_a_cpu_requests_are_timed_by_the_hosts() -> None:
     assert report.requests == {}
     assert told[0]["exchange"] == before
     assert before.round_trip_seconds >= before.compute_seconds > 0
+
+
+def test_a_thread_gets_one_stream_for_captures_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second world in the process must not move it: the first one's link waits in the stream before."""
+    cuda = Cuda()
+    default = cuda.current
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "set_device": lambda device: None,
+        "default_stream": lambda device: default,
+        "current_stream": lambda device=None: cuda.current,
+        "set_stream": lambda stream: setattr(cuda, "current", stream),
+        "Stream": cuda.stream,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(world, "set_tf32", lambda allowed: None)
+    assert open_device(from_tree({"graphs": "never"}), 0) == GPU
+    assert cuda.current is default
+    open_device(from_tree({"graphs": "auto"}), 0)
+    first = cuda.current
+    assert first is not default
+    open_device(from_tree({"graphs": "auto"}), 0)
+    assert cuda.current is first
+    assert cuda.made == 1

@@ -22,7 +22,6 @@ from torch.distributed import rpc
 
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
-from fslsage_rpc.comm.memory import keep_large_blocks
 from fslsage_rpc.comm.placement import (
     ONE_HOST_CHANNELS,
     SHM_CORES_PER_RANK,
@@ -75,7 +74,6 @@ class RpcWorld(World):
         self._interface = _bind_interface(config.comm)
         self._transports = config.comm.transports or _default_transports()
         self._pools: dict[str, ThreadPoolExecutor] = {}
-        keep_large_blocks()
         self._hosts_store = self.number == 0 and not _launcher_hosts_store()
         self._store: dist.Store | None = None
         self._watchdog: Watchdog | None = None

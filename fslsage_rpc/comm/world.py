@@ -191,13 +191,14 @@ def choose_device(keys_device: str, index: int) -> torch.device:
 def open_device(config: Config, index: int) -> torch.device:
     """The device of a rank that would take GPU number `index`, made the current one, TF32 as configured.
 
-    With CUDA graphs the thread gets a stream of its own: on the device's default one none can be captured.
+    With CUDA graphs the thread gets a stream of its own: on the device's default one none can be captured. It
+    keeps that for all its worlds, as links have answers waited for in the stream that they were made in.
     """
     device = choose_device(config.device, index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         set_tf32(config.tf32)
-        if config.graphs == "auto":
+        if config.graphs == "auto" and torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
             torch.cuda.set_stream(own_stream(device))
     return device
 

@@ -21,12 +21,33 @@ class ScheduledOptimizer:
     def __init__(self, keys: OptimizerKeys, parameters: Iterable[nn.Parameter]):
         kind = OPTIMIZERS[keys.name]
         self.optimizer = kind(parameters, lr=keys.lr, weight_decay=keys.weight_decay, fused=True)
+        self._allocate()
         self._scheduler: lr_scheduler.LRScheduler | None = None
         if keys.scheduler.name is not None:
             kind = getattr(lr_scheduler, keys.scheduler.name)
             self._scheduler = kind(self.optimizer, **keys.scheduler.arguments)
         self._per_step = keys.scheduler.per == "step"
         self._rate: Tensor | None = None  # the learning rate where captured steps read it, if it moves
+
+    def _allocate(self) -> None:
+        """Make the optimizer's state now, all 0, each kind in one buffer. torch would make it in the first
+        step, among a batch's activations, while it lasts (`comm/memory.py`).
+        """
+        (group,) = self.optimizer.param_groups
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        rate, group["lr"] = group["lr"], 0.0  # the step moves no weight
+        self.optimizer.step()
+        group["lr"] = rate
+        self.clear()
+        states = list(self.optimizer.state.values())
+        for name in states[0] if states else ():
+            tensors = [state[name] for state in states]
+            sizes = [tensor.numel() for tensor in tensors]
+            buffer = torch.zeros(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+            for state, tensor, part in zip(states, tensors, buffer.split(sizes), strict=True):
+                state[name] = part.view(tensor.shape)
 
     def step(self) -> None:
         """Apply the gradients and clear them."""

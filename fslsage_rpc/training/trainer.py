@@ -9,6 +9,7 @@ from torch import nn
 from fslsage_rpc.comm.averaging import federated_average
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
+from fslsage_rpc.comm.memory import lasting_blocks
 from fslsage_rpc.comm.world import World
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data import datasets
@@ -67,20 +68,21 @@ class Trainer:
         self._tracer = Tracer() if experiment.config.trace else None
         self._timeline = Timeline("rank", self._tracer, world.device)
         self._ledger = WireLedger()
-        self.server = build_server(experiment, world, self._tracer, saved) if world.hosts_server else None
-        self._log = RequestLog()
-        self._link = world.connect(self.server, self._ledger, self._log)
-        world.activity = self._progress = Progress(self._timeline, self._first_round)
-        self.clients = (
-            build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
-        )
-        experiment.train = None  # a rank keeps only what its clients need
+        with lasting_blocks():
+            self.server = build_server(experiment, world, self._tracer, saved) if world.hosts_server else None
+            self._log = RequestLog()
+            self._link = world.connect(self.server, self._ledger, self._log)
+            world.activity = self._progress = Progress(self._timeline, self._first_round)
+            self.clients = (
+                build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
+            )
+            experiment.train = None  # a rank keeps only what its clients need
+            self._test_data = self._load_test_data() if self.server else None
         # On the server's rank: the clients that are away, as a checkpoint had them last.
         self._away = (
             {id: state for id, state in saved.clients.items() if id not in self.clients} if saved else {}
         )
         self.trace = self._open_trace() if self._tracer else None
-        self._test_data = self._load_test_data() if self.server else None
 
     def measure_links(self) -> dict[int, LinkSpeed]:
         """Collective: see `World.measure_links`."""

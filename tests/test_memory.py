@@ -1,0 +1,67 @@
+"""What lasts is allocated apart from what comes and goes; optimizers have their states from the start."""
+
+import ctypes
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from fslsage_rpc.comm.memory import LASTING_BYTES, keep_large_blocks, lasting_blocks
+from fslsage_rpc.config import OptimizerKeys
+from fslsage_rpc.parties.optimizers import OPTIMIZERS, ScheduledOptimizer
+
+FIELDS = ("arena", "free_blocks", "fast", "mapped_blocks", "mapped", "", "", "used", "free", "top")
+
+
+class Heap(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [(name or f"unused{place}", ctypes.c_size_t) for place, name in enumerate(FIELDS)]
+
+
+def mapped_bytes() -> int:
+    """In blocks of malloc that have pages of their own."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if not sys.platform.startswith("linux") or mallinfo2 is None:
+        pytest.skip("not glibc 2.33 or later")
+    mallinfo2.restype = Heap
+    return mallinfo2().mapped
+
+
+def test_blocks_that_last_have_pages_of_their_own() -> None:
+    with lasting_blocks():
+        before = mapped_bytes()
+        lasting = torch.empty(2 * LASTING_BYTES, dtype=torch.uint8)
+        assert mapped_bytes() - before >= lasting.nbytes
+        del lasting
+        assert mapped_bytes() == before
+    passing = torch.empty(2 * LASTING_BYTES, dtype=torch.uint8)
+    assert mapped_bytes() == before
+    del passing
+    keep_large_blocks()  # as often as anybody likes
+    assert mapped_bytes() == before
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_that_are_there_from_the_start_change_no_step(name: str, weight_decay: float) -> None:
+    mine, plain = nn.Linear(37, 11), nn.Linear(37, 11)
+    plain.load_state_dict(mine.state_dict())
+    keys = OptimizerKeys(name=name, weight_decay=weight_decay)  # type: ignore[arg-type]
+    optimizer = ScheduledOptimizer(keys, mine.parameters())
+    by_torch = OPTIMIZERS[name](plain.parameters(), lr=keys.lr, weight_decay=weight_decay, fused=True)
+    if name != "sgd":
+        state = optimizer.state()["optimizer"]["state"]
+        assert {key: tensor.abs().max().item() for key, tensor in state[0].items()} == dict.fromkeys(
+            ("step", "exp_avg", "exp_avg_sq"), 0.0
+        )
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), plain.parameters(), strict=True))
+    x = torch.randn(5, 37)
+    for _ in range(3):
+        for model in (mine, plain):
+            model(x).square().sum().backward()
+        optimizer.step()
+        by_torch.step()
+        by_torch.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), plain.parameters(), strict=True))
