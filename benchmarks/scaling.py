@@ -75,7 +75,7 @@ def kept(config: Config) -> dict[str, float]:
     """
     experiment = Experiment.prepare(config)
     sizes, shape = experiment.sizes(), experiment.split.smashed_shape
-    images = STEPS * BATCH * torch.Size(experiment.spec.image_shape).numel()
+    images = STEPS * BATCH * torch.Size(experiment.task.sample_shape).numel()
     buffer = BATCH * torch.Size(shape).numel() * 4
     if config.algorithm.name == "fsl_sage":
         return {

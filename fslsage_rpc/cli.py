@@ -197,7 +197,7 @@ def _list_cuts(options: argparse.Namespace) -> int:
     if options.config is None:
         raise InputError("check --cuts: got no configuration, expected one that names a model")
     config = load(options.config, options.overrides)
-    from fslsage_rpc.models.screen import cut_lines
+    from fslsage_rpc.check.cut_table import cut_lines
 
     print("\n".join(cut_lines(config)))
     return 0

@@ -30,6 +30,21 @@ class Bounds:
         return " and ".join(f"{sign} {end}" for sign, end in ends if end is not None)
 
 
+@dataclass(frozen=True)
+class OrOwn:
+    """One of these names, or `package.module:function` for the user's own."""
+
+    names: tuple[str, ...]
+
+    def allow(self, value: str) -> bool:
+        """Is it one of the names, or could it be the user's own?"""
+        module, _, function = value.partition(":")
+        return value in self.names or bool(module and function)
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.names)}, or package.module:function"
+
+
 Count = Annotated[int, Bounds(minimum=1)]
 NonNegative = Annotated[float, Bounds(minimum=0)]
 Positive = Annotated[float, Bounds(above=0)]
@@ -58,9 +73,12 @@ class Clients:
 class Data:
     """The dataset and how its training samples are divided among the clients."""
 
-    name: Literal["digits", "synthetic", "cifar10", "cifar100", "mnist", "fashion_mnist"] = "digits"
+    name: Annotated[
+        str, OrOwn(("digits", "synthetic", "cifar10", "cifar100", "mnist", "fashion_mnist", "e2e"))
+    ] = "digits"
+    """package.module:function of the user's own is called with the root and with train, a bool"""
     root: str = "data"
-    """the folder that holds (or will hold) torchvision's files; digits needs none"""
+    """the folder that holds (or will hold) the files; digits needs none"""
     download: bool = True
     """fetch what is missing from `root`"""
     partition: Literal["iid", "dirichlet", "shards", "file"] = "dirichlet"
@@ -126,7 +144,8 @@ class Alignment:
 class AlgorithmKeys:
     """The algorithm and the keys that some of them use."""
 
-    name: Literal["fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"] = "fsl_sage"
+    name: Annotated[str, OrOwn(("fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"))] = "fsl_sage"
+    """package.module:Class is the user's own subclass of `fslsage_rpc.algorithms.Algorithm`"""
     upload_every: Count = 5
     """q: smashed data goes up at local steps 0, q, 2q, ..."""
     align_every: Count | None = 10

@@ -1,9 +1,7 @@
 """The models by name: the built-in ones, torchvision's classifiers, and the user's own."""
 
 import difflib
-import importlib
 import inspect
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from torchvision.models.resnet import BasicBlock
 
 from fslsage_rpc.config import Model
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.models.tracing import first_line
+from fslsage_rpc.own import first_line, import_own, is_own
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 TORCHVISION = "torchvision/"
@@ -144,8 +142,9 @@ def find(name: str) -> Entry:
         near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(TORCHVISION + n for n in near)}?" if near else "it has no such model"
         raise InputError(f"model.name: got {name!r}, expected one of torchvision's classifiers; {hint}")
-    if ":" in name:
-        return Entry(partial(_users_own, name, _import(name)))
+    if is_own(name):
+        function = import_own("model.name", name, "a function that returns a model")
+        return Entry(partial(_users_own, name, function))
     near = difflib.get_close_matches(name, ZOO, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(
@@ -192,21 +191,6 @@ def _torchvision(model: str, classes: int, image_shape: ImageShape) -> nn.Module
     elif model.startswith("maxvit"):
         keys |= {"input_size": image_shape[1:]}
     return torchvision.models.get_model(model, weights=None, **keys)
-
-
-def _import(name: str) -> Callable[..., Any]:
-    path, _, function = name.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the working directory, also for the console script
-    try:
-        found = getattr(importlib.import_module(path), function)
-    except Exception as error:  # the user's module may raise anything
-        raise InputError(
-            f"model.name: got {name!r}, which cannot be imported ({first_line(error)})"
-        ) from None
-    if not callable(found):
-        raise InputError(f"model.name: got {name!r}, expected a function that returns a model")
-    return found
 
 
 def _users_own(name: str, function: Callable[..., Any], classes: int, image_shape: ImageShape) -> nn.Module:

@@ -10,7 +10,7 @@ from fslsage_rpc.comm.ledger import KINDS, RANK
 from fslsage_rpc.measure.requests import ByClient, by_kind
 from fslsage_rpc.measure.trace import Span
 from fslsage_rpc.parties.server import ServerReport
-from fslsage_rpc.training.evaluation import Score
+from fslsage_rpc.tasks import Score
 
 CLIENT_PHASES = (
     "data",
@@ -75,9 +75,14 @@ def client_device_seconds(reports: Sequence[RankReport]) -> dict[str, float]:
 
 
 class RoundRecorder:
-    """Turns what the ranks report into metrics lines, and keeps the totals."""
+    """Turns what the ranks report into metrics lines, and keeps the totals.
 
-    def __init__(self) -> None:
+    Args:
+        metrics: names of what the task measures by besides loss and accuracy.
+    """
+
+    def __init__(self, metrics: Sequence[str] = ()) -> None:
+        self._metrics = metrics
         self.lines: list[dict[str, Any]] = []
         self.client_bytes: WireBytes = {}
         self._elapsed_seconds = 0.0
@@ -119,6 +124,7 @@ class RoundRecorder:
             "train_loss": loss_sum / samples,
             "test_loss": score.loss if score else None,
             "test_accuracy": score.accuracy if score else None,
+            **{f"test_{name}": score.metrics[name] if score else None for name in self._metrics},
             "round_seconds": seconds,
             "elapsed_seconds": self._elapsed_seconds,
             "evaluation_seconds": evaluation_seconds,
