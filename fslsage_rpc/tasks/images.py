@@ -43,7 +43,7 @@ class ImageTask(Task):
         )
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, y)
+        return F.cross_entropy(outputs, y, label_smoothing=self.config.loss.label_smoothing)
 
     def tally(self, outputs: Tensor, y: Tensor) -> Tensor:
         loss = F.cross_entropy(outputs, y, reduction="sum").double()
