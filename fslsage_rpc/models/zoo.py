@@ -36,7 +36,8 @@ class Entry:
     logits `[B, T, classes]`. `auxiliary` gives for a cut the module up to which the auxiliary model is by
     default a fresh copy of the server half; where it is None, that is linear. `pools`: a linear classifier of
     what is inside the model takes means over positions. `head`: the modules at the model's end that an
-    auxiliary model ends with too; none: it gets a linear classifier. `for_alignment` is done to an auxiliary model, so
+    auxiliary model ends with too; none: it gets a linear classifier. `for_alignment` is done to an auxiliary
+    model, so
     that it can be differentiated twice.
     """
 
@@ -187,6 +188,13 @@ def make(keys: Model, classes: int, sample_shape: Sequence[int]) -> nn.Module:
         if key.partition(".")[0] not in (*ALL_READ, *entry.reads):
             expected = "null" if default is None else default
             raise InputError(f"model.{key}: got {value}, expected {expected}: {keys.name} has no choice")
+    of_texts = isinstance(sample_shape, TokenShape)
+    if of_texts != entry.tokens and not is_own(keys.name):
+        known = [name for name, one in ZOO.items() if one.tokens == of_texts]
+        raise InputError(
+            f"model.name: got {keys.name!r}, expected a model for {'texts' if of_texts else 'images'}, as "
+            f"data.name has them: {', '.join(known)}, or package.module:function"
+        )
     try:
         return entry.make(classes, sample_shape, **{name: getattr(keys, name) for name in entry.reads})
     except InputError:
