@@ -1,10 +1,10 @@
-"""The five algorithms on E2E texts: a small GPT-2 with LoRA on two client ranks, by their loss on unseen texts.
+"""The five algorithms on E2E texts: a small GPT-2 with LoRA on two client ranks, by loss on unseen texts.
 
     python benchmarks/language.py --data ROOT [--tokenizer FOLDER] [--out DIR]
 
 Trains configs/e2e_gpt2_tiny.yaml once with each algorithm, over RPC, and writes a table of losses on the
-development set, beside the entropy of its tokens: the loss of a model that knows how frequent each token is, and
-nothing else.
+development set, beside the entropy of its tokens: the loss of a model that knows how frequent each token is,
+and nothing else.
 """
 
 import argparse
