@@ -96,7 +96,7 @@ def kept(config: Config) -> dict[str, float]:
     """
     experiment = Experiment.prepare(config)
     split, sample = experiment.split, torch.Size(experiment.split.smashed_shape).numel()
-    image, label = torch.Size(experiment.spec.image_shape).numel(), 8
+    image, label = torch.Size(experiment.task.sample_shape).numel(), 8
     data = STEPS * BATCH * (image + label)
     auxiliary = module_bytes(split.auxiliary)
     if config.algorithm.name == "fsl_sage":

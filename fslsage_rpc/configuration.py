@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fslsage_rpc.config import Bounds, Config
+from fslsage_rpc.config import Bounds, Config, OrOwn
 from fslsage_rpc.errors import InputError
 
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
@@ -181,6 +181,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return None
     bounds = rule if isinstance(rule, Bounds) else None
     kind, converted = _as_type(hint, value)
+    if isinstance(rule, OrOwn):
+        kind, converted = str(rule), converted if converted and rule.allow(converted) else None
     if converted is None or (bounds and not bounds.allow(converted)):
         expected = kind + (f" {bounds}" if bounds else "") + (" or null" if optional else "")
         raise InputError(f"{key}: got {_show(value)}, expected {expected}")

@@ -20,6 +20,8 @@ SEED = "an integer >= 0 and <= 4294967295"
 TRANSPORTS = "a list, each one of uv, shm, ibv or null"
 FOLDER = "a folder name of letters, digits, '.', '_' and '-'"
 ARGUMENTS = "a mapping of names to numbers, texts or lists of numbers"
+DATASETS = "digits, synthetic, cifar10, cifar100, mnist, fashion_mnist, e2e"
+ALGORITHMS = "fsl_sage, splitfed_v1, splitfed_v2, cse_fsl, fedavg"
 WRONG_VALUES = [  # in YAML, just as the message shows them
     ("clients.count", COUNT, ["'four'", "'4'", "4.0", "[4]", "{a: 4}", "2024-02-29", "true", "0", "-3"]),
     ("data.train_limit", f"{COUNT} or null", ["true"]),
@@ -38,7 +40,8 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("comm.transports", TRANSPORTS, ["'uv'", "[]", "[uv, tcp]", "[uv, 3]"]),
     ("clients", "a mapping of keys", ["4", "null"]),
     ("algorithm.alignment", "a mapping of keys", ["[1]"]),
-    ("data.name", "one of digits, synthetic, cifar10, cifar100, mnist, fashion_mnist", ["'imagenet'"]),
+    ("data.name", f"one of {DATASETS}, or package.module:function", ["'imagenet'", "'mine:'", "3"]),
+    ("algorithm.name", f"one of {ALGORITHMS}, or package.module:function", ["'fedprox'"]),
     ("data.partition", "one of iid, dirichlet, shards, file", ["'IID'"]),
     ("algorithm.average_auxiliary", "one of never, alignment, round", ["false"]),
     ("transport", "one of rpc, local", ["[rpc]"]),

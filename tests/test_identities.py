@@ -13,6 +13,7 @@ from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Model
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.data.batches import ImageBatches
+from fslsage_rpc.data.datasets import SPECS
 from fslsage_rpc.models.splitting import build
 from fslsage_rpc.training.experiment import Experiment
 
@@ -89,7 +90,11 @@ def test_one_client_is_plain_training_in_one_process(name: str) -> None:
     experiment = Experiment.prepare(from_tree(keys))
     assert experiment.train is not None
     data = ImageBatches(
-        experiment.train.subset(experiment.parts[0]), experiment.spec, 16, torch.device("cpu"), torch.float64
+        experiment.train.subset(experiment.parts[0]),
+        SPECS["digits"],
+        16,
+        torch.device("cpu"),
+        torch.float64,
     )
     split = build(Model(name="simple_conv"), 10, (1, 8, 8), 0, torch.float64)
     whole = nn.Sequential(split.client, split.server)
@@ -122,7 +127,7 @@ def test_client_major_trains_one_client_after_the_other_on_one_server_model() ->
     split = build(Model(name="simple_conv"), 10, (1, 8, 8), 0, torch.float64)
     for client, part in enumerate(experiment.parts):
         data = ImageBatches(
-            experiment.train.subset(part), experiment.spec, 16, torch.device("cpu"), torch.float64
+            experiment.train.subset(part), SPECS["digits"], 16, torch.device("cpu"), torch.float64
         )
         whole = nn.Sequential(copy.deepcopy(split.client), split.server)
         optimizer = torch.optim.SGD(whole.parameters(), lr=0.05)

@@ -12,16 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 
 from fslsage_rpc.algorithms import Algorithm
 from fslsage_rpc.config import Config
-from fslsage_rpc.data.batches import ImageBatches
-from fslsage_rpc.data.datasets import LabelledImages
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
-from fslsage_rpc.training.experiment import Experiment, model_sizes
+from fslsage_rpc.tasks import Samples
+from fslsage_rpc.training.experiment import Experiment
 
 MOMENTS = {"adam": 2, "adamw": 2, "sgd": 0}
 """what each optimizer keeps of a parameter, in its size"""
@@ -89,7 +87,7 @@ class Estimate:
         self.experiment = experiment
         self.config: Config = experiment.config
         self.algorithm: Algorithm = experiment.algorithm
-        self.sizes = model_sizes(experiment.split, experiment.precision)
+        self.sizes = experiment.sizes()
         self.model = module_bytes(experiment.client_model())
         self.participants = len(experiment.federation.participants(0))
         kind, clients = self.algorithm.auxiliary, len(experiment.parts)
@@ -107,18 +105,20 @@ class Estimate:
         self._waiting = self._most_open if kind == "none" or aligns else 1
         self._batch = max(max(sizes) for sizes in experiment.federation.batch_sizes)
         self._sample = self.sizes.smashed + 8  # and its label
-        split = experiment.split
+        split, loss = experiment.split, experiment.task.loss
         client, server, auxiliary = (
             copy.deepcopy(half) for half in (split.client, split.server, split.auxiliary)
         )
         whole = nn.Sequential(client, server)
         self._client = self._activations(lambda x, y: client(x))
-        self._whole = self._activations(lambda x, y: F.cross_entropy(whole(x), y))
-        self._server = self._activations(lambda x, y: F.cross_entropy(server(_cut(client, x)), y))
-        self._estimate = self._activations(lambda x, y: F.cross_entropy(auxiliary(_cut(client, x)), y))
-        self._fit = self._activations(
-            lambda x, y: cut_layer_gradient(auxiliary, _cut(client, x), y, create_graph=True).square().sum()
-        )
+        self._whole = self._activations(lambda x, y: loss(whole(x), y))
+        self._server = self._activations(lambda x, y: loss(server(_cut(client, x)), y))
+        self._estimate = self._activations(lambda x, y: loss(auxiliary(_cut(client, x)), y))
+
+        def objective(x: Tensor, y: Tensor) -> Tensor:
+            return cut_layer_gradient(auxiliary, _cut(client, x), y, loss, create_graph=True).square().sum()
+
+        self._fit = self._activations(objective)
 
     def of_clients(self, clients: Sequence[int]) -> Memory:
         """A rank that hosts these clients."""
@@ -144,7 +144,7 @@ class Estimate:
             checkpoint=self._checkpointed(self._client_states(clients)),
         )
 
-    def of_server(self, workers: int, client_ranks: int, test: LabelledImages) -> Memory:
+    def of_server(self, workers: int, client_ranks: int, test: Samples) -> Memory:
         """The server's rank.
 
         Args:
@@ -217,7 +217,7 @@ class Estimate:
     def _stored_sample(self) -> int:
         train = self.experiment.train
         assert train is not None
-        return train.images[0].nbytes + train.labels.element_size()
+        return sum(tensor[0].nbytes for tensor in train.tensors)
 
     def _activations(self, compute: Callable[[Tensor, Tensor], Tensor]) -> Activations:
         """Counted on batches of 2 and of 4 samples: what is the same for both (weights) is not per sample."""
@@ -226,16 +226,15 @@ class Estimate:
         counted = []
         for samples in (2, 4):
             first = train.subset(torch.arange(samples) % len(train.labels))
-            weights = self.experiment.precision.weights
-            ((x, y),) = ImageBatches(first, self.experiment.spec, samples, CPU, weights).in_order()
+            ((x, y),) = self.experiment.task.batches(first, samples, CPU).in_order()
             counted.append(_saved_by(partial(compute, x, y)))
         growth = [(more - few) // 2 for few, more in zip(*counted, strict=True)]
         return Activations(sum(growth), max(growth))
 
 
-def _held(data: LabelledImages) -> int:
+def _held(data: Samples) -> int:
     """A dataset of which only the first samples are used is held whole."""
-    return sum(tensor.untyped_storage().nbytes() for tensor in (data.images, data.labels))
+    return sum(tensor.untyped_storage().nbytes() for tensor in data.tensors)
 
 
 def _cut(client: nn.Module, x: Tensor) -> Tensor:

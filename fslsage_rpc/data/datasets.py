@@ -1,4 +1,6 @@
-"""The datasets: the embedded digits, synthetic images, and torchvision's, as uint8 image tensors."""
+"""The image datasets: the embedded digits, synthetic images, torchvision's and the user's own, as uint8 image
+tensors.
+"""
 
 import pickle
 import socket
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from fslsage_rpc.config import Data
 from fslsage_rpc.errors import HostError, InputError
+from fslsage_rpc.own import first_line, import_own, is_own
 from fslsage_rpc.randomness import numpy_stream, torch_stream
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -53,6 +56,11 @@ class LabelledImages:
 
     images: Tensor
     labels: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held, each with the samples in front."""
+        return self.images, self.labels
 
     def subset(self, indices: Any) -> "LabelledImages":
         """The samples at these indices, copied."""
@@ -120,6 +128,27 @@ TORCHVISION = {
 }
 
 
+def spec_of(keys: Data) -> Spec:
+    """What is known of the dataset; of the user's own, what its training samples say.
+
+    Raises:
+        InputError: the user's function fails, or gives something else than images and labels.
+    """
+    if not is_own(keys.name):
+        return SPECS[keys.name]
+    images, labels = _load_own(keys, train=True)
+    pixels = images.double() / 255
+    return Spec(
+        train_samples=len(labels),
+        classes=int(labels.max()) + 1,
+        image_shape=tuple(images.shape[1:]),
+        mean=tuple(pixels.mean((0, 2, 3)).tolist()),
+        std=tuple(pixels.std((0, 2, 3)).clamp(min=1e-6).tolist()),
+        crop_padding=0,
+        flip=False,
+    )
+
+
 def prepare(keys: Data) -> None:
     """See that the dataset's files are there, downloading them if allowed.
 
@@ -129,7 +158,7 @@ def prepare(keys: Data) -> None:
     try:
         load(keys, train=False)
     except HostError:
-        if not keys.download:
+        if not keys.download or keys.name not in TORCHVISION:
             raise
         with _one_process_at_a_time(Path(keys.root)):
             _download(keys)
@@ -178,12 +207,32 @@ def load(keys: Data, train: bool) -> LabelledImages:
             images, labels = _load_digits(train)
         case "synthetic":
             images, labels = _make_synthetic(train)
+        case name if is_own(name):
+            images, labels = _load_own(keys, train)
         case _:
             images, labels = _load_torchvision(keys, train)
     if limit is not None and limit > len(labels):
         which = "train" if train else "test"
         raise InputError(f"data.{which}_limit: got {limit}, expected at most {len(labels)} for {keys.name}")
     return LabelledImages(images[:limit], labels[:limit])
+
+
+def _load_own(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
+    """What the user's function gives: images `[N, C, H, W]` of uint8, and N labels from 0 on."""
+    function = import_own("data.name", keys.name, "a function that returns images and labels")
+    try:
+        images, labels = map(torch.as_tensor, function(keys.root, train))
+    except Exception as error:  # the user's function may raise anything
+        raise InputError(f"data.name: got {keys.name!r}, which fails ({first_line(error)})") from None
+    whole = not (labels.is_floating_point() or labels.is_complex())
+    if images.dtype != torch.uint8 or images.dim() != 4 or not whole or labels.shape != images.shape[:1]:
+        raise InputError(
+            f"data.name: got {keys.name!r}, which gives {images.dtype} {list(images.shape)} and "
+            f"{labels.dtype} {list(labels.shape)}, expected uint8 images [N, C, H, W] and N integer labels"
+        )
+    if not len(labels) or labels.min() < 0:
+        raise InputError(f"data.name: got {keys.name!r}, which gives no samples or negative labels")
+    return images.contiguous(), labels.to(torch.int64)
 
 
 def _load_torchvision(keys: Data, train: bool) -> tuple[Tensor, Tensor]:

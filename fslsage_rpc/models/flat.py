@@ -1,6 +1,7 @@
 """A model's weights as one contiguous buffer, so that averaging or sending it is one operation."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 @dataclass
 class Weights:
-    """All numbers of one model (or the weighted sum of several).
+    """All numbers of one model that training changes (or the weighted sum of several).
 
-    `floats` `[n]` holds every parameter and floating-point buffer, `integers` `[k]` every integer buffer
-    (BatchNorm's counters), in the order of `named_parameters` and `named_buffers`.
+    `floats` `[n]` holds every trainable parameter and floating-point buffer, `integers` `[k]` every integer
+    buffer (BatchNorm's counters), in the order of `named_parameters` and `named_buffers`.
     """
 
     floats: Tensor
@@ -21,7 +22,7 @@ class Weights:
 
     @property
     def bytes(self) -> int:
-        """|C|, |S| or |A| of the paper ledger: the size of all parameters and buffers."""
+        """|C|, |S| or |A| of the paper ledger: the size of all trainable parameters and buffers."""
         return sum(t.numel() * t.element_size() for t in (self.floats, self.integers))
 
     def clone(self) -> "Weights":
@@ -47,30 +48,50 @@ class Weights:
 
 
 def flatten(module: nn.Module) -> Weights:
-    """Move a module's parameters and buffers into one contiguous buffer, of which they become views.
+    """Move a module's trainable parameters and its buffers into one contiguous buffer, of which they become
+    views.
 
-    Optimizers and state_dicts work as before. All floating-point tensors must share one dtype, all integer
-    ones int64.
+    Optimizers and state_dicts work as before. Frozen parameters, and buffers that no state_dict holds, stay
+    where they are: they are in no average and on no wire. All floating-point tensors must share one dtype,
+    all integer ones int64.
 
     Raises:
         TypeError: a buffer or parameter has another dtype.
     """
     floats: list[Tensor] = []
     integers: list[Tensor] = []
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in _weights(module):
         if tensor.is_floating_point() and tensor.dtype == (floats[0] if floats else tensor).dtype:
             floats.append(tensor)
         elif tensor.dtype == torch.int64:
             integers.append(tensor)
         else:
             raise TypeError(f"{name} is {tensor.dtype}: weights are floating-point of one type or int64")
-    device = floats[0].device if floats else torch.device("cpu")
+    device = next((t.device for t in (*floats, *module.parameters())), torch.device("cpu"))
     return Weights(_adopt(floats, torch.float32, device), _adopt(integers, torch.int64, device))
 
 
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen: what optimizers step, and what is averaged and sent."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 def module_bytes(module: nn.Module) -> int:
-    """The size of all parameters and buffers of a module."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    """The size of a module's `Weights`: of all trainable parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in _weights(module))
+
+
+def copy_of(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on a device with weights of its own; frozen parameters are shared by all copies."""
+    frozen = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(module, frozen).to(device)
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All that training changes: trainable parameters, and the buffers that a state_dict holds."""
+    yield from ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    kept = module.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
 
 
 def _adopt(tensors: list[Tensor], empty_dtype: torch.dtype, device: torch.device) -> Tensor:

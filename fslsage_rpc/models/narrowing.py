@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.models.tracing import first_line
+from fslsage_rpc.own import first_line
 
 KEY = "model.auxiliary.width_multiplier"
 

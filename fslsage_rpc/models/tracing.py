@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fslsage_rpc.own import first_line
+
 PROBE_BATCHES = (2, 3)
 """values are taken at both batch sizes: what differs between them is a size of the batch"""
 
@@ -167,15 +169,15 @@ def trace_inside(model: nn.Module, sample_shape: Iterable[int]) -> dict[bool, Tr
             closed.add(error.module)
 
 
-def first_line(error: BaseException) -> str:
-    """What an error is and says, in one line."""
-    return (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0][:200]
+class TokenShape(tuple[int, ...]):
+    """The shape of one sample, without the batch, that consists of the numbers of tokens."""
 
 
 def probe_inputs(model: nn.Module, sample_shape: Iterable[int], batch: int) -> Tensor:
-    """Zeros `[batch, *sample_shape]` as the model's weights are: on their device, in their type."""
+    """Zeros `[batch, *sample_shape]` where the model's weights are: in their type, or int64 for tokens."""
     weight = next(model.parameters(), torch.empty(0))
-    return torch.zeros(batch, *sample_shape, device=weight.device, dtype=weight.dtype)
+    dtype = torch.int64 if isinstance(sample_shape, TokenShape) else weight.dtype
+    return torch.zeros(batch, *sample_shape, device=weight.device, dtype=dtype)
 
 
 class _Recorder(fx.Interpreter):

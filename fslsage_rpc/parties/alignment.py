@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fslsage_rpc.config import Alignment
 from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.models.flat import Weights, trainable
 from fslsage_rpc.parties.graphs import Graphed, Tensors
+from fslsage_rpc.parties.losses import Loss
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.streams import WorkQueue
 
@@ -23,15 +24,16 @@ Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
 Target = tuple[Tensor, Tensor, Tensor]  # z [B, ...], y [B], g [B, ...]
 
 
-def cut_layer_gradient(model: nn.Module, z: Tensor, y: Tensor, create_graph: bool = False) -> Tensor:
-    """grad_z CE(model(z), y), the loss being the mean over the batch; `[B, ...]` like z.
+def cut_layer_gradient(
+    model: nn.Module, z: Tensor, y: Tensor, loss: Loss = F.cross_entropy, create_graph: bool = False
+) -> Tensor:
+    """grad_z loss(model(z), y), the loss being the mean over the batch; `[B, ...]` like z.
 
     With the server model it is the true gradient g, with an auxiliary model the estimate ĝ. Parameter
     gradients are not computed, except (`create_graph`) the graph through which ĝ depends on the parameters.
     """
     z = z.detach().requires_grad_()
-    loss = F.cross_entropy(model(z), y)
-    return torch.autograd.grad(loss, z, create_graph=create_graph)[0]
+    return torch.autograd.grad(loss(model(z), y), z, create_graph=create_graph)[0]
 
 
 @contextmanager
@@ -155,6 +157,7 @@ class AuxiliaryFit:
     timeline: Timeline
     queue: WorkQueue = field(default_factory=WorkQueue)
     graphs: bool = False
+    loss: Loss = F.cross_entropy
 
     def __post_init__(self) -> None:
         self.steps = Graphed(self.graphs, self.optimizer)
@@ -167,7 +170,7 @@ class AuxiliaryFit:
         """
         with untouched_statistics(server_model):
             return [
-                (z, y, cut_layer_gradient(server_model, z, y))
+                (z, y, cut_layer_gradient(server_model, z, y, self.loss))
                 for z, y in self.buffer.batches(self.keys.batch_size)
             ]
 
@@ -206,7 +209,7 @@ class AuxiliaryFit:
         wide = self.weights.floats.dtype
         scale = torch.stack([true.to(wide).square().sum() for _, _, true in targets]).sum()
         solver = torch.optim.LBFGS(
-            self.model.parameters(),
+            trainable(self.model),
             max_iter=self.keys.epochs,
             max_eval=self.keys.epochs,
             tolerance_grad=0.0,
@@ -235,9 +238,9 @@ class AuxiliaryFit:
     def _accumulate(self, target: Target, scale: Tensor | float = 1.0) -> Tensor:
         """||ĝ - g||^2 / scale on one batch; its gradient is added to the parameters'."""
         z, y, true = target
-        estimate = cut_layer_gradient(self.model, z, y, create_graph=True)
+        estimate = cut_layer_gradient(self.model, z, y, self.loss, create_graph=True)
         objective = (estimate.to(self.weights.floats.dtype) - true).square().sum() / scale
-        objective.backward(inputs=list(self.model.parameters()))
+        objective.backward(inputs=trainable(self.model))
         return objective.detach()
 
     def state(self) -> dict[str, Any]:
@@ -257,5 +260,5 @@ class AuxiliaryFit:
     def _agreement(self, targets: list[Target]) -> Agreement:
         agreement = Agreement()
         for z, y, target in targets:
-            agreement.add(cut_layer_gradient(self.model, z, y), target)
+            agreement.add(cut_layer_gradient(self.model, z, y, self.loss), target)
         return agreement

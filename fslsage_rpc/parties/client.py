@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.graphs import Graphed, Tensors
-from fslsage_rpc.parties.losses import LossSum
+from fslsage_rpc.parties.losses import Loss, LossSum
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.tasks.base import Batches
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class Client:
         auxiliary: nn.Module | None,
         optimizer: ScheduledOptimizer,
         auxiliary_optimizer: ScheduledOptimizer | None,
-        data: ImageBatches,
+        data: Batches,
         keys: TrainingKeys,
         timeline: Timeline,
         graphs: bool = False,
+        loss: Loss = F.cross_entropy,
     ):
         self.id = id
         self.model = model
@@ -53,6 +54,7 @@ class Client:
         self.optimizer = optimizer
         self.data = data
         self._keys = keys
+        self._loss = loss
         self._phase = partial(timeline.phase, row=f"client {id}")
         self._auxiliary = auxiliary
         self._auxiliary_optimizer = auxiliary_optimizer
@@ -72,8 +74,8 @@ class Client:
         return self._auxiliary_weights
 
     def batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The client's training batches of a round, each made when it is asked for: x `[B, C, H, W]`, y
-        `[B]`.
+        """The client's training batches of a round, each made when it is asked for: x `[B, ...]`, y
+        `[B, ...]`.
         """
         keys = self._keys
         batches = self.data.shuffled(keys.seed, round, self.id, keys.local_epochs, keys.augment)
@@ -85,7 +87,7 @@ class Client:
         return iter(draw, None)  # keeps no batch, as a generator's own variables would
 
     def forward(self, x: Tensor) -> Tensor:
-        """Smashed data z `[B, ...]` of images x `[B, C, H, W]`, to be given back to `backward`."""
+        """Smashed data z `[B, ...]` of inputs x `[B, ...]`, to be given back to `backward`."""
         with self._phase("forward_backward"):
             return self.passes(self._forward, x, then=self._backward)[0]
 
@@ -170,20 +172,20 @@ class Client:
         self.optimizer.apply()
 
     def _whole_step(self, x: Tensor, y: Tensor) -> Tensors:
-        loss = F.cross_entropy(self.model(x), y)
+        loss = self._loss(self.model(x), y)
         loss.backward()
         self.optimizer.apply()
         return (loss,)
 
     def _estimate(self, z: Tensor, y: Tensor) -> Tensors:
         assert self._auxiliary is not None
-        return (cut_layer_gradient(self._auxiliary, z, y),)
+        return (cut_layer_gradient(self._auxiliary, z, y, self._loss),)
 
     def _auxiliary_step(self, z: Tensor, y: Tensor) -> Tensors:
         assert self._auxiliary is not None
         assert self._auxiliary_optimizer is not None
         z = z.detach().requires_grad_()
-        F.cross_entropy(self._auxiliary(z), y).backward()
+        self._loss(self._auxiliary(z), y).backward()
         self._auxiliary_optimizer.apply()
         assert z.grad is not None
         return (z.grad,)

@@ -1,7 +1,12 @@
 """The training loss of a round, summed on the device so that no step waits for it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""the mean loss of a batch of a model's outputs, given their labels y"""
 
 
 class LossSum:

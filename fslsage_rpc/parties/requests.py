@@ -17,9 +17,7 @@ class Turn:
 
 @dataclass
 class SmashedData:
-    """Smashed data z `[B, ...]` with its labels y `[B]`, made at local step `step`; z is cut off its autograd
-    graph.
-    """
+    """Smashed data z `[B, ...]` with its labels y `[B, ...]`; z is cut off its autograd graph."""
 
     z: Tensor
     y: Tensor

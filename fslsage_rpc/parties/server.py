@@ -19,7 +19,7 @@ from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.flat import Weights, flatten, load_mean
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, FitRecord, Target, cut_layer_gradient
 from fslsage_rpc.parties.graphs import Graphed, Tensors
-from fslsage_rpc.parties.losses import LossSum
+from fslsage_rpc.parties.losses import Loss, LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
@@ -42,6 +42,7 @@ class Lane:
         timeline: Timeline,
         queue: WorkQueue | None = None,
         graphs: bool = False,
+        loss: Loss = F.cross_entropy,
     ):
         self.model = model
         self.weights = flatten(model)
@@ -52,6 +53,7 @@ class Lane:
         self.timeline = timeline
         self.queue = queue or WorkQueue()
         self.losses = LossSum()
+        self._loss = loss
         self.steps = {gradient: Graphed(graphs, optimizer) for gradient in (False, True)}
 
     def train(self, z: Tensor, y: Tensor, gradient: bool) -> Tensor | None:
@@ -67,7 +69,7 @@ class Lane:
 
     def _step(self, z: Tensor, y: Tensor, gradient: bool) -> Tensors:
         z = z.detach().requires_grad_(gradient)
-        loss = F.cross_entropy(self.model(z), y)
+        loss = self._loss(self.model(z), y)
         loss.backward()
         self.optimizer.apply()
         return (loss,) if z.grad is None else (loss, z.grad)
@@ -303,7 +305,7 @@ class Server:
                 if gradient is not None and fit is not None:
                     with lane.timeline.phase("drift"):
                         lane.queue.after_queue(fit.queue)  # the client's last fit has made this model
-                        estimate = cut_layer_gradient(fit.model, body.z, body.y)
+                        estimate = cut_layer_gradient(fit.model, body.z, body.y, fit.loss)
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
                 return None
 

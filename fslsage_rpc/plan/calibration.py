@@ -16,7 +16,8 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.prediction import simulation_of
-from fslsage_rpc.plan.scenario import Scenario, training_samples
+from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.tasks import open_task
 
 APPROXIMATIONS = 20
 LARGEST = 1e18
@@ -58,7 +59,7 @@ def _read(folder: Path) -> Calibration:
         raise InputError(f"--calibrate: got {folder}, expected a benchmark with transport: rpc")
     link = LinkSpeed(*(statistics.fmean(getattr(s, name) for s in speeds) for name in vars(speeds[0])))
     config = load(folder / "config.yaml")
-    if config.clients.count > training_samples(config):
+    if config.clients.count > open_task(config).train_samples:
         raise ValueError("there would be clients without samples")
     ranks = environment["ranks"]
     workers = max(1, ranks[0]["cores"] // ranks[0]["threads"])

@@ -18,8 +18,9 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.prediction import Prediction, predict
-from fslsage_rpc.plan.scenario import Scenario, training_samples
+from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.report.screen import SteadyCursorConsole
+from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
 
@@ -58,7 +59,7 @@ def plan(
     else:
         measured = read_calibration(Path(calibration))
         _check_same(config, measured, calibration)
-    samples = training_samples(config)
+    samples = open_task(config).train_samples
     if max(clients) > samples:
         raise InputError(f"--clients: got {max(clients)}, expected at most {samples}, the training samples")
     link = link_speed(measured.link, bandwidth, rtt)

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.algorithms import find
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.data.datasets import SPECS
 from fslsage_rpc.federation import Federation
-from fslsage_rpc.models.splitting import PRECISIONS, build
 from fslsage_rpc.plan.wire import Connection
+from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import model_sizes
 
 LABEL_BYTES = 8
@@ -30,12 +29,6 @@ class PlannedRound:
     """of the models that the clients average"""
 
 
-def training_samples(config: Config) -> int:
-    """How many training samples the clients divide among them."""
-    known = SPECS[config.data.name].train_samples
-    return min(config.data.train_limit or known, known)
-
-
 class Scenario:
     """A configuration whose clients all have the same number of samples.
 
@@ -47,17 +40,15 @@ class Scenario:
     def __init__(self, config: Config, link: LinkSpeed, client_ranks: int, shared_cores: float = math.inf):
         self.config, self.link, self.client_ranks = config, link, client_ranks
         self.shared_cores = shared_cores
-        spec, clients = SPECS[config.data.name], config.clients
-        samples, count = training_samples(config), clients.count
+        task, clients = open_task(config), config.clients
+        samples, count = task.train_samples, clients.count
         shares = [samples * (i + 1) // count - samples * i // count for i in range(count)]
         self.federation = Federation(
             shares, clients.participation, clients.batch_size, clients.local_epochs, config.seed
         )
-        self.algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, self.federation)
-        precision = PRECISIONS[config.precision]
+        self.algorithm = find(config.algorithm.name)(config.algorithm, self.federation)
         with torch.device("meta"):
-            split = build(config.model, spec.classes, spec.image_shape, config.seed, precision.weights)
-        self.sizes = model_sizes(split, precision)
+            self.sizes = model_sizes(task.build(), task.precision)
 
     def round(self, round: int) -> PlannedRound:
         """What this round has to do."""

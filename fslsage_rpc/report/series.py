@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.algorithms import find
 from fslsage_rpc.config import AlgorithmKeys
 from fslsage_rpc.configuration import changed_keys
-from fslsage_rpc.report.figures import ALGORITHMS as LOOKS
 from fslsage_rpc.report.figures import display_name
+from fslsage_rpc.report.figures import find as LOOKS
 from fslsage_rpc.report.sources import Run, Tree
 
 FREE_KEYS = (
@@ -132,4 +132,4 @@ def _reads(tree: Tree, key: str) -> bool:
     """Does the algorithm of this configuration read this key? (All read what is outside `algorithm`.)"""
     section, _, rest = key.partition(".")
     name = rest.partition(".")[0]
-    return section != "algorithm" or name == "name" or name in ALGORITHMS[_algorithm(tree)].uses
+    return section != "algorithm" or name == "name" or name in find(_algorithm(tree)).uses

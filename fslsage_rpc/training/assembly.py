@@ -1,17 +1,14 @@
 """Builds the server and the clients of an experiment on the ranks that host them."""
 
-import copy
 import warnings
 
 from torch import nn
 
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.world import World
-from fslsage_rpc.data import datasets
-from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Tracer
-from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.models.flat import copy_of, flatten, trainable
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -38,16 +35,18 @@ def build_server(
         graphs = False
 
     def fresh(model: nn.Module) -> nn.Module:
-        return copy.deepcopy(model).to(world.device)
+        return copy_of(model, world.device)
 
     def queue() -> WorkQueue:
         return WorkQueue.beside_others(world.device) if world.works_beside else WorkQueue()
 
     def lane(row: str) -> Lane:
         model = fresh(split.server)
-        optimizer = ScheduledOptimizer(config.optimizer.server, model.parameters())
+        optimizer = ScheduledOptimizer(config.optimizer.server, trainable(model))
         timeline = Timeline(row, tracer, world.device)
-        return Lane(model, optimizer, config.server.order, timeline, queue(), graphs)
+        return Lane(
+            model, optimizer, config.server.order, timeline, queue(), graphs, loss=experiment.task.loss
+        )
 
     def fit(client: int) -> AuxiliaryFit:
         keys = config.algorithm.alignment
@@ -55,12 +54,13 @@ def build_server(
         return AuxiliaryFit(
             model=model,
             weights=flatten(model),
-            optimizer=ScheduledOptimizer(config.optimizer.auxiliary, model.parameters()),
+            optimizer=ScheduledOptimizer(config.optimizer.auxiliary, trainable(model)),
             buffer=AlignmentBuffer(keys.buffer_size),
             keys=keys,
             timeline=Timeline(f"alignment of client {client}", tracer, world.device),
             queue=queue(),
             graphs=graphs,
+            loss=experiment.task.loss,
         )
 
     if algorithm.client_holds_whole_model:
@@ -106,34 +106,30 @@ def build_clients(
 ) -> dict[int, Client]:
     """The clients that this rank hosts, by id, as they were saved or starting from the server's weights."""
     config = experiment.config
-    train = datasets.load(config.data, train=True) if experiment.train is None else experiment.train
+    task = experiment.task
+    train = task.load(train=True) if experiment.train is None else experiment.train
     keys = TrainingKeys(config.seed, config.clients.local_epochs, config.data.augment)
     clients = {}
     for id in hosted_clients(experiment, world):
-        model = copy.deepcopy(experiment.client_model()).to(world.device)
+        model = copy_of(experiment.client_model(), world.device)
         kind = experiment.algorithm.auxiliary
-        auxiliary = None if kind == "none" else copy.deepcopy(experiment.split.auxiliary).to(world.device)
-        data = ImageBatches(
-            train.subset(experiment.parts[id]),
-            experiment.spec,
-            config.clients.batch_size,
-            world.device,
-            experiment.precision.weights,
-        )
+        auxiliary = None if kind == "none" else copy_of(experiment.split.auxiliary, world.device)
+        samples = train.subset(experiment.parts[id])
         client = Client(
             id=id,
             model=model,
-            optimizer=ScheduledOptimizer(config.optimizer.client, model.parameters()),
+            optimizer=ScheduledOptimizer(config.optimizer.client, trainable(model)),
             auxiliary=auxiliary,
             auxiliary_optimizer=(
-                ScheduledOptimizer(config.optimizer.auxiliary, auxiliary.parameters())
+                ScheduledOptimizer(config.optimizer.auxiliary, trainable(auxiliary))
                 if auxiliary is not None and (kind == "trained" or experiment.algorithm.warms_up(0))
                 else None
             ),
-            data=data,
+            data=task.batches(samples, config.clients.batch_size, world.device),
             keys=keys,
             timeline=timeline,
             graphs=uses_graphs(experiment, world),
+            loss=task.loss,
         )
         if saved is not None:
             client.load_state(saved.clients[id])

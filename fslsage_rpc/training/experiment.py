@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
+from fslsage_rpc.algorithms import Algorithm, find
 from fslsage_rpc.algorithms.base import Sizes
 from fslsage_rpc.comm.world import choose_device, interfaces, nccl_available, rpc_available
 from fslsage_rpc.config import Config
-from fslsage_rpc.data import datasets, partitions
-from fslsage_rpc.data.datasets import LabelledImages, Spec
+from fslsage_rpc.data import partitions
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
-from fslsage_rpc.models.flat import module_bytes
-from fslsage_rpc.models.splitting import PRECISIONS, Precision, SplitModel, build, has_batch_norm
+from fslsage_rpc.models.flat import module_bytes, trainable
+from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
+from fslsage_rpc.tasks import Samples, Task, open_task
 
 
 def check(config: Config, ranks: int) -> None:
@@ -32,18 +32,19 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.transport == "rpc":
         _check_ranks(config, ranks)
-    spec = datasets.SPECS[config.data.name]
+    find(config.algorithm.name)
+    task = open_task(config)
     clients = config.clients
     if clients.minimum > clients.count:
         raise InputError(
             f"clients.minimum: got {clients.minimum}, expected at most clients.count, {clients.count}"
         )
     with torch.device("meta"):
-        build(config.model, spec.classes, spec.image_shape, 0, torch.float32)
+        task.build()
     for party, keys in vars(config.optimizer).items():
         check_scheduler(keys, party)
     choose_device(config.device, 0)
-    datasets.prepare(config.data)
+    task.prepare()
 
 
 def _check_ranks(config: Config, ranks: int) -> None:
@@ -84,15 +85,14 @@ class Experiment:
     """A configuration with all that follows from it alone, the same on every rank; for one training."""
 
     config: Config
-    spec: Spec
-    train: LabelledImages | None
+    task: Task
+    train: Samples | None
     """all training samples, until the clients have taken theirs"""
     parts: partitions.Partition
     partition_summary: list[dict[str, Any]]
     federation: Federation
     algorithm: Algorithm
     split: SplitModel
-    precision: Precision
 
     @classmethod
     def prepare(cls, config: Config) -> "Experiment":
@@ -101,8 +101,8 @@ class Experiment:
         Raises:
             InputError: the data are missing, or cannot be divided or trained on as configured.
         """
-        spec = datasets.SPECS[config.data.name]
-        train = datasets.load(config.data, train=True)
+        task = open_task(config)
+        train = task.load(train=True)
         clients = config.clients
         parts = partitions.partition(config.data, train.labels.numpy(), clients.count, config.seed)
         federation = Federation(
@@ -112,13 +112,10 @@ class Experiment:
             clients.local_epochs,
             config.seed,
         )
-        precision = PRECISIONS[config.precision]
-        split = build(
-            config.model, spec.classes, spec.image_shape, config.seed, precision.weights, precision.autocast
-        )
-        algorithm = ALGORITHMS[config.algorithm.name](config.algorithm, federation)
+        split = task.build()
+        algorithm = find(config.algorithm.name)(config.algorithm, federation)
         if algorithm.auxiliary == "aligned":
-            _check_alignment_derivatives(config, split, precision)
+            _check_alignment_derivatives(task, split)
         if has_batch_norm(split.client) or has_batch_norm(split.server):
             _check_alignment_batches(config, federation, algorithm)
             alone = [client for client, sizes in enumerate(federation.batch_sizes) if 1 in sizes]
@@ -130,14 +127,13 @@ class Experiment:
                 )
         return cls(
             config=config,
-            spec=spec,
+            task=task,
             train=train,
             parts=parts,
-            partition_summary=partitions.summary(parts, train.labels.numpy(), spec.classes),
+            partition_summary=partitions.summary(parts, train.labels.numpy(), task.groups),
             federation=federation,
             algorithm=algorithm,
             split=split,
-            precision=precision,
         )
 
     def client_model(self) -> nn.Module:
@@ -146,7 +142,7 @@ class Experiment:
 
     def sizes(self) -> Sizes:
         """The sizes that the paper ledger counts with."""
-        return model_sizes(self.split, self.precision)
+        return model_sizes(self.split, self.task.precision)
 
 
 def model_sizes(split: SplitModel, precision: Precision) -> Sizes:
@@ -159,19 +155,18 @@ def model_sizes(split: SplitModel, precision: Precision) -> Sizes:
     )
 
 
-def _check_alignment_derivatives(config: Config, split: SplitModel, precision: Precision) -> None:
+def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:
     """Alignment differentiates twice, which not all of torch's layers can."""
-    z, y = torch.zeros(2, *split.smashed_shape, dtype=precision.smashed), torch.zeros(2, dtype=torch.int64)
+    z = torch.zeros(2, *split.smashed_shape, dtype=task.precision.smashed)
+    y = torch.zeros(2, *task.label_shape, dtype=torch.int64)
     try:
         with torch.random.fork_rng(devices=[]):
-            estimate = cut_layer_gradient(split.auxiliary, z, y, create_graph=True)
-            torch.autograd.grad(
-                estimate.square().sum(), list(split.auxiliary.parameters()), allow_unused=True
-            )
+            estimate = cut_layer_gradient(split.auxiliary, z, y, task.loss, create_graph=True)
+            torch.autograd.grad(estimate.square().sum(), trainable(split.auxiliary), allow_unused=True)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"model.auxiliary.until: got {config.model.auxiliary.until!r}, whose layers cannot be "
+            f"model.auxiliary.until: got {task.config.model.auxiliary.until!r}, whose layers cannot be "
             f"differentiated twice, as alignment does ({reason}); expected kind linear or mlp"
         ) from None
 

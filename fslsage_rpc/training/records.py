@@ -11,7 +11,7 @@ from fslsage_rpc.comm.ledger import KINDS, RANK
 from fslsage_rpc.measure.requests import ByClient, by_kind
 from fslsage_rpc.measure.trace import Span
 from fslsage_rpc.parties.server import ServerReport
-from fslsage_rpc.training.evaluation import Score
+from fslsage_rpc.tasks import Score
 
 CLIENT_PHASES = (
     "data",
@@ -79,12 +79,16 @@ class RoundRecorder:
     """Turns what the ranks report into metrics lines, and keeps the totals; not the lines: a long run has
     many.
 
+    Args:
+        metrics: names of what the task measures by besides loss and accuracy.
+
     Attributes:
         last: the line of the last round so far.
         client_bytes: on the wire in all rounds so far, by client.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Sequence[str] = ()) -> None:
+        self._metrics = metrics
         self.last: dict[str, Any] | None = None
         self.client_bytes: WireBytes = {}
         self._elapsed_seconds = 0.0
@@ -133,6 +137,7 @@ class RoundRecorder:
             "train_loss": loss_sum / samples,
             "test_loss": score.loss if score else None,
             "test_accuracy": score.accuracy if score else None,
+            **{f"test_{name}": score.metrics[name] if score else None for name in self._metrics},
             "round_seconds": seconds,
             "elapsed_seconds": self._elapsed_seconds,
             "evaluation_seconds": evaluation_seconds,

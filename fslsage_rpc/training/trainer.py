@@ -12,8 +12,6 @@ from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.memory import lasting_blocks
 from fslsage_rpc.comm.world import World
 from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.data import datasets
-from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.progress import Progress
 from fslsage_rpc.measure.requests import RequestLog, on_device
@@ -21,10 +19,11 @@ from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.tasks import Batches, Score
 from fslsage_rpc.training.assembly import build_clients, build_server
 from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.checkpoints import Checkpoints
-from fslsage_rpc.training.evaluation import Score, evaluate
+from fslsage_rpc.training.evaluation import evaluate
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.records import RankReport, RoundRecorder, round_seconds
 
@@ -55,7 +54,7 @@ class Trainer:
     ):
         self.experiment = experiment
         self.world = world
-        self.recorder = RoundRecorder()
+        self.recorder = RoundRecorder(experiment.task.metrics)
         self._first_round = saved.rounds if saved else 0
         if saved and lines:
             self.recorder.go_on(lines, saved.client_bytes)
@@ -268,16 +267,11 @@ class Trainer:
 
     def _evaluate(self, server: Server) -> Score:
         assert self._test_data is not None
-        return evaluate(nn.Sequential(*server.halves()), self._test_data)
+        return evaluate(nn.Sequential(*server.halves()), self.experiment.task, self._test_data)
 
-    def _load_test_data(self) -> ImageBatches:
-        return ImageBatches(
-            datasets.load(self._config.data, train=False),
-            self.experiment.spec,
-            self._config.evaluation.batch_size,
-            self.world.device,
-            self.experiment.precision.weights,
-        )
+    def _load_test_data(self) -> Batches:
+        task = self.experiment.task
+        return task.batches(task.load(train=False), self._config.evaluation.batch_size, self.world.device)
 
     def _paper_limit_reached(self) -> bool:
         limit = self._config.stop.paper_gib

@@ -3,9 +3,8 @@
 import torch
 
 from fslsage_rpc.config import Config
-from fslsage_rpc.data.datasets import SPECS
 from fslsage_rpc.models.cuts import list_cuts
-from fslsage_rpc.models.splitting import PRECISIONS
+from fslsage_rpc.tasks import open_task
 
 
 def cut_lines(config: Config) -> list[str]:
@@ -15,10 +14,10 @@ def cut_lines(config: Config) -> list[str]:
     Raises:
         InputError: there is no such model, or it cannot be cut.
     """
-    spec, precision = SPECS[config.data.name], PRECISIONS[config.precision]
+    task = open_task(config)
     with torch.device("meta"):
-        cuts = list_cuts(config.model, spec.classes, spec.image_shape)
-    element_bytes = precision.smashed.itemsize
+        cuts = list_cuts(config.model, task.classes, task.sample_shape)
+    element_bytes = task.precision.smashed.itemsize
     head = (
         "cut",
         "smashed data",

@@ -1,0 +1,39 @@
+"""What the user brings along: functions and classes of their own, named `package.module:function`."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fslsage_rpc.errors import InputError
+
+
+def is_own(name: str) -> bool:
+    """Does a configuration's name stand for something of the user's own?"""
+    return ":" in name
+
+
+def import_own(key: str, name: str, expected: str) -> Callable[..., Any]:
+    """The function or class of that name, from the working directory or from what is installed.
+
+    Args:
+        key: of the configuration, and `expected`: what it is to be; for the message.
+
+    Raises:
+        InputError: it cannot be imported, or cannot be called.
+    """
+    path, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the working directory, also for the console script
+    try:
+        found = getattr(importlib.import_module(path), function)
+    except Exception as error:  # the user's module may raise anything
+        raise InputError(f"{key}: got {name!r}, which cannot be imported ({first_line(error)})") from None
+    if not callable(found):
+        raise InputError(f"{key}: got {name!r}, expected {expected}")
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """What an error is and says, in one line."""
+    return (f"{type(error).__name__}: {error}".strip().splitlines() or [""])[0][:200]
