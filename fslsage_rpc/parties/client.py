@@ -81,7 +81,7 @@ class Client:
 
     def batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The client's training batches of a round, each made when it is asked for: x `[B, ...]`, y
-        `[B, ...]`.
+        `[B, ...]`. What the client computes until the next belongs to that local step.
         """
         keys = self._keys
         batches = self.data.shuffled(keys.seed, round, self.id, keys.local_epochs, keys.augment)
