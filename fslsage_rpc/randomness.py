@@ -4,7 +4,7 @@ The stream of (seed, purpose, round, client) is the same on 2 ranks and on 9, wh
 """
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -12,13 +12,24 @@ if TYPE_CHECKING:
     import torch
 
 
-def keyed_seed(seed: int, purpose: str, round: int = 0, client: int = 0) -> int:
-    """A 63-bit seed for one purpose of one client in one round.
+class LocalStep(NamedTuple):
+    """A local step of a client in a round, to which every computation of the training belongs."""
 
-    It is the first 64-bit word of numpy's `SeedSequence([seed, crc32(purpose), round, client])`, without its
-    top bit.
+    round: int = 0
+    client: int = 0
+    step: int = 0
+
+
+START = LocalStep()
+
+
+def keyed_seed(seed: int, purpose: str, round: int = 0, client: int = 0, *within: int) -> int:
+    """A 63-bit seed for one purpose of one client in one round, or for a part of it.
+
+    It is the first 64-bit word of numpy's `SeedSequence([seed, crc32(purpose), round, client, *within])`,
+    without its top bit.
     """
-    sequence = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), round, client])
+    sequence = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), round, client, *within])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 

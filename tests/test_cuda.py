@@ -315,3 +315,17 @@ def test_tf32_is_off_unless_asked_for() -> None:
     assert errors[False] < 1e-6
     if torch.cuda.get_device_capability(device) >= (8, 0):  # Ampere and later have TF32
         assert errors[True] > 10 * errors[False]
+
+
+def test_masks_on_a_gpu_are_keyed_and_their_steps_not_captured(tmp_path: Path) -> None:
+    model = {"name": "random_models:wet", "cut": "between", "auxiliary": {"until": None}}
+    split, whole = (
+        train_locally(tree(tmp_path, algorithm, model=model, graphs="auto"))
+        for algorithm in ("splitfed_v1", "fedavg")
+    )
+    finals = [name for name in split.tensors if name.startswith("final ")]
+    for name in finals:
+        difference = (split.tensors[name] - whole.tensors[name]).norm()
+        assert difference <= SAME_IN_FP64 * whole.tensors[name].norm(), name
+    aligned = [train_locally(tree(tmp_path, "fsl_sage", model=model, graphs="auto")) for _ in range(2)]
+    assert_near(*aligned, SAME_IN_FP64)

@@ -48,6 +48,12 @@ def in_bf16(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "precision": "bf16"}
 
 
+def with_dropout(tree: dict[str, Any], name: str, cut: str, until: str | None) -> dict[str, Any]:
+    """A model that draws masks."""
+    model = {"name": f"random_models:{name}", "cut": cut, "auxiliary": {"until": until}}
+    return {**tree, "rounds": 2, "model": model}
+
+
 CASES = [
     ("fsl_sage", "round_robin", "simple_conv"),
     ("fsl_sage", "client_major", "simple_conv"),
@@ -67,7 +73,13 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("partition") / "partition.json"
     # Clients of unequal size: 5, 3 and 3 steps, and every last batch is short.
     path.write_text(json.dumps([list(range(70)), list(range(70, 115)), list(range(115, 149))]))
-    more = [in_bf16(tree(path, "fsl_sage", "round_robin")), warm(tree(path, "fsl_sage", "round_robin"))]
+    more = [
+        with_dropout(tree(path, "fsl_sage", "round_robin"), "copied", "1", until="5"),
+        with_dropout(tree(path, "splitfed_v1", "round_robin"), "wet", "between", until=None),
+        with_dropout(tree(path, "splitfed_v2", "client_major"), "wet", "between", until=None),
+        in_bf16(tree(path, "fsl_sage", "round_robin")),
+        warm(tree(path, "fsl_sage", "round_robin")),
+    ]
     return [tree(path, *case) for case in CASES] + more
 
 
@@ -153,6 +165,14 @@ def test_bf16_is_the_same_over_rpc_and_halves_the_bytes(
     assert_same(local[-2], jobs["2 ranks"][-2])
     for half, double in zip(local[-2].lines, local[0].lines, strict=True):
         assert half["wire_bytes"]["smashed_up"] * 4 == double["wire_bytes"]["smashed_up"]  # that one in fp64
+
+
+@pytest.mark.parametrize("case", [len(CASES), len(CASES) + 1, len(CASES) + 2])
+def test_masks_are_the_same_on_every_transport_and_number_of_ranks(
+    case: int, local: list[Outcome], jobs: dict[str, list[Outcome]]
+) -> None:
+    for outcomes in jobs.values():
+        assert_same(local[case], outcomes[case])
 
 
 @pytest.mark.parametrize("case", [0, 3])

@@ -25,8 +25,8 @@ from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.notebook import train
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.graphs import SHAPES, Graphed
+from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.parties.server import Lane
 from fslsage_rpc.training.assembly import build_server
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer

@@ -12,9 +12,10 @@ from fslsage_rpc.config import Alignment, OptimizerKeys
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
+from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
-from fslsage_rpc.parties.server import Lane, Server
+from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.streams import WorkQueue
 
 TIMEOUT = 20
@@ -63,7 +64,7 @@ def test_replicas_are_trained_at_the_same_time() -> None:
     replies: list[Any] = []
     with ThreadPoolExecutor(2) as pool:
         server = make_server({c: lane_of(Meeting(barrier)) for c in (0, 1)}, pool)
-        server.announce({0: [0], 1: [0]}, [0, 1])
+        server.announce(0, {0: [0], 1: [0]}, [0, 1])
         for client in (0, 1):  # each forward pass returns only once the other lane is in its own
             server.submit(exchange(client), replies.append)
         server.wait()
@@ -101,8 +102,8 @@ def test_a_lane_takes_one_request_at_a_time_in_order() -> None:
         model = Alone(4, 3)
         lane = lane_of(model)
         server = make_server({0: lane, 1: lane}, pool)
-        server.announce({0: [0, 1, 2]}, [0, 1])
-        server.announce({1: [0, 1, 2]}, [0, 1])  # each rank announces its own clients
+        server.announce(0, {0: [0, 1, 2]}, [0, 1])
+        server.announce(0, {1: [0, 1, 2]}, [0, 1])  # each rank announces its own clients
         for number in (2, 1, 0):
             for client in (1, 0):
                 turn = (number, client)
@@ -119,7 +120,7 @@ def test_a_request_that_fails_reaches_whoever_waits_for_the_round() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         server = make_server({0: lane_of(Broken(4, 3))}, pool)
-        server.announce({0: [0]}, [0])
+        server.announce(0, {0: [0]}, [0])
         server.submit(exchange(0), lambda answer: None)
         with pytest.raises(ZeroDivisionError, match="broken lane"):
             server.wait()
@@ -144,7 +145,7 @@ def test_an_upload_is_answered_when_the_device_has_trained_on_it() -> None:
     lane.queue = device
     with ThreadPoolExecutor(2) as pool:
         server = make_server({0: lane}, pool)
-        server.announce({0: [0, 0, 1]}, [0])
+        server.announce(0, {0: [0, 0, 1]}, [0])
         push = Push(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
         server.submit(Request(0, 0, push), answers.append)
         server.submit(exchange(0, number=1), answers.append)  # the lane goes on meanwhile
@@ -162,7 +163,7 @@ def test_an_answer_that_cannot_be_sent_fails_the_round() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         server = make_server({0: lane_of(nn.Linear(4, 3))}, pool)
-        server.announce({0: [0]}, [0])
+        server.announce(0, {0: [0]}, [0])
         server.submit(exchange(0), lost)
         with pytest.raises(ZeroDivisionError, match="lost answer"):
             server.wait()
@@ -191,7 +192,7 @@ def test_auxiliary_models_are_fitted_side_by_side_while_the_lane_goes_on() -> No
     with ThreadPoolExecutor(3) as pool:
         lane = lane_of(LaneModel(4, 3))
         server = make_server(dict.fromkeys(range(3), lane), pool, fits)
-        server.announce({0: [0, 0], 1: [0, 0], 2: [1, 2]}, [0, 1, 2])
+        server.announce(0, {0: [0, 0], 1: [0, 0], 2: [1, 2]}, [0, 1, 2])
         push = Push(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
 
         def submit(client: int, number: int, body: Push | Align) -> None:

@@ -18,9 +18,10 @@ from fslsage_rpc.measure.requests import RequestLog, RequestTimes, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
+from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
-from fslsage_rpc.parties.server import Lane, Server
+from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.streams import PRIORITY, WorkQueue, can_capture, current_place
 
 GPU = torch.device("cuda", 0)
@@ -209,7 +210,7 @@ def test_requests_on_a_gpu_are_timed_by_its_clock(cuda: Cuda) -> None:
     """Each reading of the stand-in's clock is 2 ms after the one before."""
     server, log = server_on(GPU), RequestLog()
     link = LocalLink(server, WireLedger(), log, GPU)
-    link.announce({0: [0, 0, 0, 1]}, [0])
+    link.announce(0, {0: [0, 0, 0, 1]}, [0])
     z, y = torch.randn(5, 4), torch.arange(5) % 3
     bodies = [PushThere(z, y), ExchangeThere(z, y), Align(), ExchangeThere(z, y)]
     for number, body in enumerate(bodies):
@@ -239,7 +240,7 @@ def test_requests_on_a_gpu_are_timed_by_its_clock(cuda: Cuda) -> None:
 def test_on_a_cpu_requests_are_timed_by_the_hosts() -> None:
     server, log = server_on(torch.device("cpu")), RequestLog()
     link = LocalLink(server, WireLedger(), log, torch.device("cpu"))
-    link.announce({0: [0]}, [0])
+    link.announce(0, {0: [0]}, [0])
     link.send(Request(0, 0, Exchange(torch.randn(5, 4), torch.arange(5) % 3)), lambda answer: None)
     told, report = log.take(), server.report(1.0)
     before = RequestTimes(**vars(told[0]["exchange"]))

@@ -104,6 +104,7 @@ class Findings:
     run: "Run | None" = None
     """what the configuration comes to, if there is one"""
     unused_keys: Sequence[str] = ()
+    experiment_warnings: Sequence[str] = ()
 
     def warnings(self) -> list[str]:
         """One line each."""
@@ -115,6 +116,7 @@ class Findings:
             *self._about_output(),
             *self._about_versions(),
             *(f"algorithm.{key} is not used by {self.config.algorithm.name}" for key in self.unused_keys),
+            *self.experiment_warnings,
         ]
 
     @property

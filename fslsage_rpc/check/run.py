@@ -63,7 +63,8 @@ def _examine(config: Config, experiment: Experiment | None, world: World) -> Fin
     if ranks is None:
         return None
     unused = unused_keys(config.algorithm, experiment.algorithm.uses) if experiment else []
-    return Findings(config, ranks, world.describe(), links, averaging, run, unused)
+    warnings = experiment.warnings if experiment else []
+    return Findings(config, ranks, world.describe(), links, averaging, run, unused, warnings)
 
 
 def unreachable(config: Config) -> list[str]:

@@ -41,7 +41,7 @@ class ServerLink(ABC):
         self.carrier = carrier
 
     @abstractmethod
-    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         """Tell the server at which steps each of this rank's participants will make requests."""
 
     @abstractmethod

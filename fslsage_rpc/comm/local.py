@@ -84,8 +84,8 @@ class LocalLink(ServerLink):
         super().__init__(ledger, log, carrier=device)
         self._server = server
 
-    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
-        self._server.announce(plans, ranking)
+    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+        self._server.announce(round, plans, ranking)
 
     def server_clock(self) -> float:
         return clock()

@@ -41,9 +41,9 @@ class ServerEndpoint:
         """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
         return object, ()
 
-    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         """See `Server.announce`."""
-        self._server.announce(plans, ranking)
+        self._server.announce(round, plans, ranking)
 
     def clock(self) -> float:
         """The server's clock, in seconds."""
@@ -139,8 +139,8 @@ class RpcLink(ServerLink):
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.staged = device.type == "cuda" and not device_map
 
-    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
-        self._call("announce", plans, ranking)
+    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+        self._call("announce", round, plans, ranking)
 
     def server_clock(self) -> float:
         return self._call("clock")

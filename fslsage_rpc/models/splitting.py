@@ -11,6 +11,7 @@ from fslsage_rpc.config import Model
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.auxiliary import build_auxiliary
 from fslsage_rpc.models.cuts import LISTED, cut_nodes, refusal
+from fslsage_rpc.models.dropout import key_masks
 from fslsage_rpc.models.tracing import Segment, Uncuttable, keep_input, opening, segment, trace
 from fslsage_rpc.models.zoo import find, make, refuse_samples
 from fslsage_rpc.randomness import keyed_seed
@@ -44,7 +45,8 @@ class SplitModel:
 
     `client` maps inputs `[B, ...]` (images `[B, C, H, W]`) to smashed data z `[B, *smashed_shape]`; `server`
     and `auxiliary` map z to logits `[B, classes]`. Weights have the names of the whole model, each in one
-    half; `uncut` goes from inputs to logits and shares the weights of both.
+    half; `uncut` goes from inputs to logits and shares the weights of both. Their dropout and stochastic
+    depth is keyed (`models/dropout.py`).
     """
 
     client: nn.Module
@@ -52,6 +54,9 @@ class SplitModel:
     auxiliary: nn.Module
     uncut: nn.Module
     smashed_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        key_masks(self.client, self.server, self.uncut, self.auxiliary)
 
     def whole(self) -> nn.Module:
         """The uncut model, of the same weights."""

@@ -318,6 +318,7 @@ class Segment(nn.Module):
         super().__init__()
         self._computes: torch.dtype | None = None
         self._gives = torch.float32
+        self.calls_before: dict[str, int] = {}  # see `Masks`
         for graph in (graphs[True], graphs[False]):
             for node in graph.nodes:
                 if node.op in ("call_module", "get_attr"):

@@ -14,11 +14,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fslsage_rpc.config import Alignment
 from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, trainable
 from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import Loss
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.streams import WorkQueue
+from fslsage_rpc.randomness import START, LocalStep
 
 Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
 Target = tuple[Tensor, Tensor, Tensor]  # z [B, ...], y [B], g [B, ...]
@@ -146,7 +148,7 @@ class AuxiliaryFit:
     buffer.
 
     `timeline` and `queue`: of the thread that fits. `graphs`: the optimizer's steps are captured; those of
-    L-BFGS are not.
+    L-BFGS are not, nor those of models that draw masks. `seed`: of the run, for the masks.
     """
 
     model: nn.Module
@@ -158,41 +160,52 @@ class AuxiliaryFit:
     queue: WorkQueue = field(default_factory=WorkQueue)
     graphs: bool = False
     loss: Loss = F.cross_entropy
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        self.steps = Graphed(self.graphs, self.optimizer)
+        self.masks = Masks(self.model, self.seed)
+        self.steps = Graphed(self.graphs and not self.masks, self.optimizer)
 
-    def targets(self, server_model: nn.Module) -> list[Target]:
+    def targets(self, server_model: nn.Module, at: LocalStep = START) -> list[Target]:
         """The buffer in batches, oldest first, with the server model's true gradients on them.
 
         They are computed by train-mode passes that leave every parameter and buffer of the server model as
         it was.
-        """
-        with untouched_statistics(server_model):
-            return [
-                (z, y, cut_layer_gradient(server_model, z, y, self.loss))
-                for z, y in self.buffer.batches(self.keys.batch_size)
-            ]
 
-    def fit(self, targets: list[Target]) -> tuple[Weights, FitRecord]:
+        Args:
+            at: the local step of the alignment.
+        """
+        masks = Masks(server_model, self.seed)
+        targets = []
+        with untouched_statistics(server_model):
+            for number, (z, y) in enumerate(self.buffer.batches(self.keys.batch_size)):
+                masks.begin_alignment(at, number, passes=0)
+                targets.append((z, y, cut_layer_gradient(server_model, z, y, self.loss)))
+        return targets
+
+    def fit(self, targets: list[Target], at: LocalStep = START) -> tuple[Weights, FitRecord]:
         """Fit the auxiliary model to true gradients (arXiv 2505.23182): minimise sum_samples ||ĝ - g||^2.
+
+        Args:
+            at: the local step of the alignment.
 
         Returns:
             A copy of the fitted weights, and how well the estimates agree with the targets.
         """
-        before = self._agreement(targets)
+        before = self._agreement(targets, at)
         by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
-        passes = by(targets)
-        return self.weights.clone(), FitRecord(before, self._agreement(targets), passes)
+        passes = by(targets, at)
+        return self.weights.clone(), FitRecord(before, self._agreement(targets, at), passes)
 
-    def _fit_by_optimizer(self, targets: list[Target]) -> int:
+    def _fit_by_optimizer(self, targets: list[Target], at: LocalStep) -> int:
         """Passes over the same batches, unshuffled, with a step on each; fewer than `epochs` where a pass
-        lowers the objective by less than `tolerance` of it.
+        lowers the objective by less than `tolerance` of it. Each pass has masks of its own.
         """
         last = math.inf
         for passes in range(1, self.keys.epochs + 1):
             objectives: list[Tensor] = []
-            for target in targets:
+            for number, target in enumerate(targets):
+                self.masks.begin_alignment(at, number, passes)
                 objectives += self.steps(self._step, *target)
                 self.optimizer.advance()
             if self.keys.tolerance is not None:
@@ -202,9 +215,10 @@ class AuxiliaryFit:
                 last = now
         return self.keys.epochs
 
-    def _fit_by_lbfgs(self, targets: list[Target]) -> int:
+    def _fit_by_lbfgs(self, targets: list[Target], at: LocalStep) -> int:
         """L-BFGS on the whole buffer at once, with a strong Wolfe line search: at most `epochs` passes, the
-        last search being brought to its end. It starts anew at every alignment.
+        last search being brought to its end. It starts anew at every alignment. A line search needs one
+        function, so all passes have the masks of the targets.
         """
         wide = self.weights.floats.dtype
         scale = torch.stack([true.to(wide).square().sum() for _, _, true in targets]).sum()
@@ -223,7 +237,11 @@ class AuxiliaryFit:
             passes += 1
             solver.zero_grad()
             # As a share of ||g||^2: the first step of the search assumes gradients of the order of 1.
-            return torch.stack([self._accumulate(target, scale) for target in targets]).sum()
+            objectives = []
+            for number, target in enumerate(targets):
+                self.masks.begin_alignment(at, number, passes=0)
+                objectives.append(self._accumulate(target, scale))
+            return torch.stack(objectives).sum()
 
         solver.step(objective)
         solver.zero_grad()
@@ -257,8 +275,9 @@ class AuxiliaryFit:
         self.optimizer.load_state(state["optimizer"])
         self.buffer.load_state(state["buffer"], self.weights.floats.device)
 
-    def _agreement(self, targets: list[Target]) -> Agreement:
+    def _agreement(self, targets: list[Target], at: LocalStep) -> Agreement:
         agreement = Agreement()
-        for z, y, target in targets:
+        for number, (z, y, target) in enumerate(targets):
+            self.masks.begin_alignment(at, number, passes=0)
             agreement.add(cut_layer_gradient(self.model, z, y, self.loss), target)
         return agreement

@@ -3,23 +3,26 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import Loss, LossSum
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.randomness import LocalStep
 from fslsage_rpc.tasks.base import Batches
 
 
 @dataclass(frozen=True)
 class TrainingKeys:
-    """How clients draw their batches."""
+    """How clients draw their batches and masks."""
 
     seed: int
     local_epochs: int
@@ -32,7 +35,7 @@ class Client:
     Every computation is entered on the timeline of the rank that hosts it.
 
     Args:
-        graphs: the computations of a step are captured.
+        graphs: the computations of a step are captured, but for those of models that draw masks.
     """
 
     def __init__(
@@ -63,10 +66,13 @@ class Client:
             self._auxiliary_weights = flatten(auxiliary)
             if auxiliary_optimizer is None:
                 self.freeze_auxiliary()
-        self.passes = Graphed(graphs, optimizer)
-        self.whole_steps = Graphed(graphs, optimizer)
-        self.estimates = Graphed(graphs)
-        self.auxiliary_steps = Graphed(graphs, auxiliary_optimizer)
+        self._at = LocalStep(client=id)
+        self._masks = Masks(model, keys.seed)
+        self._auxiliary_masks = Masks(auxiliary, keys.seed)
+        self.passes = Graphed(graphs and not self._masks, optimizer)
+        self.whole_steps = Graphed(graphs and not self._masks, optimizer)
+        self.estimates = Graphed(graphs and not self._auxiliary_masks)
+        self.auxiliary_steps = Graphed(graphs and not self._auxiliary_masks, auxiliary_optimizer)
 
     @property
     def auxiliary_weights(self) -> Weights:
@@ -75,12 +81,14 @@ class Client:
 
     def batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The client's training batches of a round, each made when it is asked for: x `[B, ...]`, y
-        `[B, ...]`.
+        `[B, ...]`. What the client computes until the next belongs to that local step.
         """
         keys = self._keys
         batches = self.data.shuffled(keys.seed, round, self.id, keys.local_epochs, keys.augment)
+        steps = count()
 
         def draw() -> tuple[Tensor, Tensor] | None:
+            self._at = LocalStep(round, self.id, next(steps))
             with self._phase("data"):
                 return next(batches, None)
 
@@ -89,12 +97,14 @@ class Client:
     def forward(self, x: Tensor) -> Tensor:
         """Smashed data z `[B, ...]` of inputs x `[B, ...]`, to be given back to `backward`."""
         with self._phase("forward_backward"):
+            self._masks.begin(self._at)
             return self.passes(self._forward, x, then=self._backward)[0]
 
     def estimate(self, z: Tensor, y: Tensor) -> Tensor:
         """The auxiliary model's estimate ĝ `[B, ...]` of the cut-layer gradient."""
         assert self._auxiliary is not None, "the algorithm has no auxiliary model"
         with self._phase("estimate"):
+            self._auxiliary_masks.begin(self._at)
             return self.estimates(self._estimate, z, y)[0]
 
     def train_auxiliary(self, z: Tensor, y: Tensor) -> Tensor:
@@ -106,6 +116,7 @@ class Client:
         assert self._auxiliary is not None
         assert self._auxiliary_optimizer is not None
         with self._phase("estimate"):
+            self._auxiliary_masks.begin(self._at)
             (gradient,) = self.auxiliary_steps(self._auxiliary_step, z, y)
             self._auxiliary_optimizer.advance()
             return gradient
@@ -113,6 +124,7 @@ class Client:
     def train_whole_model(self, x: Tensor, y: Tensor) -> None:
         """One optimizer step of a client whose model is the whole model."""
         with self._phase("forward_backward"):
+            self._masks.begin(self._at)
             (loss,) = self.whole_steps(self._whole_step, x, y)
             self.optimizer.advance()
             self.losses.add(loss, len(y))

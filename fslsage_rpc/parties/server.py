@@ -1,15 +1,12 @@
 """The server: lanes that train the server model, and the alignment of each client's auxiliary model."""
 
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from fslsage_rpc.measure.activity import Activity
 from fslsage_rpc.measure.clock import clock, synchronise
@@ -18,70 +15,12 @@ from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.flat import Weights, flatten, load_mean
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, FitRecord, Target, cut_layer_gradient
-from fslsage_rpc.parties.graphs import Graphed, Tensors
-from fslsage_rpc.parties.losses import Loss, LossSum
-from fslsage_rpc.parties.mailbox import Mailbox
-from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
-from fslsage_rpc.parties.streams import Place, WorkQueue, current_place
+from fslsage_rpc.parties.streams import Place, current_place
+from fslsage_rpc.randomness import LocalStep
 
 Reply = Callable[[Answer], None]
-
-
-class Lane:
-    """One server-model instance; it executes one request at a time, in the order of its mailbox.
-
-    With `graphs` its steps are captured.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: ScheduledOptimizer,
-        order: str,
-        timeline: Timeline,
-        queue: WorkQueue | None = None,
-        graphs: bool = False,
-        loss: Loss = F.cross_entropy,
-    ):
-        self.model = model
-        self.weights = flatten(model)
-        self.optimizer = optimizer
-        self.mailbox = Mailbox(order)
-        self.released: deque[Request] = deque()
-        self.busy = False
-        self.timeline = timeline
-        self.queue = queue or WorkQueue()
-        self.losses = LossSum()
-        self._loss = loss
-        self.steps = {gradient: Graphed(graphs, optimizer) for gradient in (False, True)}
-
-    def train(self, z: Tensor, y: Tensor, gradient: bool) -> Tensor | None:
-        """One optimizer step on smashed data z `[B, ...]` and labels y `[B]`.
-
-        Returns:
-            The true cut-layer gradient g = dL/dz `[B, ...]` at the weights before the step, if asked for.
-        """
-        loss, *gradients = self.steps[gradient](partial(self._step, gradient=gradient), z, y)
-        self.optimizer.advance()
-        self.losses.add(loss, len(y))
-        return gradients[0] if gradients else None
-
-    def _step(self, z: Tensor, y: Tensor, gradient: bool) -> Tensors:
-        z = z.detach().requires_grad_(gradient)
-        loss = self._loss(self.model(z), y)
-        loss.backward()
-        self.optimizer.apply()
-        return (loss,) if z.grad is None else (loss, z.grad)
-
-    def state(self) -> dict[str, Any]:
-        """Everything that stays from round to round."""
-        return {"weights": self.weights.state(), "optimizer": self.optimizer.state()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
-        self.weights.load_state(state["weights"])
-        self.optimizer.load_state(state["optimizer"])
 
 
 @dataclass
@@ -152,14 +91,17 @@ class Server:
         self._unfitted: set[int] = set()  # clients whose targets are there and whose fit has not ended
         self._activity = Activity()
         self._on_device = DeviceLog()
+        self._round = 0
+        self._steps: dict[int, Sequence[int]] = {}  # of the round: per participant, those of its requests
         self._plans: dict[int, Sequence[int]] = {}
         self._alignments: dict[int, FitRecord] = {}
         self._drifts: dict[int, Agreement] = {}
 
-    def announce(self, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
         """Some participants say at which steps they will make requests; the round opens when all have.
 
         Args:
+            round: its number, of which masks follow.
             ranking: all participants, in the order that the server takes them in within a step.
         """
         with self._changed:
@@ -170,7 +112,7 @@ class Server:
                         client: steps for client, steps in self._plans.items() if self.lanes[client] is lane
                     }
                     lane.mailbox.announce(mine, ranking)
-                self._plans = {}
+                self._round, self._steps, self._plans = round, self._plans, {}
 
     def submit(self, request: Request, reply: Reply) -> None:
         """Take in a request; `reply` is called with its answer, from some thread, once its turn is over."""
@@ -288,36 +230,44 @@ class Server:
         if not isinstance(body, Align):
             lane.queue.keep(body.z, body.y)
         arrow = Arrow("execution", request.client, request.number)
+        at = self._local_step(request)
         fit = self.fits.get(request.client)
         match body:
             case Align():
                 assert fit is not None, "the algorithm aligns nothing"
                 with lane.timeline.phase("targets", arrow=arrow):
-                    return fit.targets(lane.model)
+                    return fit.targets(lane.model, at)
             case Exchange():
                 with lane.timeline.phase("step", arrow=arrow):
-                    return lane.train(body.z, body.y, gradient=True)
+                    return lane.train(body.z, body.y, gradient=True, at=at)
             case Push():
                 with lane.timeline.phase("step", arrow=arrow):
-                    gradient = lane.train(body.z, body.y, gradient=fit is not None and self.measure_drift)
+                    wanted = fit is not None and self.measure_drift
+                    gradient = lane.train(body.z, body.y, gradient=wanted, at=at)
                     if fit is not None:
                         fit.buffer.add(body.z, body.y)
                 if gradient is not None and fit is not None:
                     with lane.timeline.phase("drift"):
                         lane.queue.after_queue(fit.queue)  # the client's last fit has made this model
+                        fit.masks.begin(at)
                         estimate = cut_layer_gradient(fit.model, body.z, body.y, fit.loss)
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
                 return None
 
-    def _fit(self, client: int, targets: list[Target]) -> Weights:
+    def _fit(self, at: LocalStep, targets: list[Target]) -> Weights:
         """The rest of an alignment, on a thread of its own: the lane goes on and clients are fitted side by
         side.
         """
-        fit = self.fits[client]
+        fit = self.fits[at.client]
         fit.queue.keep(*(tensor for target in targets for tensor in target))
         with fit.timeline.phase("alignment"):
-            weights, self._alignments[client] = fit.fit(targets)
+            weights, self._alignments[at.client] = fit.fit(targets, at)
         return weights
+
+    def _local_step(self, request: Request) -> LocalStep:
+        """The local step that a request belongs to, as it was announced."""
+        step = self._steps[request.client][request.number]
+        return LocalStep(self._round, request.client, step)
 
     def _idle(self) -> bool:
         return not self._unfitted and all(lane.mailbox.finished and not lane.busy for lane in self._distinct)
@@ -359,7 +309,7 @@ class Server:
                 answer = Answer(value, started - arrival.seconds, clock() - started)
                 match request.body:
                     case Align():
-                        self._begin_fit(request.client, answer, ended, arrival.reply)
+                        self._begin_fit(self._local_step(request), answer, ended, arrival.reply)
                     case Push():
                         self._answer_push(answer, arrival.reply, started, lane.queue.end())
                     case Exchange():
@@ -377,16 +327,16 @@ class Server:
 
         self._run("answer", work)
 
-    def _begin_fit(self, client: int, targets: Answer, place: Place, reply: Reply) -> None:
+    def _begin_fit(self, at: LocalStep, targets: Answer, place: Place, reply: Reply) -> None:
         """Have the client's model fitted behind its targets' place, and answered, by another thread."""
-        waiting = clock()
+        waiting, client = clock(), at.client
 
         def work() -> None:
             started = clock()
             with self.fits[client].queue.after(place):
                 began = current_place(self._device)
                 with self._activity.of("fit"):
-                    weights = self._fit(client, targets.value)
+                    weights = self._fit(at, targets.value)
                 self._on_device.add(client, Align.kind, place, began, current_place(self._device))
                 queue, compute = started - waiting, clock() - started
                 reply(Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute))

@@ -11,8 +11,9 @@ from fslsage_rpc.measure.trace import Tracer
 from fslsage_rpc.models.flat import copy_of, flatten, trainable
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
 from fslsage_rpc.parties.client import Client, TrainingKeys
+from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.parties.server import Lane, Server
+from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.streams import STREAMS, WorkQueue, can_capture
 from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
@@ -45,7 +46,14 @@ def build_server(
         optimizer = ScheduledOptimizer(config.optimizer.server, trainable(model))
         timeline = Timeline(row, tracer, world.device)
         return Lane(
-            model, optimizer, config.server.order, timeline, queue(), graphs, loss=experiment.task.loss
+            model,
+            optimizer,
+            config.server.order,
+            timeline,
+            queue(),
+            graphs,
+            loss=experiment.task.loss,
+            seed=config.seed,
         )
 
     def fit(client: int) -> AuxiliaryFit:
@@ -61,6 +69,7 @@ def build_server(
             queue=queue(),
             graphs=graphs,
             loss=experiment.task.loss,
+            seed=config.seed,
         )
 
     if algorithm.client_holds_whole_model:

@@ -1,7 +1,7 @@
 """What a configuration comes to, before any rank talks to another: data, clients, models, algorithm."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.data import partitions
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
+from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.flat import module_bytes, trainable
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
+from fslsage_rpc.own import first_line
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
@@ -93,6 +95,8 @@ class Experiment:
     federation: Federation
     algorithm: Algorithm
     split: SplitModel
+    warnings: list[str] = field(default_factory=list)
+    """one line each, for the screen"""
 
     @classmethod
     def prepare(cls, config: Config) -> "Experiment":
@@ -134,6 +138,7 @@ class Experiment:
             federation=federation,
             algorithm=algorithm,
             split=split,
+            warnings=_check_draws(task, split, algorithm),
         )
 
     def client_model(self) -> nn.Module:
@@ -152,6 +157,26 @@ def model_sizes(split: SplitModel, precision: Precision) -> Sizes:
         server=module_bytes(split.server),
         auxiliary=module_bytes(split.auxiliary),
         smashed=torch.Size(split.smashed_shape).numel() * precision.smashed.itemsize,
+    )
+
+
+def _check_draws(task: Task, split: SplitModel, algorithm: Algorithm) -> list[str]:
+    """In the reproducible orders nothing may be drawn that no key determines; else it is a warning."""
+    name, order = task.config.model.name, task.config.server.order
+    try:
+        place = unkeyed_draws(split, task.sample_shape, auxiliary=algorithm.auxiliary != "none")
+    except Exception as error:  # whatever the user's forward raises
+        raise InputError(
+            f"model.name: got {name!r}, whose train-mode forward pass fails ({first_line(error)})"
+        ) from None
+    if place is None:
+        return []
+    if order == "arrival":
+        return [f"model.name: {name} draws random numbers that no seed determines ({place}): runs differ"]
+    raise InputError(
+        f"model.name: got {name!r}, which in training draws random numbers that no seed determines "
+        f"({place}), expected one whose random layers are nn.Dropout or torchvision's StochasticDepth, or "
+        f"server.order: arrival (it is {order})"
     )
 
 

@@ -102,6 +102,8 @@ def _train(
             screen.show_resumed(folder.rounds, manifest.folder)
         for key in unused_keys(config.algorithm, experiment.algorithm.uses):
             screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")
+        for warning in experiment.warnings:
+            screen.warn(warning)
 
     def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
         if folder:

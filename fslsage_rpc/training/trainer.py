@@ -136,7 +136,7 @@ class Trainer:
         mine = [client for client in order if client in self.clients]
         if self._link:
             plans = {client: algorithm.request_steps(client, round) for client in mine}
-            self._link.announce(plans, algorithm.ranking(round))
+            self._link.announce(round, plans, algorithm.ranking(round))
         self.world.barrier()
         started = clock()
         if self._link:

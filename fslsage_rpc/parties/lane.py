@@ -1,0 +1,79 @@
+"""A lane of the server: one server-model instance and what trains it."""
+
+from collections import deque
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.models.dropout import Masks
+from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.parties.graphs import Graphed, Tensors
+from fslsage_rpc.parties.losses import Loss, LossSum
+from fslsage_rpc.parties.mailbox import Mailbox
+from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.parties.requests import Request
+from fslsage_rpc.parties.streams import WorkQueue
+from fslsage_rpc.randomness import START, LocalStep
+
+
+class Lane:
+    """One server-model instance; it executes one request at a time, in the order of its mailbox.
+
+    With `graphs` its steps are captured, unless the model draws masks, which follow from `seed`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: ScheduledOptimizer,
+        order: str,
+        timeline: Timeline,
+        queue: WorkQueue | None = None,
+        graphs: bool = False,
+        loss: Loss = F.cross_entropy,
+        seed: int = 0,
+    ):
+        self.model = model
+        self.weights = flatten(model)
+        self.optimizer = optimizer
+        self.mailbox = Mailbox(order)
+        self.released: deque[Request] = deque()
+        self.busy = False
+        self.timeline = timeline
+        self.queue = queue or WorkQueue()
+        self.losses = LossSum()
+        self._loss = loss
+        self._masks = Masks(model, seed)
+        captures = graphs and not self._masks
+        self.steps = {gradient: Graphed(captures, optimizer) for gradient in (False, True)}
+
+    def train(self, z: Tensor, y: Tensor, gradient: bool, at: LocalStep = START) -> Tensor | None:
+        """One optimizer step on smashed data z `[B, ...]` and labels y `[B]` of a client's local step.
+
+        Returns:
+            The true cut-layer gradient g = dL/dz `[B, ...]` at the weights before the step, if asked for.
+        """
+        self._masks.begin(at)
+        loss, *gradients = self.steps[gradient](partial(self._step, gradient=gradient), z, y)
+        self.optimizer.advance()
+        self.losses.add(loss, len(y))
+        return gradients[0] if gradients else None
+
+    def _step(self, z: Tensor, y: Tensor, gradient: bool) -> Tensors:
+        z = z.detach().requires_grad_(gradient)
+        loss = self._loss(self.model(z), y)
+        loss.backward()
+        self.optimizer.apply()
+        return (loss,) if z.grad is None else (loss, z.grad)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that stays from round to round."""
+        return {"weights": self.weights.state(), "optimizer": self.optimizer.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from such a state."""
+        self.weights.load_state(state["weights"])
+        self.optimizer.load_state(state["optimizer"])
