@@ -40,9 +40,9 @@ STEPS = 2
 TIMED_STEPS = 512
 """of all clients, at the least"""
 COUNTS = {
-    ("fsl_sage", "simple_conv"): [4, 16, 64, 128, 256],
+    ("fsl_sage", "simple_conv"): [4, 16, 64, 256],
     ("fsl_sage", "resnet18"): [4, 16, 64, 256],
-    ("splitfed_v1", "simple_conv"): [4, 16, 64, 128, 256],
+    ("splitfed_v1", "simple_conv"): [4, 16, 64, 256],
     ("splitfed_v1", "resnet18"): [4, 16, 32, 64],
 }
 """of clients; from 2 x 16 on as many steps are open as may be (`parties/turns.py`)"""
