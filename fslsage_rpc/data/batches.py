@@ -73,11 +73,9 @@ class ImageBatches:
     def _augment(self, images: Tensor, corners: Tensor, mirrored: Tensor) -> Tensor:
         """Random crops of the zero-padded images, and mirror images where the dataset allows them."""
         padding = self._spec.crop_padding
-        batch, channels, height, width = images.shape
-        padded = F.pad(images, [padding] * 4)
-        rows = corners[:, 0, None] + torch.arange(height, device=images.device)  # [B, H]
-        columns = corners[:, 1, None] + torch.arange(width, device=images.device)  # [B, W]
-        sample = torch.arange(batch, device=images.device).view(-1, 1, 1, 1)
-        channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
-        crops = padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+        height, width = images.shape[-2:]
+        # All crops as views [B, C, rows, columns, H, W], of which each image's is copied.
+        windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        sample = torch.arange(len(images), device=images.device)
+        crops = windows[sample, :, corners[:, 0], corners[:, 1]]
         return torch.where(mirrored.view(-1, 1, 1, 1), crops.flip(-1), crops) if self._spec.flip else crops
