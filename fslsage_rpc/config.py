@@ -32,9 +32,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class OrOwn:
-    """One of these names, or `package.module:function` for the user's own."""
+    """One of these names, or what `own` stands for of the user's own."""
 
     names: tuple[str, ...]
+    own: str = "package.module:function"
 
     def allow(self, value: str) -> bool:
         """Is it one of the names, or could it be the user's own?"""
@@ -42,7 +43,7 @@ class OrOwn:
         return value in self.names or bool(module and function)
 
     def __str__(self) -> str:
-        return f"one of {', '.join(self.names)}, or package.module:function"
+        return f"one of {', '.join(self.names)}, or {self.own}"
 
 
 Count = Annotated[int, Bounds(minimum=1)]
@@ -77,7 +78,8 @@ class Data:
     name: Annotated[
         str, OrOwn(("digits", "synthetic", "cifar10", "cifar100", "mnist", "fashion_mnist", "e2e"))
     ] = "digits"
-    """package.module:function of the user's own is called with the root and with train, a bool"""
+    """package.module:function of the user's own is called with root and train, a bool; package.module:Class
+    may be their own subclass of `fslsage_rpc.tasks.Task`"""
     root: str = "data"
     """the folder that holds (or will hold) the files; digits needs none"""
     download: bool = True
@@ -107,9 +109,10 @@ class Data:
 class Auxiliary:
     """The auxiliary model; with all keys null, the model's own default for its cut."""
 
-    kind: Literal["copy", "linear", "mlp"] | None = None
+    kind: Annotated[str, OrOwn(("copy", "linear", "mlp"))] | None = None
     """copy: fresh first layers of the server half and a linear classifier; linear: the classifier alone;
-    mlp: the classifier with a hidden layer before it"""
+    mlp: the classifier with a hidden layer before it; package.module:function of the user's own is called
+    with smashed_shape and num_classes"""
     until: str | None = None
     """the module that a copy ends with, as layer3 or layer3.0"""
     width: Count | None = None
@@ -174,7 +177,10 @@ class Alignment:
 class AlgorithmKeys:
     """The algorithm and the keys that some of them use."""
 
-    name: Annotated[str, OrOwn(("fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"))] = "fsl_sage"
+    name: Annotated[
+        str,
+        OrOwn(("fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"), own="package.module:Class"),
+    ] = "fsl_sage"
     """package.module:Class is the user's own subclass of `fslsage_rpc.algorithms.Algorithm`"""
     upload_every: Count = 5
     """q: smashed data goes up at local steps 0, q, 2q, ..."""

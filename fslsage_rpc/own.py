@@ -26,8 +26,10 @@ def import_own(key: str, name: str, expected: str) -> Callable[..., Any]:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the working directory, also for the console script
     try:
+        if path not in sys.modules:
+            importlib.invalidate_caches()  # a notebook may have written the file just now
         found = getattr(importlib.import_module(path), function)
-    except Exception as error:  # the user's module may raise anything
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise InputError(f"{key}: got {name!r}, which cannot be imported ({first_line(error)})") from None
     if not callable(found):
         raise InputError(f"{key}: got {name!r}, expected {expected}")

@@ -21,6 +21,7 @@ TRANSPORTS = "a list, each one of uv, shm, ibv or null"
 FOLDER = "a folder name of letters, digits, '.', '_' and '-'"
 ARGUMENTS = "a mapping of names to numbers, texts or lists of numbers"
 DATASETS = "digits, synthetic, cifar10, cifar100, mnist, fashion_mnist, e2e"
+OWN = "package.module:function"
 ALGORITHMS = "fsl_sage, splitfed_v1, splitfed_v2, cse_fsl, fedavg"
 WRONG_VALUES = [  # in YAML, just as the message shows them
     ("clients.count", COUNT, ["'four'", "'4'", "4.0", "[4]", "{a: 4}", "2024-02-29", "true", "0", "-3"]),
@@ -40,13 +41,13 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("comm.transports", TRANSPORTS, ["'uv'", "[]", "[uv, tcp]", "[uv, 3]"]),
     ("clients", "a mapping of keys", ["4", "null"]),
     ("algorithm.alignment", "a mapping of keys", ["[1]"]),
-    ("data.name", f"one of {DATASETS}, or package.module:function", ["'imagenet'", "'mine:'", "3"]),
-    ("algorithm.name", f"one of {ALGORITHMS}, or package.module:function", ["'fedprox'"]),
+    ("data.name", f"one of {DATASETS}, or {OWN}", ["'imagenet'", "'mine:'", "3"]),
+    ("algorithm.name", f"one of {ALGORITHMS}, or package.module:Class", ["'fedprox'"]),
     ("data.partition", "one of iid, dirichlet, shards, file", ["'IID'"]),
     ("algorithm.average_auxiliary", "one of never, alignment, round", ["false"]),
     ("transport", "one of rpc, local", ["[rpc]"]),
     ("name", FOLDER, ["'../x'", "'..'", "'a/b'", "'-x'", "'a b'"]),
-    ("model.auxiliary.kind", "one of copy, linear, mlp or null", ["'conv'", "1"]),
+    ("model.auxiliary.kind", f"one of copy, linear, mlp, or {OWN} or null", ["'conv'", "1"]),
     ("optimizer.server.scheduler.arguments", ARGUMENTS, ["3", "[1]", "{1: 2}", "{a: {b: 1}}", "{a: [x]}"]),
     ("checkpoint.every", f"{COUNT} or null", ["0", "true"]),
     ("trace", "true or false", ["0", "0.0", "null", "'false'", "[]"]),

@@ -1,25 +1,28 @@
 """The algorithms by the name that the configuration gives them."""
 
-from fslsage_rpc.algorithms.base import Algorithm
+from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.algorithms.cse_fsl import CseFsl
 from fslsage_rpc.algorithms.fedavg import FedAvg
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV1, SplitFedV2
+from fslsage_rpc.config import AlgorithmKeys
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.own import import_own, is_own
+from fslsage_rpc.federation import Federation
+from fslsage_rpc.own import first_line, import_own, is_own
 
-__all__ = ["ALGORITHMS", "Algorithm", "find"]
+__all__ = ["ALGORITHMS", "Algorithm", "create", "find"]
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     algorithm.name: algorithm for algorithm in (FslSage, SplitFedV1, SplitFedV2, CseFsl, FedAvg)
 }
+AUXILIARY = ("none", "aligned", "trained")
 
 
 def find(name: str) -> type[Algorithm]:
     """The algorithm of that name, or the user's own class.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the user's own lacks a method.
     """
     if not is_own(name):
         return ALGORITHMS[name]
@@ -27,4 +30,52 @@ def find(name: str) -> type[Algorithm]:
     found = import_own("algorithm.name", name, expected)
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise InputError(f"algorithm.name: got {name!r}, expected {expected}")
+    if missing := sorted(found.__abstractmethods__):
+        raise InputError(f"algorithm.name: got {name!r}, which lacks {', '.join(missing)}")
+    if found.auxiliary not in AUXILIARY:
+        raise InputError(
+            f"algorithm.name: got {name!r}, whose auxiliary is {found.auxiliary!r}, expected one of "
+            + ", ".join(AUXILIARY)
+        )
     return found
+
+
+def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
+    """The algorithm of a configuration, for these clients.
+
+    Raises:
+        InputError: there is none, or what the user's own says of the first round cannot be.
+    """
+    kind = find(keys.name)
+    if not is_own(keys.name):
+        return kind(keys, federation)
+    try:
+        algorithm = kind(keys, federation)
+        wrong = _contradiction(algorithm)
+    except Exception as error:  # the user's class may raise anything
+        raise InputError(f"algorithm.name: got {keys.name!r}, which fails ({first_line(error)})") from None
+    if wrong:
+        raise InputError(f"algorithm.name: got {keys.name!r}, whose {wrong}")
+    return algorithm
+
+
+def _contradiction(algorithm: Algorithm) -> str | None:
+    """What cannot be of what an algorithm says of its first round, which all ranks go by."""
+    participants = algorithm.federation.participants(0)
+    for client in participants:
+        steps = algorithm.request_steps(client, 0)
+        count = algorithm.federation.steps(client)
+        if not all(isinstance(step, int) and 0 <= step < count for step in steps) or list(steps) != sorted(
+            steps
+        ):
+            return f"request_steps of client {client} is {steps}, expected steps below {count}, ascending"
+    if sorted(algorithm.ranking(0)) != participants:
+        return f"ranking is {algorithm.ranking(0)}, expected the participants, {participants}, in some order"
+    paid = algorithm.paper_bytes(Sizes(client=4, server=4, auxiliary=4, smashed=4), 0)
+    if not isinstance(paid, int) or paid < 0:
+        return f"paper_bytes is {paid!r}, expected whole bytes"
+    if not isinstance(algorithm.interval, int) or algorithm.interval < 1:
+        return f"interval is {algorithm.interval!r}, expected rounds, from 1 on"
+    if algorithm.auxiliary == "none" and algorithm.averages_auxiliary(0):
+        return "averages_auxiliary is true, expected auxiliary models, while auxiliary is none"
+    return None

@@ -3,16 +3,19 @@ them.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
+from types import GeneratorType
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from fslsage_rpc.config import AlgorithmKeys
 from fslsage_rpc.critical_path import RoundPieces
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import ClientRound, ClientStep, Turn
+from fslsage_rpc.parties.requests import Body, ClientRound, ClientStep, Turn
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Algorithm(ABC):
     """
 
     name: ClassVar[str]
+    """what configurations call it; one of the user's own needs none"""
     uses: ClassVar[frozenset[str]] = frozenset()
     """the keys of the configuration's `algorithm` section that it reads, besides the name"""
     client_holds_whole_model: ClassVar[bool] = False
@@ -50,7 +54,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
-        """One local step of a participating client on x `[B, ...]` and labels y `[B]`."""
+        """One local step of a participating client on x `[B, ...]` and labels y `[B, ...]`."""
 
     @abstractmethod
     def request_steps(self, client: int, round: int) -> list[int]:
@@ -68,13 +72,42 @@ class Algorithm(ABC):
         """The round of one participating client, starting from the averaged client model.
 
         Between two steps it holds neither a batch nor activations.
+
+        Raises:
+            InputError: a step of an algorithm of the user's own makes other requests than it announced, for
+                which the server would wait in vain.
         """
         batches = client.batches(round)
-        with_requests = set(self.request_steps(client.id, round))
+        announced = Counter(self.request_steps(client.id, round))
         for step in range(self.federation.steps(client.id)):
-            if step in with_requests:
+            if announced[step]:
                 yield Turn(step)
-            yield from self.client_step(client, round, step, *next(batches))
+            requests = self.client_step(client, round, step, *next(batches))
+            yield from self._as_announced(requests, step, announced[step])
+
+    def _as_announced(self, requests: ClientStep, step: int, announced: int) -> ClientStep:
+        """The requests of a local step, counted."""
+        wrong = f"algorithm.name: got {self.keys.name!r}, whose client_step"
+        if not isinstance(requests, GeneratorType):
+            raise InputError(f"{wrong} returns {type(requests).__name__}, expected it to yield its requests")
+        made, answer = 0, None
+        while True:
+            try:
+                body = requests.send(answer)
+            except StopIteration:
+                break
+            if not isinstance(body, Body):
+                raise InputError(f"{wrong} yields {type(body).__name__}, expected Push, Exchange or Align")
+            made += 1
+            if made > announced:
+                break
+            answer = yield body
+        if made != announced:
+            got = "more" if made > announced else made
+            raise InputError(
+                f"{wrong} makes {got} requests at local step {step}, expected {announced}, as request_steps "
+                "says"
+            )
 
     def ranking(self, round: int) -> list[int]:
         """The participants in the order that the server takes them in within a step."""

@@ -19,7 +19,7 @@ class CseFsl(Algorithm):
     auxiliary = "trained"
 
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
-        z = client.forward(x)  # smashed data [B, C, H, W]
+        z = client.forward(x)  # smashed data [B, ...]
         if step % self.keys.upload_every == 0:
             yield Push(z, y)  # one way
         client.backward(z, client.train_auxiliary(z, y))  # the auxiliary loss's own gradient

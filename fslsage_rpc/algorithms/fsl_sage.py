@@ -34,7 +34,7 @@ class FslSage(Algorithm):
         if self.warms_up(round):
             yield from self._warm_start.client_step(client, round, step, x, y)
             return
-        z = client.forward(x)  # smashed data [B, C, H, W]
+        z = client.forward(x)  # smashed data [B, ...]
         if step % self.keys.upload_every == 0:
             yield Push(z, y)  # one way
         if step == 0 and self.aligns(client.id, round):

@@ -13,8 +13,8 @@ class SplitFed(Algorithm):
     """Every client step waits for the true cut-layer gradient of its batch."""
 
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
-        z = client.forward(x)  # smashed data [B, C, H, W]
-        g = yield Exchange(z, y)  # true cut-layer gradient, [B, C, H, W]
+        z = client.forward(x)  # smashed data [B, ...]
+        g = yield Exchange(z, y)  # true cut-layer gradient [B, ...]
         client.backward(z, g)
 
     def request_steps(self, client: int, round: int) -> list[int]:

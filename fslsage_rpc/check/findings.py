@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
 from fslsage_rpc.check.links import CollectiveSpeed
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import Estimate, Memory
@@ -74,8 +74,11 @@ class Run:
         config, split, sizes = experiment.config, experiment.split, experiment.sizes()
         halves = {"client": split.client, "server": split.server, "auxiliary": split.auxiliary}
         paper = {}
-        for name, kind in ALGORITHMS.items():
-            algorithm = kind(config.algorithm, experiment.federation)
+        algorithms: dict[str, Algorithm] = {
+            name: kind(config.algorithm, experiment.federation) for name, kind in ALGORITHMS.items()
+        }
+        algorithms[config.algorithm.name] = experiment.algorithm  # which may be the user's own
+        for name, algorithm in algorithms.items():
             total = sum(algorithm.paper_bytes(sizes, round) for round in range(config.rounds))
             paper[name] = total / config.rounds
         kept = 0 if config.checkpoint.every is None else config.checkpoint.keep + 1  # one is being written

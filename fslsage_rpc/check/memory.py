@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fslsage_rpc.algorithms import Algorithm
 from fslsage_rpc.config import Config
 from fslsage_rpc.models.flat import module_bytes
+from fslsage_rpc.own import is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 from fslsage_rpc.tasks import Samples
@@ -99,12 +100,13 @@ class Estimate:
             self._lanes = clients
         window = self.config.comm.upload_window
         self._most_open = max(MOST_OPEN_STEPS, window)  # steps with requests, on one rank
-        self._window = 1 if kind == "none" else window  # of those that wait for g
+        own = is_own(self.config.algorithm.name)  # of which it is not known where it waits
+        self._window = 1 if kind == "none" and not own else window  # of those that wait for g
         # Steps that only upload run one after the other; one that waits for an answer keeps its graph.
         aligns = kind == "aligned" and self.config.algorithm.align_every is not None
-        self._waiting = self._most_open if kind == "none" or aligns else 1
+        self._waiting = self._most_open if kind == "none" or aligns or own else 1
         self._batch = max(max(sizes) for sizes in experiment.federation.batch_sizes)
-        self._sample = self.sizes.smashed + 8  # and its label
+        self._sample = self.sizes.smashed + experiment.task.label_bytes
         split, loss = experiment.split, experiment.task.loss
         client, server, auxiliary = (
             copy.deepcopy(half) for half in (split.client, split.server, split.auxiliary)

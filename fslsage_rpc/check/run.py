@@ -15,7 +15,6 @@ from fslsage_rpc.check.memory import Estimate, Memory
 from fslsage_rpc.comm.sockets import hostname_address, interface_addresses
 from fslsage_rpc.comm.world import World, interfaces, job_ranks, on_one_host, open_world, server_workers
 from fslsage_rpc.config import Config
-from fslsage_rpc.data import datasets
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys
@@ -89,7 +88,7 @@ def _memory(estimate: Estimate, world: World) -> Memory:
     memory = estimate.of_clients(hosted_clients(estimate.experiment, world))
     if world.hosts_server:
         workers = server_workers(world.device) if world.works_beside else 1
-        test = datasets.load(estimate.config.data, train=False)
+        test = estimate.experiment.task.load(train=False)
         memory = memory.plus(estimate.of_server(workers, world.client_ranks, test))
     return memory
 

@@ -126,6 +126,8 @@ class CheckScreen:
         if config.algorithm.name == "fsl_sage":
             every = config.algorithm.align_every
             self._say("No alignments." if every is None else f"Alignment interval: {every} rounds.")
+        elif run.interval > 1:
+            self._say(f"Interval: {run.interval} rounds.")
 
     def _show_disk(self, findings: Findings) -> None:
         disk = findings.ranks[0].disk

@@ -19,7 +19,7 @@ from torch import Tensor
 from fslsage_rpc.config import Data
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.own import first_line, import_own, is_own
-from fslsage_rpc.randomness import numpy_stream, torch_stream
+from fslsage_rpc.randomness import keyed_seed, numpy_stream, torch_stream
 
 DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_TEST_SAMPLES = 360
@@ -137,16 +137,28 @@ def spec_of(keys: Data) -> Spec:
     if not is_own(keys.name):
         return SPECS[keys.name]
     images, labels = _load_own(keys, train=True)
-    pixels = images.double() / 255
+    mean, std = _statistics(images)
     return Spec(
         train_samples=len(labels),
         classes=int(labels.max()) + 1,
         image_shape=tuple(images.shape[1:]),
-        mean=tuple(pixels.mean((0, 2, 3)).tolist()),
-        std=tuple(pixels.std((0, 2, 3)).clamp(min=1e-6).tolist()),
+        mean=mean,
+        std=std,
         crop_padding=0,
         flip=False,
     )
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of pixels / 255, by channel; exact sums, so the same on every rank. A
+    channel of one value has 1 for its deviation.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+    shares = counts / counts.sum(1, keepdim=True).double()
+    mean = (shares * values).sum(1)
+    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
+    return tuple(mean.tolist()), tuple(torch.where((counts > 0).sum(1) > 1, std, 1.0).tolist())
 
 
 def prepare(keys: Data) -> None:
@@ -218,11 +230,17 @@ def load(keys: Data, train: bool) -> LabelledImages:
 
 
 def _load_own(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
-    """What the user's function gives: images `[N, C, H, W]` of uint8, and N labels from 0 on."""
+    """What the user's function gives: images `[N, C, H, W]` of uint8, and N labels from 0 on.
+
+    Where it draws from torch's generator, every rank gets the same.
+    """
     function = import_own("data.name", keys.name, "a function that returns images and labels")
+    which = "training" if train else "test"
     try:
-        images, labels = map(torch.as_tensor, function(keys.root, train))
-    except Exception as error:  # the user's function may raise anything
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_seed(0, f"own {which} samples"))
+            images, labels = map(torch.as_tensor, function(root=keys.root, train=train))
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
         raise InputError(f"data.name: got {keys.name!r}, which fails ({first_line(error)})") from None
     whole = not (labels.is_floating_point() or labels.is_complex())
     if images.dtype != torch.uint8 or images.dim() != 4 or not whole or labels.shape != images.shape[:1]:
@@ -230,9 +248,12 @@ def _load_own(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
             f"data.name: got {keys.name!r}, which gives {images.dtype} {list(images.shape)} and "
             f"{labels.dtype} {list(labels.shape)}, expected uint8 images [N, C, H, W] and N integer labels"
         )
-    if not len(labels) or labels.min() < 0:
-        raise InputError(f"data.name: got {keys.name!r}, which gives no samples or negative labels")
-    return images.contiguous(), labels.to(torch.int64)
+    images, labels = images.cpu().contiguous(), labels.to("cpu", torch.int64)
+    if not images.numel():
+        raise InputError(f"data.name: got {keys.name!r}, which gives no {which} samples")
+    if labels.min() < 0:
+        raise InputError(f"data.name: got {keys.name!r}, which gives {which} labels below 0")
+    return images, labels
 
 
 def _load_torchvision(keys: Data, train: bool) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from fslsage_rpc.models.tracing import (
     trace,
 )
 from fslsage_rpc.models.zoo import Entry
+from fslsage_rpc.own import first_line, import_own, is_own
 
 
 class AuxiliaryModel(Segment):
@@ -86,7 +87,7 @@ def build_auxiliary(
     fresh: Callable[[], nn.Module],
     sample_shape: Sequence[int],
     classes: int,
-) -> AuxiliaryModel:
+) -> Segment:
     """The auxiliary model that the keys describe.
 
     Args:
@@ -97,6 +98,13 @@ def build_auxiliary(
         InputError: there is no such auxiliary model.
     """
     until = _last_of_copy(keys, entry.auxiliary(cut))
+    if keys.kind is not None and is_own(keys.kind):
+        traces = trace(model, opening(cut), sample_shape)
+        smashed_shape = traces[False].shape(cut_nodes(model, traces, cut)[False])
+        outputs_shape = traces[False].shape(traces[False].output)
+        assert smashed_shape is not None
+        assert outputs_shape is not None
+        return _users_own(keys.kind, model, smashed_shape, outputs_shape, classes)
     if entry.head and keys.kind == "mlp":
         raise InputError(
             "model.auxiliary.kind: got 'mlp', expected copy or linear: the model has its own head"
@@ -130,12 +138,63 @@ def build_auxiliary(
     with torch.no_grad():
         features = auxiliary.eval().classifier_input(z).shape[1]
     auxiliary.add_head(features, keys.width, classes)
+    _make_alignable(auxiliary)
+    return auxiliary
+
+
+def _users_own(
+    kind: str, model: nn.Module, smashed_shape: Sequence[int], outputs_shape: Sequence[int], classes: int
+) -> Segment:
+    """What the user's function makes of `smashed_shape` and `num_classes`.
+
+    Args:
+        model: the whole model, which gives `outputs_shape` for a sample.
+
+    Raises:
+        InputError: it fails, or gives something else than a model from smashed data to what the whole model
+            gives.
+    """
+    wrong = f"model.auxiliary.kind: got {kind!r}, which"
+    function = import_own("model.auxiliary.kind", kind, "a function that returns a model")
+    try:
+        with torch.device("cpu"):  # also where only sizes are asked for: it may read what it makes
+            own = function(smashed_shape=tuple(smashed_shape), num_classes=classes)
+    except (Exception, SystemExit) as error:  # the user's function may raise anything
+        shape = "x".join(map(str, smashed_shape))
+        raise InputError(f"{wrong} fails for smashed data of {shape} ({first_line(error)})") from None
+    if not isinstance(own, nn.Module):
+        raise InputError(f"{wrong} returns {type(own).__name__}, expected a torch.nn.Module")
+    if not any(parameter.requires_grad for parameter in own.parameters()):
+        raise InputError(f"{wrong} returns a model without weights that train")
+    holder = nn.Module()
+    holder.own = own.to(next(model.parameters()).dtype)
+    graph = fx.Graph()
+    graph.output(graph.call_module("own", (graph.placeholder("input"),)))
+    graphs = {True: graph, False: graph}
+    z = probe_inputs(own, smashed_shape, PROBE_BATCHES[0])
+    expected = [PROBE_BATCHES[0], *outputs_shape]
+    try:
+        auxiliary = Segment(holder, graphs)
+        _make_alignable(auxiliary)
+        keep_input(holder, graphs, smashed_shape)
+        with torch.no_grad():
+            outputs = auxiliary(z)
+    except Exception as error:  # so may its model
+        raise InputError(f"{wrong} fails on smashed data {list(z.shape)} ({first_line(error)})") from None
+    if not isinstance(outputs, Tensor) or list(outputs.shape) != expected:
+        got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"{wrong} gives {got} for smashed data {list(z.shape)}, expected {expected}")
+    return auxiliary
+
+
+def _make_alignable(auxiliary: nn.Module) -> None:
+    """Auxiliary models are always in train mode: running statistics are never read, so never written. And
+    alignment differentiates twice.
+    """
     for module in auxiliary.train().modules():
         if isinstance(module, _NormBase):
-            # Auxiliary models are always in train mode: running statistics are never read, so never written.
             module.track_running_stats = False
     _make_twice_differentiable(auxiliary)
-    return auxiliary
 
 
 def _last_of_copy(keys: Auxiliary, default_until: str | None) -> str | None:
@@ -163,6 +222,8 @@ def _channels_last(images: Segment, sample_shape: Sequence[int]) -> bool:
     """Does a part of a model give `[B, H, W, C]`? Positions are what grows with the images; a model that
     takes images of one size only counts as one with channels first.
     """
+    if len(sample_shape) != 3:
+        return False
     channels, height, width = sample_shape
     sizes = []
     for times in (1, 2):

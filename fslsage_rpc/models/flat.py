@@ -58,6 +58,17 @@ def flatten(module: nn.Module) -> Weights:
     Raises:
         TypeError: a buffer or parameter has another dtype.
     """
+    floats, integers = sorted_weights(module)
+    device = next((t.device for t in (*floats, *module.parameters())), torch.device("cpu"))
+    return Weights(_adopt(floats, torch.float32, device), _adopt(integers, torch.int64, device))
+
+
+def sorted_weights(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """A module's trainable parameters and its buffers, those of floating-point numbers and those of integers.
+
+    Raises:
+        TypeError: a buffer or parameter has another dtype.
+    """
     floats: list[Tensor] = []
     integers: list[Tensor] = []
     for name, tensor in _weights(module):
@@ -67,8 +78,7 @@ def flatten(module: nn.Module) -> Weights:
             integers.append(tensor)
         else:
             raise TypeError(f"{name} is {tensor.dtype}: weights are floating-point of one type or int64")
-    device = next((t.device for t in (*floats, *module.parameters())), torch.device("cpu"))
-    return Weights(_adopt(floats, torch.float32, device), _adopt(integers, torch.int64, device))
+    return floats, integers
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -229,10 +229,12 @@ def _torchvision(model: str, classes: int, image_shape: ImageShape) -> nn.Module
 
 
 def _users_own(name: str, function: Callable[..., Any], classes: int, image_shape: ImageShape) -> nn.Module:
-    """What the function makes of `num_classes` and, if it has such a parameter, `image_shape`."""
+    """What the function makes of `num_classes` and, if it has a parameter of that name, `image_shape` (or
+    `sample_shape`, which is the same).
+    """
     keys: dict[str, Any] = {"num_classes": classes}
-    if "image_shape" in inspect.signature(function).parameters:
-        keys["image_shape"] = image_shape
+    for parameter in {"image_shape", "sample_shape"} & inspect.signature(function).parameters.keys():
+        keys[parameter] = image_shape
     with torch.device("cpu"):  # also where only sizes are asked for: it may read what it makes
         model = function(**keys)
     if not isinstance(model, nn.Module):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.bench.statistics import BenchRun
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config import Config
@@ -67,12 +68,15 @@ def _read(folder: Path) -> Calibration:
     cores = ranks[0]["cores"] / ranks[0]["threads"] if one_machine else math.inf
     costs: dict[str, Costs] = {}
     for name, variant in variant_configs(config).items():
-        if variant.algorithm.name not in costs:
+        known = variant.algorithm.name in ALGORITHMS  # the simulation knows when these make requests
+        if known and variant.algorithm.name not in costs:
             scenario = Scenario(variant, link, len(ranks) - 1, cores)
             lines = _measured_lines(folder, name, config, scenario)
             measured = measure_costs(lines, scenario)
             _check_figures(list(vars(measured).values()))
             costs[variant.algorithm.name] = on_cores_of_their_own(measured, scenario, workers)
+    if not costs:
+        raise InputError(f"--calibrate: got {folder}, expected a benchmark of one of {', '.join(ALGORITHMS)}")
     return Calibration(config, costs, link, workers, cores)
 
 

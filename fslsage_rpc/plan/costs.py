@@ -7,7 +7,7 @@ from typing import Any
 
 from fslsage_rpc.bench.table import COMPUTE
 from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.plan.scenario import LABEL_BYTES, Scenario
+from fslsage_rpc.plan.scenario import Scenario
 
 CLIENT = (*COMPUTE, "other")
 """the phases in which a client rank computes"""
@@ -37,7 +37,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:
     pairs = [(line, scenario.round(line["round"])) for line in lines]
     client = sum(_client_seconds(line) for line, _ in pairs)
     samples = sum(planned.samples for _, planned in pairs)
-    uploaded = sum(_requests(line, "up_bytes") for line, _ in pairs) / (scenario.sizes.smashed + LABEL_BYTES)
+    uploaded = sum(_requests(line, "up_bytes") for line, _ in pairs) / scenario.sample_bytes
     buffered = sum(sum(planned.aligned.values()) for _, planned in pairs)
     requests = [times for line in lines for times in line["requests"].values()]
     sending = _per(

@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 
 from fslsage_rpc.plan.costs import Costs
-from fslsage_rpc.plan.scenario import LABEL_BYTES, PlannedRound, Scenario
+from fslsage_rpc.plan.scenario import PlannedRound, Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 
 FORWARD_SHARE = 1 / 3
@@ -77,7 +77,7 @@ def client_steps(scenario: Scenario, costs: Costs, client: int, planned: Planned
                     kind="exchange" if exchanges else "push",
                     turn=k,
                     server_seconds=costs.server_per_sample * samples,
-                    up_bytes=(sizes.smashed + LABEL_BYTES) * samples,
+                    up_bytes=scenario.sample_bytes * samples,
                     down_bytes=sizes.smashed * samples if exchanges else 0,
                 )
             )

@@ -15,6 +15,7 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import changed_keys, from_tree, to_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.own import is_own
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.prediction import Prediction, predict
@@ -71,6 +72,10 @@ def plan(
             scenario = Scenario(from_tree(to_tree(config), keys), link, ranks, cores)
             rows.append((name, count, predict(scenario, measured.costs[name], measured.server_workers)))
     _show(rows, link, calibration or "this machine, in one process")
+    if is_own(config.algorithm.name):
+        print(
+            f"{config.algorithm.name} is not predicted: the order of its requests is known only by running."
+        )
 
 
 def link_speed(measured: LinkSpeed, bandwidth: str | None, rtt: str | None) -> LinkSpeed:
@@ -89,12 +94,12 @@ def link_speed(measured: LinkSpeed, bandwidth: str | None, rtt: str | None) -> L
 
 def calibrate_here(config: Config) -> Calibration:
     """The costs of every algorithm on this machine: two rounds of two clients, in one process."""
-    batch = config.clients.batch_size
+    samples = min(2 * CALIBRATION_BATCHES * config.clients.batch_size, open_task(config).train_samples)
     keys = [
         *("transport=local", "rounds=2", "trace=false", "evaluation.every=1000", "data.test_limit=1"),
         *("stop.paper_gib=null", "stop.accuracy=null"),
         *("clients.count=2", "clients.participation=1.0", "data.partition=iid"),
-        f"data.train_limit={2 * CALIBRATION_BATCHES * batch}",
+        f"data.train_limit={samples}",
         *([] if config.algorithm.align_every is None else ["algorithm.align_every=1"]),
     ]
     costs: dict[str, Costs] = {}

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fslsage_rpc.algorithms import find
+from fslsage_rpc.algorithms import create
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.plan.wire import Connection
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import model_sizes
-
-LABEL_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class PlannedRound:
 class Scenario:
     """A configuration whose clients all have the same number of samples.
 
+    `sample_bytes`: of one sample's smashed data and label.
+
     Args:
         shared_cores: of the one machine that all ranks are on, over the threads of an operation; infinite
             where each has a machine of its own.
@@ -46,9 +46,10 @@ class Scenario:
         self.federation = Federation(
             shares, clients.participation, clients.batch_size, clients.local_epochs, config.seed
         )
-        self.algorithm = find(config.algorithm.name)(config.algorithm, self.federation)
+        self.algorithm = create(config.algorithm, self.federation)
         with torch.device("meta"):
             self.sizes = model_sizes(task.build(), task.precision)
+        self.sample_bytes = self.sizes.smashed + task.label_bytes
 
     def round(self, round: int) -> PlannedRound:
         """What this round has to do."""

@@ -5,6 +5,7 @@ them.
 import io
 import math
 import textwrap
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -32,7 +33,8 @@ ALGORITHMS = {
     "fedavg": ("FedAvg", "#CC79A7"),
 }
 """names, and colours that colour-blind readers can tell apart (Okabe and Ito)"""
-UNKNOWN_COLOR = "#666666"
+OWN_COLORS = ("#666666", "#56B4E9", "#000000")
+"""for algorithms that are not among these, the user's own: by name, so that two may share one"""
 STYLES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)))
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
@@ -91,13 +93,29 @@ class Panel:
 
 
 def display_name(algorithm: str) -> str:
-    """The algorithm as its paper writes it."""
+    """The algorithm as its paper writes it, or the user's own as the configuration names it."""
     return ALGORITHMS.get(algorithm, (algorithm, ""))[0]
 
 
 def color_of(algorithm: str) -> str:
-    """Its colour, grey for one that is not known here."""
-    return ALGORITHMS.get(algorithm, ("", UNKNOWN_COLOR))[1]
+    """Its colour; one of the user's own always has the same, too."""
+    own = OWN_COLORS[_number(algorithm) % len(OWN_COLORS)]
+    return ALGORITHMS.get(algorithm, ("", own))[1]
+
+
+def rank_of(algorithm: str) -> tuple[int, str]:
+    """Its place among all algorithms, those of the user's own last, by name."""
+    return _place(algorithm), algorithm
+
+
+def _place(algorithm: str) -> int:
+    names = list(ALGORITHMS)
+    return names.index(algorithm) if algorithm in names else len(names)
+
+
+def _number(name: str) -> int:
+    """A number that follows from a name, the same in every process."""
+    return zlib.crc32(name.encode())
 
 
 def curve_of(
@@ -108,7 +126,8 @@ def curve_of(
     Each algorithm has another marker for the same setting. Runs that are not finished have hollow markers
     and thin lines.
     """
-    marker = MARKERS[(list(ALGORITHMS).index(algorithm) + setting) % len(MARKERS)]
+    own = 0 if algorithm in ALGORITHMS else _number(algorithm) // len(OWN_COLORS)
+    marker = MARKERS[(_place(algorithm) + own + setting) % len(MARKERS)]
     return Curve(label, color_of(algorithm), runs, STYLES[setting % len(STYLES)], marker, finished)
 
 

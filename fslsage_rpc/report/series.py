@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fslsage_rpc.algorithms import find
+from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.config import AlgorithmKeys
 from fslsage_rpc.configuration import changed_keys
-from fslsage_rpc.report.figures import display_name
-from fslsage_rpc.report.figures import find as LOOKS
+from fslsage_rpc.report.figures import display_name, rank_of
 from fslsage_rpc.report.sources import Run, Tree
 
 FREE_KEYS = (
@@ -114,14 +113,14 @@ def assignment(tree: Tree, key: str) -> str:
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-def _rank(series: Series, keys: Sequence[str]) -> tuple[int, list[tuple[bool, float, str]], bool]:
+def _rank(series: Series, keys: Sequence[str]) -> tuple[tuple[int, str], list[tuple[bool, float, str]], bool]:
     """Sorts by algorithm, then by settings (numbers by size, before texts), then unfinished runs last."""
     values = [value_of(series.config, key) for key in keys]
     numbers = [value if isinstance(value, int | float) else None for value in values]
     settings = [
         (number is None, number or 0, str(value)) for number, value in zip(numbers, values, strict=True)
     ]
-    return list(LOOKS).index(series.algorithm), settings, not series.finished
+    return rank_of(series.algorithm), settings, not series.finished
 
 
 def _algorithm(tree: Tree) -> str:
@@ -129,7 +128,11 @@ def _algorithm(tree: Tree) -> str:
 
 
 def _reads(tree: Tree, key: str) -> bool:
-    """Does the algorithm of this configuration read this key? (All read what is outside `algorithm`.)"""
+    """Does the algorithm of this configuration read this key? (All read what is outside `algorithm`.)
+
+    One of the user's own counts as reading all: a report imports no code that a run folder names.
+    """
     section, _, rest = key.partition(".")
     name = rest.partition(".")[0]
-    return section != "algorithm" or name == "name" or name in find(_algorithm(tree)).uses
+    known = ALGORITHMS.get(_algorithm(tree))
+    return section != "algorithm" or name == "name" or known is None or name in known.uses

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fslsage_rpc.config import Config
-from fslsage_rpc.models.splitting import PRECISIONS, Precision, SplitModel
+from fslsage_rpc.models.splitting import PRECISIONS, Precision, SplitModel, build
 
 
 class Samples(Protocol):
@@ -65,13 +65,15 @@ class Task(ABC):
     Attributes:
         sample_shape: of one input, without the batch.
         label_shape: of one label: () where a sample has one prediction, (T,) where each of T positions has.
-        classes: that a prediction chooses from.
+        label_dtype: of y.
+        classes: that a prediction chooses from; what a model is made for.
         groups: the number of values of `Samples.labels`.
         metrics: the names of what it measures by besides loss and accuracy.
     """
 
     sample_shape: tuple[int, ...]
     label_shape: tuple[int, ...]
+    label_dtype: torch.dtype = torch.int64
     classes: int
     groups: int
     metrics: tuple[str, ...] = ()
@@ -83,6 +85,11 @@ class Task(ABC):
     def precision(self) -> Precision:
         """The number formats of the training."""
         return PRECISIONS[self.config.precision]
+
+    @property
+    def label_bytes(self) -> int:
+        """The size of one label on the wire."""
+        return torch.Size(self.label_shape).numel() * self.label_dtype.itemsize
 
     @property
     @abstractmethod
@@ -109,13 +116,16 @@ class Task(ABC):
     def batches(self, samples: Any, batch_size: int, device: torch.device) -> Batches:
         """Samples of `load` (or a subset), ready to be drawn on a device."""
 
-    @abstractmethod
     def build(self) -> SplitModel:
         """The model of the configuration, cut in two, and its auxiliary model.
 
         Raises:
             InputError: there is no such model, cut or auxiliary model.
         """
+        config, precision = self.config, self.precision
+        return build(
+            config.model, self.classes, self.sample_shape, config.seed, precision.weights, precision.autocast
+        )
 
     @abstractmethod
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.data.datasets import LabelledImages
-from fslsage_rpc.models.splitting import SplitModel, build
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.own import is_own
 from fslsage_rpc.tasks.base import Task
 
 
@@ -28,19 +29,30 @@ class ImageTask(Task):
         return min(self.config.data.train_limit or self.spec.train_samples, self.spec.train_samples)
 
     def prepare(self) -> None:
-        datasets.prepare(self.config.data)
+        if is_own(self.config.data.name):
+            self.load(train=False)
+        else:
+            datasets.prepare(self.config.data)
 
     def load(self, train: bool) -> LabelledImages:
-        return datasets.load(self.config.data, train)
+        samples = datasets.load(self.config.data, train)
+        if is_own(self.config.data.name):
+            self._check(samples, "training" if train else "test")
+        return samples
+
+    def _check(self, samples: LabelledImages, which: str) -> None:
+        """Are samples of the user's own such as the training samples said?"""
+        shape, most = list(samples.images.shape[1:]), int(samples.labels.max())
+        expected = list(self.spec.image_shape)
+        name = self.config.data.name
+        if shape != expected or most >= self.spec.classes:
+            raise InputError(
+                f"data.name: got {name!r}, which gives {which} images {shape} with labels to {most}, "
+                f"expected {expected} and {self.spec.classes - 1} as in training"
+            )
 
     def batches(self, samples: LabelledImages, batch_size: int, device: torch.device) -> ImageBatches:
         return ImageBatches(samples, self.spec, batch_size, device, self.precision.weights)
-
-    def build(self) -> SplitModel:
-        config, precision = self.config, self.precision
-        return build(
-            config.model, self.classes, self.sample_shape, config.seed, precision.weights, precision.autocast
-        )
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(outputs, y, label_smoothing=self.config.loss.label_smoothing)

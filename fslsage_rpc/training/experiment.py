@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fslsage_rpc.algorithms import Algorithm, find
+from fslsage_rpc.algorithms import Algorithm, create, find
 from fslsage_rpc.algorithms.base import Sizes
 from fslsage_rpc.comm.world import choose_device, interfaces, nccl_available, rpc_available
 from fslsage_rpc.config import Config
@@ -15,9 +15,9 @@ from fslsage_rpc.data import partitions
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.draws import unkeyed_draws
-from fslsage_rpc.models.flat import module_bytes, trainable
+from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
-from fslsage_rpc.own import first_line
+from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
@@ -42,11 +42,24 @@ def check(config: Config, ranks: int) -> None:
             f"clients.minimum: got {clients.minimum}, expected at most clients.count, {clients.count}"
         )
     with torch.device("meta"):
-        task.build()
+        _check_weights(config, task.build())
     for party, keys in vars(config.optimizer).items():
         check_scheduler(keys, party)
     choose_device(config.device, 0)
     task.prepare()
+
+
+def _check_weights(config: Config, split: SplitModel) -> None:
+    """A model's weights are averaged and sent in one buffer each of floats and of integers."""
+    keys = config.model
+    for key, name, part in (
+        ("model.name", keys.name, split.whole()),
+        ("model.auxiliary.kind", keys.auxiliary.kind, split.auxiliary),
+    ):
+        try:
+            sorted_weights(part)
+        except TypeError as error:
+            raise InputError(f"{key}: got {name!r}, where {error}") from None
 
 
 def _check_ranks(config: Config, ranks: int) -> None:
@@ -117,10 +130,11 @@ class Experiment:
             config.seed,
         )
         split = task.build()
-        algorithm = find(config.algorithm.name)(config.algorithm, federation)
+        algorithm = create(config.algorithm, federation)
         if algorithm.auxiliary == "aligned":
             _check_alignment_derivatives(task, split)
-        if has_batch_norm(split.client) or has_batch_norm(split.server):
+        used = (split.client, split.server, *([] if algorithm.auxiliary == "none" else [split.auxiliary]))
+        if any(map(has_batch_norm, used)):
             _check_alignment_batches(config, federation, algorithm)
             alone = [client for client, sizes in enumerate(federation.batch_sizes) if 1 in sizes]
             if alone:
@@ -183,16 +197,19 @@ def _check_draws(task: Task, split: SplitModel, algorithm: Algorithm) -> list[st
 def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:
     """Alignment differentiates twice, which not all of torch's layers can."""
     z = torch.zeros(2, *split.smashed_shape, dtype=task.precision.smashed)
-    y = torch.zeros(2, *task.label_shape, dtype=torch.int64)
+    y = torch.zeros(2, *task.label_shape, dtype=task.label_dtype)
     try:
         with torch.random.fork_rng(devices=[]):
             estimate = cut_layer_gradient(split.auxiliary, z, y, task.loss, create_graph=True)
             torch.autograd.grad(estimate.square().sum(), trainable(split.auxiliary), allow_unused=True)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
+        keys = task.config.model.auxiliary
+        own = keys.kind is not None and is_own(keys.kind)
+        key, got = ("kind", keys.kind) if own else ("until", keys.until)
         raise InputError(
-            f"model.auxiliary.until: got {task.config.model.auxiliary.until!r}, whose layers cannot be "
-            f"differentiated twice, as alignment does ({reason}); expected kind linear or mlp"
+            f"model.auxiliary.{key}: got {got!r}, whose layers cannot be differentiated twice, as alignment "
+            f"does ({reason}); expected kind linear or mlp"
         ) from None
 
 

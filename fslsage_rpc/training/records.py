@@ -134,7 +134,7 @@ class RoundRecorder:
         samples = server.samples + sum(report.samples for report in reports)
         line = {
             "round": round,
-            "train_loss": loss_sum / samples,
+            "train_loss": loss_sum / samples if samples else math.nan,
             "test_loss": score.loss if score else None,
             "test_accuracy": score.accuracy if score else None,
             **{f"test_{name}": score.metrics[name] if score else None for name in self._metrics},

@@ -101,7 +101,7 @@ def _train(
         if manifest:
             screen.show_resumed(folder.rounds, manifest.folder)
         for key in unused_keys(config.algorithm, experiment.algorithm.uses):
-            screen.warn(f"algorithm.{key} is not used by {experiment.algorithm.name}")
+            screen.warn(f"algorithm.{key} is not used by {config.algorithm.name}")
         for warning in experiment.warnings:
             screen.warn(warning)
 
@@ -129,7 +129,7 @@ def _train(
     if folder:
         if trainer.trace:
             folder.add_trace(trainer.trace.text())
-        summary = trainer.recorder.summary(experiment.algorithm.name, experiment.algorithm.interval)
+        summary = trainer.recorder.summary(config.algorithm.name, experiment.algorithm.interval)
         folder.finish(summary, trainer.final_model())
         screen.show_summary(summary, folder.path)
     return None

@@ -1,0 +1,679 @@
+"""What users add of their own: every listing of docs/extending.md as it stands there, and what is refused."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from report_folders import write_run
+from test_cli import fslsage
+from torch import Tensor, nn
+from torch.nn import functional as F
+from user_input import mistake
+
+import fslsage_rpc
+from fslsage_rpc.algorithms import Algorithm, create, find
+from fslsage_rpc.algorithms.fsl_sage import FslSage
+from fslsage_rpc.algorithms.splitfed import SplitFedV1
+from fslsage_rpc.cli import main
+from fslsage_rpc.config import Config, Data
+from fslsage_rpc.configuration import from_tree, load, to_tree
+from fslsage_rpc.data.datasets import load as load_images
+from fslsage_rpc.data.datasets import spec_of
+from fslsage_rpc.federation import Federation
+from fslsage_rpc.notebook import Run
+from fslsage_rpc.parties.requests import ClientStep, Push
+from fslsage_rpc.tasks import Task, open_task
+from fslsage_rpc.tasks.images import ImageTask
+from fslsage_rpc.training.experiment import Experiment, check
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
+HERE = "test_extending"
+SMALL: dict[str, Any] = {
+    "rounds": 2,
+    "device": "cpu",
+    "transport": "local",
+    "clients": {"count": 2, "batch_size": 12},
+    "data": {"train_limit": 48, "test_limit": 24},
+    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
+}
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two trees of keys, the second over the first."""
+    both = [key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)]
+    return {**below, **above, **{key: merged(below[key], above[key]) for key in both}}
+
+
+def tree(*changes: dict[str, Any]) -> dict[str, Any]:
+    """The small run with changes."""
+    result = SMALL
+    for change in changes:
+        result = merged(result, change)
+    return result
+
+
+# The listings
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A section's module, and the keys that use it."""
+
+    file: str
+    code: str
+    keys: str
+
+    def configuration(self) -> dict[str, Any]:
+        return yaml.safe_load(self.keys)
+
+
+def listings() -> dict[str, Listing]:
+    found = {}
+    for section in DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:]:
+        (code,), (keys,) = (
+            re.findall(rf"```{language}\n(.*?)```", section, re.S) for language in ("python", "yaml")
+        )
+        found[section.splitlines()[0]] = Listing(code.splitlines()[0].removeprefix("# "), code, keys)
+    return found
+
+
+LISTINGS = listings()
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a user who has written all of it."""
+    for listing in LISTINGS.values():
+        (tmp_path / listing.file).write_text(listing.code)
+        monkeypatch.delitem(sys.modules, listing.file.removesuffix(".py"), raising=False)
+    (tmp_path / "photos").mkdir()
+    drawn = np.random.default_rng(0)
+    for name, count in (("train", 100), ("test", 50)):
+        images = drawn.integers(0, 200, (count, 8, 8, 3), dtype=np.uint8)
+        labels = np.arange(count) % 3
+        images[np.arange(count), labels] = 255  # a bright row
+        np.savez(tmp_path / "photos" / f"{name}.npz", images=images, labels=labels)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def test_there_is_one_of_each_and_each_is_short() -> None:
+    assert list(LISTINGS) == ["A model", "A dataset", "An algorithm", "An auxiliary model", "A task"]
+    for listing in LISTINGS.values():
+        lines = [*listing.code.splitlines(), *listing.keys.splitlines()]
+        assert len(lines) < 40
+        assert all(len(line) <= 110 for line in lines)
+
+
+@pytest.mark.parametrize("title", LISTINGS)
+def test_a_listing_trains_goes_on_and_is_evaluated(
+    title: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = LISTINGS[title].configuration()
+    if title == "A model":  # it has more to learn than these few steps would do
+        keys = merged({"optimizer": {party: {"lr": 0.01} for party in ("client", "server")}}, keys)
+    Path("run.yaml").write_text(yaml.safe_dump(tree(keys)))
+    assert main(["train", "run.yaml"]) == 0
+    assert main(["train", "run.yaml", "rounds=4"]) == 0
+    said = capsys.readouterr()
+    assert "goes on from round" in said.out + said.err
+    assert said.err == ""
+    assert load("runs/run/config.yaml") == load("run.yaml", ["rounds=4"])
+    lines = [json.loads(line) for line in Path("runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    summary = json.loads(Path("runs/run/summary.json").read_text())
+    assert summary["algorithm"] == keys.get("algorithm", {}).get("name", "fsl_sage")
+    assert main(["evaluate", "runs/run"]) == 0
+    accuracy, loss = lines[-1]["test_accuracy"], lines[-1]["test_loss"]
+    assert capsys.readouterr().out == f"test accuracy {accuracy:.4f}  test loss {loss:.4f}\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_all_of_them_train_on_ranks_of_their_own(workplace: Path) -> None:
+    """As at a user's prompt: ranks are started, and find the modules in the working directory."""
+    keys: dict[str, Any] = {"comm": {"transports": ["uv"], "timeout_seconds": 60}, "ranks": 3}
+    for title in ("A dataset", "An algorithm", "An auxiliary model", "A model"):  # the last one's model
+        keys = merged(keys, LISTINGS[title].configuration())
+    keys["model"]["auxiliary"] = LISTINGS["An auxiliary model"].configuration()["model"]["auxiliary"]
+    for name, transport in (("near", "local"), ("far", "rpc")):
+        file = Path(f"{name}.yaml")
+        file.write_text(
+            yaml.safe_dump(tree(keys, {"name": name, "transport": transport, "precision": "fp64"}))
+        )
+        done = fslsage("train", file, OMP_NUM_THREADS="1", PYTHONSAFEPATH="1")
+        assert done.returncode == 0, done.stderr
+    variants = {"own": [], "splitfed_v1": ["algorithm.name=splitfed_v1"]}
+    bench = {"name": "bench", "transport": "local", "bench": {"variants": variants, "repeats": 1}}
+    Path("bench.yaml").write_text(yaml.safe_dump(tree(keys, bench)))
+    done = fslsage("bench", "bench.yaml", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    scores = {}
+    for name in ("near", "far"):
+        done = fslsage("evaluate", f"runs/{name}", OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        scores[name] = done.stdout
+    assert scores["near"] == scores["far"]
+    pytest.importorskip("matplotlib")
+    Path("patient.py").rename("gone.py")  # what is compared need not be there any more
+    done = fslsage("report", "runs/near", "runs/far", "runs/bench", "--out", "report")
+    assert done.returncode == 0, done.stderr
+    assert "| patient:PatientSplitFed: own |" in Path("report/report.md").read_text()
+    Path("gone.py").rename("patient.py")
+    broken = fslsage("train", "far.yaml", "algorithm.name=patient:Impatient", "resume=never")
+    assert broken.returncode == 2
+    assert broken.stderr.splitlines() == [
+        "fslsage_rpc: algorithm.name: got 'patient:Impatient', which cannot be imported (AttributeError: "
+        "module 'patient' has no attribute 'Impatient')"
+    ]
+
+
+# Algorithms
+
+
+PATIENT = {"algorithm": {"name": "patient:PatientSplitFed"}}
+
+
+def test_check_shows_what_an_algorithm_of_the_users_own_would_send(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("run.yaml").write_text(yaml.safe_dump(tree(PATIENT)))
+    assert main(["check", "run.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "patient:PatientSplitFed (configured)" in out
+    assert "fsl_sage" in out
+
+
+def test_reports_import_nothing_and_put_the_users_own_last(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from fslsage_rpc.report import tables
+    from fslsage_rpc.report.series import group
+    from fslsage_rpc.report.sources import read
+
+    algorithms = {"a": "nowhere:B", "b": "nowhere:A", "c": "fedavg", "d": "nowhere:A"}
+    folders = [
+        write_run(tmp_path / name, [0.5], algorithm={"name": algorithm, "upload_every": 5 + (name == "d")})
+        for name, algorithm in algorithms.items()
+    ]
+    series = group(read([str(folder) for folder in folders])[0])
+    assert [one.label for one in series] == [
+        "FedAvg",
+        "nowhere:A, algorithm.upload_every=5",
+        "nowhere:A, algorithm.upload_every=6",
+        "nowhere:B, algorithm.upload_every=5",
+    ]
+    assert tables.runs_table(series).rows[3][0] == series[3].label
+
+
+def test_algorithms_of_the_users_own_look_the_same_in_all_figures() -> None:
+    figures = pytest.importorskip("fslsage_rpc.report.figures")
+    looks = {
+        name: figures.curve_of(name, name, 0, True, []) for name in ("fedavg", "a:A", "a:B", "b:A", "a:A")
+    }
+    assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
+    assert looks["a:A"].color == figures.color_of("a:A")
+    assert looks["a:A"].color not in {color for _, color in figures.ALGORITHMS.values()}
+    assert sorted(["b:A", "fedavg", "a:A", "fsl_sage"], key=figures.rank_of) == [
+        *("fsl_sage", "fedavg", "a:A", "b:A")
+    ]
+
+
+def test_plan_says_that_it_does_not_predict_it(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fslsage_rpc.plan import run as planning
+    from fslsage_rpc.plan.costs import Costs
+
+    def calibrated(config: Config) -> planning.Calibration:
+        return planning.Calibration(
+            config, {"fedavg": Costs(1, 1, 1, 1, 1, 1)}, planning.NO_LINK, 1, float("inf")
+        )
+
+    monkeypatch.setattr(planning, "calibrate_here", calibrated)
+    Path("run.yaml").write_text(yaml.safe_dump(tree(PATIENT)))
+    assert main(["plan", "run.yaml", "--bandwidth", "100mbit", "--rtt", "20ms"]) == 0
+    out = capsys.readouterr().out
+    assert "fedavg" in out
+    assert "patient:PatientSplitFed is not predicted" in out
+
+
+class Lazy(FslSage):
+    """Uploads only where it aligns."""
+
+    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        if self.aligns(client.id, round):
+            yield from super().client_step(client, round, step, x, y)
+            return
+        z = client.forward(x)
+        client.backward(z, client.estimate(z, y))
+
+    def request_steps(self, client: int, round: int) -> list[int]:
+        return super().request_steps(client, round) if self.aligns(client, round) else []
+
+
+class Talkative(SplitFedV1):
+    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        yield from super().client_step(client, round, step, x, y)
+        yield Push(x, y)
+
+
+class Silent(SplitFedV1):
+    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        yield from ()
+
+
+class NoGenerator(SplitFedV1):
+    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> Any:
+        return None
+
+
+class Wishing(SplitFedV1):
+    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> Any:
+        yield "a gradient"
+
+
+def train(*changes: dict[str, Any], output: Path) -> Run:
+    return fslsage_rpc.train(tree(*changes, {"output": str(output)}))
+
+
+def own(kind: type) -> dict[str, Any]:
+    return {"algorithm": {"name": f"{HERE}:{kind.__name__}"}}
+
+
+def test_a_subclass_of_a_known_algorithm_writes_only_what_differs(tmp_path: Path) -> None:
+    lines = train(own(Lazy), output=tmp_path).rounds
+    assert [line["requests"]["push"]["count"] if line["requests"] else 0 for line in lines] == [2, 0]
+    assert lines[1]["train_loss"] is None  # the server had nothing to train on
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Talkative, "makes more requests at local step 0, expected 1, as request_steps says"),
+        (Silent, "makes 0 requests at local step 0, expected 1, as request_steps says"),
+        (NoGenerator, "returns NoneType, expected it to yield its requests"),
+        (Wishing, "yields str, expected Push, Exchange or Align"),
+    ],
+)
+def test_requests_that_were_not_announced_end_the_run(kind: type, words: str, tmp_path: Path) -> None:
+    message = mistake(fslsage_rpc.train, tree(own(kind), {"output": str(tmp_path)}))
+    assert message == f"algorithm.name: got '{HERE}:{kind.__name__}', whose client_step {words}"
+
+
+class Lacking(FslSage):
+    request_steps = None
+
+
+class Unfinished(Algorithm):
+    """Lacks its methods."""
+
+
+class WrongKind(FslSage):
+    auxiliary = "borrowed"  # type: ignore[assignment]
+
+
+class TooFar(SplitFedV1):
+    def request_steps(self, client: int, round: int) -> list[int]:
+        return [0, 9]
+
+
+class Forgetful(SplitFedV1):
+    def ranking(self, round: int) -> list[int]:
+        return [0]
+
+
+class HalfBytes(SplitFedV1):
+    def paper_bytes(self, sizes: Any, round: int) -> Any:
+        return 0.5
+
+
+class NoInterval(SplitFedV1):
+    interval = 0
+
+
+class Averaging(SplitFedV1):
+    def averages_auxiliary(self, round: int) -> bool:
+        return True
+
+
+class Raising(SplitFedV1):
+    def __init__(self, keys: Any, federation: Any):
+        raise RuntimeError("not\ntoday")
+
+
+NOT_ALGORITHMS = [
+    ("nowhere:A", "which cannot be imported (ModuleNotFoundError"),
+    (f"{HERE}:Nothing", "which cannot be imported (AttributeError"),
+    (f"{HERE}:SMALL", "expected a subclass of fslsage_rpc.algorithms.Algorithm"),
+    (f"{HERE}:tree", "expected a subclass of fslsage_rpc.algorithms.Algorithm"),
+    (f"{HERE}:Unfinished", "which lacks bound_seconds, client_step, paper_bytes, request_steps"),
+    (f"{HERE}:WrongKind", "whose auxiliary is 'borrowed', expected one of none, aligned, trained"),
+    (f"{HERE}:Lacking", "which fails (TypeError"),
+    (f"{HERE}:TooFar", "whose request_steps of client 0 is [0, 9], expected steps below 2, ascending"),
+    (f"{HERE}:Forgetful", "whose ranking is [0], expected the participants, [0, 1], in some order"),
+    (f"{HERE}:HalfBytes", "whose paper_bytes is 0.5, expected whole bytes"),
+    (f"{HERE}:NoInterval", "whose interval is 0, expected rounds, from 1 on"),
+    (f"{HERE}:Averaging", "whose averages_auxiliary is true, expected auxiliary models"),
+    (f"{HERE}:Raising", "which fails (RuntimeError: not"),
+]
+
+
+@pytest.mark.parametrize(("name", "words"), NOT_ALGORITHMS)
+def test_what_is_no_algorithm_is_refused(name: str, words: str) -> None:
+    keys = from_tree({"algorithm": {"name": name}}).algorithm
+    message = mistake(create, keys, Federation([40, 40], 1.0, 20, 1, 0))
+    assert message.startswith(f"algorithm.name: got {name!r}, ")
+    assert words in message
+
+
+def test_an_unfinished_class_is_found_before_anything_else() -> None:
+    assert "lacks" in mistake(check, from_tree(tree(own(Unfinished))), 1)
+    assert find(f"{HERE}:Lazy") is Lazy
+
+
+# Datasets
+
+
+def striped(root: str, train: bool) -> tuple[Any, Any]:
+    return np.full((6, 2, 4, 4), 51, np.uint8), [0, 1, 2] * 2
+
+
+def drawing(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.randint(256, (5, 1, 4, 4), dtype=torch.uint8), torch.arange(5, dtype=torch.int32)
+
+
+def other_shape(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.zeros(5, 1, 4, 4 if train else 5, dtype=torch.uint8), torch.arange(5)
+
+
+def further_label(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.arange(5) + (not train)
+
+
+def floats(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.zeros(5, 1, 4, 4), torch.arange(5)
+
+
+def fewer_labels(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.arange(4)
+
+
+def real_labels(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.rand(5)
+
+
+def negative(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.arange(5) - 1
+
+
+def empty(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.arange(0)
+
+
+def unnamed(folder: str, train: bool) -> tuple[Tensor, Tensor]:
+    return drawing(folder, train)
+
+
+def single(root: str, train: bool) -> Tensor:
+    return drawing(root, train)[0]
+
+
+def leaving(root: str, train: bool) -> None:
+    raise SystemExit("no files\nat all")
+
+
+def test_a_dataset_is_what_its_training_samples_say() -> None:
+    keys = Data(name=f"{HERE}:striped", train_limit=4)
+    spec = spec_of(keys)
+    assert (spec.train_samples, spec.classes, spec.image_shape) == (6, 3, (2, 4, 4))
+    assert spec.mean == pytest.approx((0.2, 0.2))
+    assert spec.std == (1.0, 1.0)
+    images = load_images(keys, train=True)
+    assert images.images.shape == (4, 2, 4, 4)
+    assert images.labels.tolist() == [0, 1, 2, 0]
+
+
+def test_mean_and_deviation_are_those_of_the_pixels() -> None:
+    keys = Data(name=f"{HERE}:drawing")
+    spec, again = spec_of(keys), spec_of(keys)
+    assert spec == again  # torch's generator is seeded
+    pixels = load_images(keys, train=True).images.double() / 255
+    assert spec.mean == pytest.approx((pixels.mean().item(),))
+    assert spec.std == pytest.approx((pixels.std(correction=0).item(),))
+    assert not torch.equal(load_images(keys, train=False).images, load_images(keys, train=True).images)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere:f", "which cannot be imported (ModuleNotFoundError"),
+        (f"{HERE}:SMALL", "expected a function that returns images and labels, or a Task"),
+        (
+            f"{HERE}:other_shape",
+            "which gives test images [1, 4, 5] with labels to 4, expected [1, 4, 4] and 4",
+        ),
+        (
+            f"{HERE}:further_label",
+            "which gives test images [1, 4, 4] with labels to 5, expected [1, 4, 4] and 4",
+        ),
+        (
+            f"{HERE}:floats",
+            "which gives torch.float32 [5, 1, 4, 4] and torch.int64 [5], expected uint8 images",
+        ),
+        (f"{HERE}:fewer_labels", "torch.int64 [4], expected uint8 images [N, C, H, W] and N integer labels"),
+        (f"{HERE}:real_labels", "torch.float32 [5], expected uint8 images [N, C, H, W] and N integer labels"),
+        (f"{HERE}:negative", "which gives training labels below 0"),
+        (f"{HERE}:empty", "which gives no training samples"),
+        (f"{HERE}:unnamed", "which fails (TypeError"),
+        (f"{HERE}:single", "which fails (ValueError"),
+        (f"{HERE}:leaving", "which fails (SystemExit: no files)"),
+    ],
+)
+def test_what_is_no_dataset_is_refused(name: str, words: str) -> None:
+    config = from_tree({"transport": "local", "data": {"name": name, "partition": "iid"}})
+    message = mistake(check, config, 1)
+    assert message.startswith(f"data.name: got {name!r}, ")
+    assert words in message
+
+
+# Auxiliary models
+
+
+def linear(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(smashed_shape).numel(), num_classes))
+
+
+def normalising(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.BatchNorm2d(smashed_shape[0]),
+        nn.ReLU(inplace=True),
+        nn.Hardsigmoid(),
+        linear(smashed_shape, num_classes),
+    )
+
+
+def one_class_more(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return linear(smashed_shape, num_classes + 1)
+
+
+def too_small(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3, num_classes))
+
+
+def no_weights(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return nn.Flatten()
+
+
+def no_module(smashed_shape: tuple[int, ...], num_classes: int) -> object:
+    return lambda z: z
+
+
+def counting(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    model = linear(smashed_shape, num_classes)
+    model.register_buffer("seen", torch.zeros(1, dtype=torch.bool))
+    return model
+
+
+class Pair(nn.Linear):
+    def forward(self, z: Tensor) -> Any:
+        return super().forward(z), z
+
+
+def pair(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return Pair(smashed_shape[-1], num_classes)
+
+
+class Once(nn.Linear):
+    """Has a derivative, which has none."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(F.hardsigmoid(z.flatten(1)))
+
+
+def once(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return Once(torch.Size(smashed_shape).numel(), num_classes)
+
+
+def auxiliary(kind: str, **keys: Any) -> dict[str, Any]:
+    return {"model": {"auxiliary": {"kind": f"{HERE}:{kind}", **keys}}}
+
+
+def test_an_auxiliary_model_follows_from_the_seed_and_leaves_the_models_as_they_were() -> None:
+    torch.manual_seed(3)
+    mine = open_task(from_tree(tree(auxiliary("linear"))))
+    built = {seed: open_task(from_tree(tree(auxiliary("linear"), {"seed": seed}))).build() for seed in (0, 1)}
+    weights = [split.auxiliary.own[1].weight for split in (mine.build(), built[0], built[1])]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    known = open_task(from_tree(tree())).build()
+    for name, weight in known.whole().state_dict().items():
+        assert torch.equal(weight, built[0].whole().state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "precision"), [("fsl_sage", "fp64"), ("fsl_sage", "bf16"), ("cse_fsl", "fp32")]
+)
+def test_an_auxiliary_model_trains_in_every_precision(algorithm: str, precision: str, tmp_path: Path) -> None:
+    keys = {
+        "precision": precision,
+        "algorithm": {"name": algorithm, "align_every": 1},
+    }
+    lines = train(auxiliary("normalising"), keys, output=tmp_path).rounds
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    if algorithm == "fsl_sage":
+        assert lines[0]["alignment"]["nmse_after"] < lines[0]["alignment"]["nmse_before"]
+
+
+def test_a_linear_one_is_drawn_as_the_built_in_kind_is() -> None:
+    mine, known = (
+        open_task(from_tree(tree({"model": {"auxiliary": {"kind": kind}}}))).build().auxiliary
+        for kind in (f"{HERE}:linear", "linear")  # of simple_conv, whose classifier takes all positions
+    )
+    assert torch.equal(mine.own[1].weight, known.fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "words"),
+    [
+        (auxiliary("nothing"), "kind", "which cannot be imported (AttributeError"),
+        (auxiliary("SMALL"), "kind", "expected a function that returns a model"),
+        (auxiliary("striped"), "kind", "which fails for smashed data of 64x2x2 (TypeError"),
+        (
+            auxiliary("one_class_more"),
+            "kind",
+            "gives [2, 11] for smashed data [2, 64, 2, 2], expected [2, 10]",
+        ),
+        (auxiliary("too_small"), "kind", "which fails on smashed data [2, 64, 2, 2] (RuntimeError"),
+        (auxiliary("no_weights"), "kind", "which returns a model without weights that train"),
+        (auxiliary("no_module"), "kind", "which returns function, expected a torch.nn.Module"),
+        (auxiliary("pair"), "kind", "which gives tuple for smashed data [2, 64, 2, 2], expected [2, 10]"),
+        (auxiliary("counting"), "kind", "where own.seen is torch.bool: weights are floating-point"),
+        (auxiliary("linear", until="fc1"), "until", "got 'fc1', expected null"),
+        (auxiliary("linear", width=3), "width", "got 3, expected null"),
+        (auxiliary("linear", width_multiplier=0.5), "width_multiplier", "got 0.5, expected null"),
+    ],
+)
+def test_what_is_no_auxiliary_model_is_refused(keys: dict[str, Any], key: str, words: str) -> None:
+    message = mistake(check, from_tree(tree(keys)), 1)
+    assert message.startswith(f"model.auxiliary.{key}: got ")
+    assert words in message
+
+
+def test_one_that_cannot_be_aligned_is_refused() -> None:
+    message = mistake(Experiment.prepare, from_tree(tree(auxiliary("once"))))
+    assert message.startswith(
+        f"model.auxiliary.kind: got '{HERE}:once', whose layers cannot be differentiated"
+    )
+
+
+def test_its_batch_norm_needs_two_samples() -> None:
+    keys = {"clients": {"batch_size": 23}, "data": {"partition": "iid"}}
+    message = mistake(Experiment.prepare, from_tree(tree(auxiliary("normalising"), keys)))
+    assert message.startswith("algorithm.alignment.batch_size: ") or message.startswith(
+        "clients.batch_size: "
+    )
+
+
+# Tasks
+
+
+class DigitValue(ImageTask):
+    """The value of a digit by regression: one output, and the squared error."""
+
+    def __init__(self, config: Config):
+        super().__init__(
+            from_tree({**to_tree(config), "data": {**to_tree(config)["data"], "name": "digits"}})
+        )
+        self.classes = 1
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(outputs[:, 0], y.to(outputs.dtype))
+
+    def tally(self, outputs: Tensor, y: Tensor) -> Tensor:
+        error = (outputs[:, 0] - y).double()
+        return torch.stack([error.square(), (error.abs() < 0.5).double(), torch.ones_like(error)]).sum(1)
+
+
+class Half(Task):
+    """Lacks its methods."""
+
+
+class Speechless(DigitValue):
+    def __init__(self, config: Config):
+        Task.__init__(self, config)
+
+
+class Refusing(DigitValue):
+    def __init__(self, config: Config):
+        raise OSError("no disk")
+
+
+@pytest.mark.parametrize("algorithm", ["splitfed_v2", "fedavg"])
+def test_a_task_may_change_a_little_of_one_that_is_there(algorithm: str, tmp_path: Path) -> None:
+    keys = {"data": {"name": f"{HERE}:DigitValue"}, "algorithm": {"name": algorithm}}
+    run = train(keys, output=tmp_path)
+    assert run.rounds[1]["test_loss"] < run.rounds[0]["test_loss"]
+    partition = json.loads((run.folder / "partition.json").read_text())
+    assert len(partition[0]["labels"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Half, "a Task that lacks batches, load, loss, prepare, tally, train_samples"),
+        (Speechless, "a Task that does not say its sample_shape, classes, groups"),
+        (Refusing, "a Task that fails (OSError: no disk)"),
+    ],
+)
+def test_what_is_no_task_is_refused(kind: type, words: str) -> None:
+    name = f"{HERE}:{kind.__name__}"
+    assert mistake(open_task, from_tree({"data": {"name": name}})) == f"data.name: got {name!r}, {words}"
