@@ -138,43 +138,36 @@ def test_a_listing_trains_goes_on_and_is_evaluated(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_all_of_them_train_on_ranks_of_their_own(workplace: Path) -> None:
+def test_all_of_them_train_on_ranks_of_their_own(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As at a user's prompt: ranks are started, and find the modules in the working directory."""
-    keys: dict[str, Any] = {"comm": {"transports": ["uv"], "timeout_seconds": 60}, "ranks": 3}
+    keys: dict[str, Any] = {"comm": {"transports": ["uv"], "timeout_seconds": 60}, "precision": "fp64"}
     for title in ("A dataset", "An algorithm", "An auxiliary model", "A model"):  # the last one's model
         keys = merged(keys, LISTINGS[title].configuration())
     keys["model"]["auxiliary"] = LISTINGS["An auxiliary model"].configuration()["model"]["auxiliary"]
-    for name, transport in (("near", "local"), ("far", "rpc")):
-        file = Path(f"{name}.yaml")
-        file.write_text(
-            yaml.safe_dump(tree(keys, {"name": name, "transport": transport, "precision": "fp64"}))
-        )
-        done = fslsage("train", file, OMP_NUM_THREADS="1", PYTHONSAFEPATH="1")
-        assert done.returncode == 0, done.stderr
     variants = {"own": [], "splitfed_v1": ["algorithm.name=splitfed_v1"]}
-    bench = {"name": "bench", "transport": "local", "bench": {"variants": variants, "repeats": 1}}
-    Path("bench.yaml").write_text(yaml.safe_dump(tree(keys, bench)))
-    done = fslsage("bench", "bench.yaml", OMP_NUM_THREADS="1")
+    keys = tree(keys, {"bench": {"variants": variants, "repeats": 1}})
+    Path("run.yaml").write_text(yaml.safe_dump(keys))
+
+    far = ("train", "run.yaml", "name=far", "transport=rpc", "ranks=3")
+    done = fslsage(*far, OMP_NUM_THREADS="1", PYTHONSAFEPATH="1")
     assert done.returncode == 0, done.stderr
-    scores = {}
-    for name in ("near", "far"):
-        done = fslsage("evaluate", f"runs/{name}", OMP_NUM_THREADS="1")
-        assert done.returncode == 0, done.stderr
-        scores[name] = done.stdout
-    assert scores["near"] == scores["far"]
-    pytest.importorskip("matplotlib")
-    Path("patient.py").rename("gone.py")  # what is compared need not be there any more
-    done = fslsage("report", "runs/near", "runs/far", "runs/bench", "--out", "report")
-    assert done.returncode == 0, done.stderr
-    assert "| patient:PatientSplitFed: own |" in Path("report/report.md").read_text()
-    Path("gone.py").rename("patient.py")
-    broken = fslsage("train", "far.yaml", "algorithm.name=patient:Impatient", "resume=never")
-    assert broken.returncode == 2
-    assert broken.stderr.splitlines() == [
+    assert main(["train", "run.yaml", "name=near"]) == 0
+    capsys.readouterr()
+    assert [main(["evaluate", f"runs/{name}"]) for name in ("far", "near")] == [0, 0]
+    scores = capsys.readouterr().out.splitlines()
+    assert scores[0] == scores[1]
+
+    wrong = fslsage(*far, "algorithm.name=patient:Impatient")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines() == [
         "fslsage_rpc: algorithm.name: got 'patient:Impatient', which cannot be imported (AttributeError: "
         "module 'patient' has no attribute 'Impatient')"
     ]
+
+    pytest.importorskip("matplotlib")
+    assert main(["bench", "run.yaml", "name=bench"]) == 0
+    assert main(["report", "runs/far", "runs/near", "runs/bench", "--out", "report"]) == 0
+    assert "| patient:PatientSplitFed: own |" in Path("report/report.md").read_text()
 
 
 # Algorithms
