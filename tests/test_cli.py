@@ -36,7 +36,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def fslsage(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def fslsage(
+    *arguments: str | Path, seconds: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line without torchrun's variables, as at a user's prompt."""
     outer = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run(
@@ -44,7 +46,7 @@ def fslsage(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
         env={**outer, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
     )
 
 

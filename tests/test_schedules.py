@@ -41,6 +41,31 @@ def test_without_a_schedule_the_rate_stays() -> None:
     assert rate(optimizer) == 0.1
 
 
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (9, 10)])
+def test_a_linear_warm_up_and_decay_is_that_of_transformers(warmup: int, total: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    schedule = {"name": "LinearWarmupDecay", "arguments": {"warmup": warmup, "total": total}, "per": "step"}
+    keys = OptimizerKeys(name="sgd", lr=0.2, scheduler=SchedulerKeys(**schedule))
+    ours = ScheduledOptimizer(keys, [nn.Parameter(torch.ones(1))])
+    theirs = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.2)
+    scheduler = transformers.get_linear_schedule_with_warmup(theirs, warmup, total)
+    for _ in range(total + 3):  # at 0 behind the end
+        assert rate(ours) == pytest.approx(theirs.param_groups[0]["lr"], abs=1e-15)
+        theirs.step()
+        scheduler.step()
+        ours.step()
+    assert rate(ours) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"warmup": 5}, {"warmup": 5, "total": 5}, {"warmup": -1, "total": 5}]
+)
+def test_a_warm_up_needs_a_decay_behind_it(arguments: dict[str, Any]) -> None:
+    keys = OptimizerKeys(scheduler=SchedulerKeys(name="LinearWarmupDecay", arguments=arguments))
+    said = mistake(check_scheduler, keys, "client")
+    assert said.startswith(f"optimizer.client.scheduler.arguments: got {arguments}, expected ")
+
+
 def tree(per: str) -> dict[str, Any]:
     keys = {"name": "sgd", "lr": 0.05, "weight_decay": 0.0}
     return {
@@ -103,4 +128,4 @@ def test_arguments_that_torch_does_not_take_are_refused(name: Any, arguments: An
 def test_an_unknown_schedule_is_refused_with_those_there_are() -> None:
     message = mistake(from_tree, {"optimizer": {"client": {"scheduler": {"name": "Cosine"}}}})
     assert message.startswith("optimizer.client.scheduler.name: got 'Cosine', expected one of StepLR, ")
-    assert message.endswith("CyclicLR or null")
+    assert message.endswith("LinearWarmupDecay or null")

@@ -15,7 +15,6 @@ from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.own import first_line
 
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
-TRAIN_SAMPLES = 42_061
 SEPARATOR = " ||"
 """between the meaning representation and the text"""
 IGNORED = -100
@@ -175,7 +174,10 @@ def _tokenizer(name: str) -> Any:
     from fslsage_rpc.models.gpt2 import import_extra
 
     try:
-        return import_extra("transformers").GPT2TokenizerFast.from_pretrained(name)
+        tokenizer = import_extra("transformers").GPT2TokenizerFast.from_pretrained(name)
+        if len(tokenizer) <= 256:  # as from a folder without the files
+            raise ValueError(f"it has {len(tokenizer)} tokens, fewer than one for each byte and an end")
+        return tokenizer
     except InputError:
         raise
     except Exception as error:  # the hub, the file system, a file that is something else

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fslsage_rpc.config import Auxiliary
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.cuts import cut_nodes, refusal
+from fslsage_rpc.models.flat import trainable
 from fslsage_rpc.models.narrowing import narrow
 from fslsage_rpc.models.tracing import (
     PROBE_BATCHES,
@@ -109,23 +110,33 @@ def build_auxiliary(
         raise InputError(
             "model.auxiliary.kind: got 'mlp', expected copy or linear: the model has its own head"
         )
+    if entry.head and keys.width_multiplier is not None:
+        raise InputError(
+            f"model.auxiliary.width_multiplier: got {keys.width_multiplier}, expected null: the model has "
+            "its own head"
+        )
     if until is not None or entry.head:
         model = fresh()
     traces = trace(model, opening(cut, until or cut), sample_shape)
     start = cut_nodes(model, traces, cut)
     try:
         end = start if until is None else cut_nodes(model, traces, until)
+        if not all(start[t] in ancestors(end[t]) for t in traces) or until == cut:
+            raise InputError(f"model.auxiliary.until: got {until!r}, expected a module behind the cut, {cut}")
         graphs = {t: segment(model, traces[t], start[t], end[t]) for t in traces}
     except Uncuttable as error:
         raise refusal("model.auxiliary.until", until or cut, model, sample_shape, error) from None
-    if not all(start[t] in ancestors(end[t]) for t in traces) or until == cut:
-        raise InputError(f"model.auxiliary.until: got {until!r}, expected a module behind the cut, {cut}")
     smashed_shape = traces[False].shape(start[False])
     assert smashed_shape is not None
     keep_input(model, graphs, smashed_shape)
     if entry.head:
         auxiliary = AuxiliaryModel(model, graphs)
         auxiliary.adopt_head(model, entry.head)
+        if not trainable(auxiliary):
+            raise InputError(
+                "model.auxiliary.kind: got 'linear', the model's head, whose weights are frozen; "
+                "expected copy, or model.lora.frozen: false"
+            )
         entry.for_alignment(auxiliary)
         return auxiliary
     images = Segment(model, {t: segment(model, traces[t], traces[t].input, end[t]) for t in traces})

@@ -44,8 +44,13 @@ class Cut:
         return torch.Size(self.smashed_shape).numel()
 
 
-def cut_nodes(model: nn.Module, traces: dict[bool, Trace], name: str) -> dict[bool, fx.Node]:
+def cut_nodes(
+    model: nn.Module, traces: dict[bool, Trace], name: str, trains: bool = False
+) -> dict[bool, fx.Node]:
     """The output of a module in the train graph (True) and in the eval graph, where the model can be cut.
+
+    Args:
+        trains: there must be weights on both sides that are not frozen.
 
     Raises:
         Uncuttable: it cannot be cut there.
@@ -63,6 +68,8 @@ def cut_nodes(model: nn.Module, traces: dict[bool, Trace], name: str) -> dict[bo
         for side, where in zip(sides, ("before", "behind"), strict=True):
             if not side:
                 raise Uncuttable(f"no weights are {where} it")
+            if trains and not any(weight.requires_grad for weight in side):
+                raise Uncuttable(f"all weights {where} it are frozen")
         if sides[0] & sides[1]:
             raise Uncuttable("the same weights are before and behind it")
         nodes[training] = node
@@ -90,7 +97,7 @@ def _possible(model: nn.Module, traces: dict[bool, Trace]) -> dict[str, fx.Node]
     order = {node: place for place, node in enumerate(traces[False].graph.nodes)}
     for name in sorted(traces[False].outputs, key=lambda name: name.count(".")):
         try:
-            node = cut_nodes(model, traces, name)[False]
+            node = cut_nodes(model, traces, name, trains=True)[False]
         except Uncuttable:
             continue
         possible.setdefault(node, name)

@@ -3,7 +3,8 @@
 Both libraries are in the `llm` extra, and are imported when a model is made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        # Made of the tokens, so that no cut comes between the two embeddings: the length of texts would be a
+        # constant behind it, and generation begins with short ones.
+        positions = torch.ones_like(tokens[:1]).cumsum(1) - 1  # [1, T]
         return self.drop(self.wte(tokens) + self.wpe(positions))
 
 
@@ -116,15 +119,41 @@ def make(
     if pretrained is None or torch.empty(0).is_meta:  # on the meta device only shapes are asked for
         model = Gpt2(transformers.GPT2Model(config))
     else:
-        model = Gpt2(_load(transformers.GPT2Model.from_pretrained, pretrained, config=config))
+        model = Gpt2(_load(_weights_of, pretrained, config=config))
     if lora.rank is not None:
         _adapt(model, config.n_embd, lora)
     return model
 
 
+def _weights_of(name: str, config: Any) -> Any:
+    """transformers' GPT-2 with all of these weights; it would itself make up those that are not there."""
+    transformers = import_extra("transformers")
+    model, found = transformers.GPT2Model.from_pretrained(name, config=config, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} weights are not there, as {missing[0]}")
+    return model
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without the progress bars and tables with which transformers loads weights, on every rank."""
+    logging = import_extra("transformers").utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _load(load: Callable[..., Any], name: str, **keys: Any) -> Any:
     try:
-        return load(name, **keys)
+        with _silent():
+            return load(name, **keys)
     except Exception as error:  # the hub, the file system, a file that is something else
         raise HostError(
             f"model.pretrained: got {name!r}, which cannot be loaded ({first_line(error)}); expected a "

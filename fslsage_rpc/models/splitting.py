@@ -115,7 +115,7 @@ def _halves(
     """Client half, server half and the uncut model, and the shape of a sample's smashed data."""
     try:
         traces = trace(model, opening(cut), sample_shape)
-        nodes = cut_nodes(model, traces, cut)
+        nodes = cut_nodes(model, traces, cut, trains=True)
     except Uncuttable as error:
         raise refusal("model.cut", cut, model, sample_shape, error) from None
     except Exception as error:  # whatever it raises on images that it is not for

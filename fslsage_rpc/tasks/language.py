@@ -34,7 +34,8 @@ class LanguageTask(Task):
 
     @property
     def train_samples(self) -> int:
-        return self.config.data.train_limit or e2e.TRAIN_SAMPLES
+        keys = self.config.data
+        return len(e2e.read(keys.root, "train", keys.train_limit))
 
     def prepare(self) -> None:
         self.load(train=False)
