@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.comm.memory import LASTING_BYTES, keep_large_blocks, lasting_blocks
+from fslsage_rpc.comm.memory import keep_large_blocks, lasting_blocks
 from fslsage_rpc.config import OptimizerKeys
 from fslsage_rpc.parties.optimizers import OPTIMIZERS, ScheduledOptimizer
 
+LARGE_BYTES = 2**28
+"""no free block is so large that it would be taken instead; nobody touches the pages"""
 FIELDS = ("arena", "free_blocks", "fast", "mapped_blocks", "mapped", "", "", "used", "free", "top")
 
 
@@ -32,11 +34,11 @@ def mapped_bytes() -> int:
 def test_blocks_that_last_have_pages_of_their_own() -> None:
     with lasting_blocks():
         before = mapped_bytes()
-        lasting = torch.empty(2 * LASTING_BYTES, dtype=torch.uint8)
+        lasting = torch.empty(LARGE_BYTES, dtype=torch.uint8)
         assert mapped_bytes() - before >= lasting.nbytes
         del lasting
         assert mapped_bytes() == before
-    passing = torch.empty(2 * LASTING_BYTES, dtype=torch.uint8)
+    passing = torch.empty(LARGE_BYTES, dtype=torch.uint8)
     assert mapped_bytes() == before
     del passing
     keep_large_blocks()  # as often as anybody likes
