@@ -227,7 +227,7 @@ def test_nothing_wrong_is_no_warning() -> None:
     assert warnings(rank(loopback=True, addresses=["127.0.0.1"]), rank(loopback=True)) == []  # one host
 
 
-FULL = Run({}, {"client": 1, "server": 1}, 1, {}, 1, disk_bytes=10 * GIB)
+FULL = Run({}, {}, {"client": 1, "server": 1}, 1, {}, 1, disk_bytes=10 * GIB)
 
 
 @pytest.mark.parametrize(
