@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from fslsage_rpc.config import Config
@@ -102,7 +103,20 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
     evaluate = commands.add_parser("evaluate", help="evaluate the finished model of a run folder again")
     evaluate.add_argument("run", help="run folder")
+    evaluate.add_argument(
+        "--bleu",
+        nargs="?",
+        const="all",
+        metavar="N",
+        help="of a language model: also write texts for the test set's first N meaning representations (all)",
+    )
+    evaluate.add_argument("--beams", default="10", metavar="N", help="of the beam search")
     evaluate.set_defaults(command=_evaluate)
+    generate = commands.add_parser("generate", help="write texts with the finished language model of a run")
+    generate.add_argument("run", help="run folder")
+    generate.add_argument("meanings", nargs="+", metavar="TEXT", help="as 'name[Aromi], eatType[pub]'")
+    generate.add_argument("--beams", default="10", metavar="N", help="of the beam search")
+    generate.set_defaults(command=_generate)
     return parser
 
 
@@ -206,8 +220,33 @@ def _list_cuts(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     from fslsage_rpc.training.evaluation import evaluate_run
 
+    (beams,) = _counts("--beams", options.beams)
+    limit = None if options.bleu in (None, "all") else _counts("--bleu", options.bleu)[0]
     score = evaluate_run(options.run)
-    print(f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}")
+    metrics = "".join(f"  test {name} {value:.4f}" for name, value in score.metrics.items())
+    print(f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}{metrics}")
+    if options.bleu is not None:
+        from fslsage_rpc.generation.texts import bleu
+
+        scored = bleu(options.run, limit, beams)
+        print(f"BLEU {scored.score:.2f} on {scored.meanings} meaning representations, {beams} beams")
+    return 0
+
+
+def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
+    from fslsage_rpc.generation.texts import generate, language_run
+
+    (beams,) = _counts("--beams", options.beams)
+    if _needs_ranks(load(Path(options.run) / "config.yaml")):
+        language_run(options.run)
+        from fslsage_rpc.comm.launching import launch
+
+        return launch(2, arguments)  # one for each half of the model
+    written = generate(options.run, options.meanings, beams)
+    if written:
+        print(*written.texts, sep="\n")
+        if written.wire_bytes:
+            print(f"{written.wire_bytes:,} bytes between the two halves", file=sys.stderr)
     return 0
 
 

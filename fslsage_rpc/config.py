@@ -50,6 +50,7 @@ Count = Annotated[int, Bounds(minimum=1)]
 NonNegative = Annotated[float, Bounds(minimum=0)]
 Positive = Annotated[float, Bounds(above=0)]
 Share = Annotated[float, Bounds(above=0, maximum=1)]
+Fraction = Annotated[float, Bounds(minimum=0, maximum=0.99)]
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,12 @@ class Data:
     """use only the first so many test samples"""
     augment: bool = True
     """random crops (and flips, where mirror images make sense) of the training images"""
+    tokenizer: str = "gpt2"
+    """of e2e: a folder with GPT-2's vocab.json and merges.txt, or a name on the Hugging Face hub"""
+    tokens: Count = 512
+    """of e2e, T: shorter texts are padded, longer ones cut"""
+    vocabulary: Literal["full", "occurring"] = "full"
+    """of e2e: the tokenizer's whole vocabulary, or only the tokens that occur in the dataset's three files"""
 
 
 @dataclass(kw_only=True)
@@ -115,16 +122,39 @@ class Auxiliary:
 
 
 @dataclass(kw_only=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685) on gpt2's query and value projections."""
+
+    rank: Count | None = None
+    """null: no adapters, all weights train"""
+    alpha: Positive = 32.0
+    """adapters are scaled by alpha / rank"""
+    dropout: Fraction = 0.0
+    """of what goes into the adapters"""
+    frozen: bool = True
+    """only the adapters train; false: all weights do"""
+
+
+@dataclass(kw_only=True)
 class Model:
     """The model, the layer it is cut at, and the auxiliary model."""
 
     name: str = "simple_conv"
-    """simple_conv, resnet18, resnet56, resnet110, torchvision/MODEL (a classifier of torchvision), or
-    package.module:function (of the user's own, called with num_classes and perhaps image_shape)"""
+    """simple_conv, resnet18, resnet56, resnet110, torchvision/MODEL (a classifier of torchvision), gpt2 (for
+    text), or package.module:function (of the user's own, called with num_classes and perhaps image_shape)"""
     cut: str | None = None
     """the module whose output is the smashed data; null takes the default of a built-in model"""
     width: Count | None = None
-    """channels of the first stage of resnet56 and resnet110; null: 16"""
+    """channels of the first stage of resnet56 and resnet110, null: 16; of gpt2's hidden states, null: 768"""
+    layers: Count | None = None
+    """blocks of gpt2; null: 12"""
+    heads: Count | None = None
+    """of gpt2's attention; null: 12"""
+    dropout: Fraction = 0.0
+    """of gpt2, behind the embeddings and at the end of each residual branch"""
+    pretrained: str | None = None
+    """gpt2's weights and sizes: a folder, or a name on the Hugging Face hub; null: randomly initialised"""
+    lora: Lora = field(default_factory=Lora)
     auxiliary: Auxiliary = field(default_factory=Auxiliary)
 
 
@@ -166,7 +196,7 @@ class AlgorithmKeys:
 
 @dataclass(kw_only=True)
 class SchedulerKeys:
-    """The course of a learning rate: one of torch.optim.lr_scheduler."""
+    """The course of a learning rate: one of torch.optim.lr_scheduler, or a linear warm-up and decay."""
 
     name: (
         Literal[
@@ -179,12 +209,14 @@ class SchedulerKeys:
             "CosineAnnealingLR",
             "CosineAnnealingWarmRestarts",
             "CyclicLR",
+            "LinearWarmupDecay",
         ]
         | None
     ) = None
-    """torch's name; null: the learning rate stays as it is"""
+    """torch's name; null: the learning rate stays as it is; LinearWarmupDecay is up from 0 in a line, then
+    down to 0"""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """torch's arguments, as in {T_max: 200}"""
+    """torch's arguments, as in {T_max: 200}; of LinearWarmupDecay {warmup: 500, total: 10000}"""
     per: Literal["round", "step"] = "round"
     """it moves on at the end of every round (absent clients' too), or with every step of its optimizer"""
 
@@ -206,6 +238,14 @@ class Optimizers:
     client: OptimizerKeys = field(default_factory=lambda: OptimizerKeys(weight_decay=1e-4))
     server: OptimizerKeys = field(default_factory=lambda: OptimizerKeys(weight_decay=1e-4))
     auxiliary: OptimizerKeys = field(default_factory=OptimizerKeys)
+
+
+@dataclass(kw_only=True)
+class LossKeys:
+    """The cross-entropy that clients, server and auxiliary models train on."""
+
+    label_smoothing: Fraction = 0.0
+    """the share of each label that is spread over all classes; evaluation has none"""
 
 
 @dataclass(kw_only=True)
@@ -309,6 +349,7 @@ class Config:
     model: Model = field(default_factory=Model)
     algorithm: AlgorithmKeys = field(default_factory=AlgorithmKeys)
     optimizer: Optimizers = field(default_factory=Optimizers)
+    loss: LossKeys = field(default_factory=LossKeys)
     server: ServerKeys = field(default_factory=ServerKeys)
     comm: Comm = field(default_factory=Comm)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

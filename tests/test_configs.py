@@ -38,4 +38,4 @@ def test_ci_runs_the_readmes_commands_in_the_readmes_words() -> None:
     set_up = "python3 -m venv .venv && . .venv/bin/activate && pip install -e "
     train = "torchrun --standalone --nproc_per_node=3 -m fslsage_rpc train configs/quickstart.yaml"
     assert lines.count(f"{set_up}. && {train}") == 1
-    assert lines.count(f"{set_up}'.[test]' && pytest") == 1
+    assert lines.count(f"{set_up}'.[test,llm]' && pytest") == 1

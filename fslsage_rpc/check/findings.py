@@ -12,6 +12,7 @@ from fslsage_rpc.check.memory import Estimate, Memory
 from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.models.flat import trainable
 from fslsage_rpc.training.experiment import Experiment
 
 MIB, GIB = 2**20, 2**30
@@ -54,8 +55,10 @@ class Run:
 
     parameters: dict[str, int]
     """of the client, server and auxiliary model"""
+    trainable: dict[str, int]
+    """of these, those that are not frozen"""
     bytes: dict[str, int]
-    """of these, with their buffers"""
+    """of those, with the buffers: what is averaged, sent and counted"""
     smashed_bytes: int
     """of one sample at the cut"""
     paper_bytes: dict[str, float]
@@ -81,6 +84,7 @@ class Run:
         kept = 0 if config.checkpoint.every is None else config.checkpoint.keep + 1  # one is being written
         return cls(
             parameters={name: sum(p.numel() for p in half.parameters()) for name, half in halves.items()},
+            trainable={name: sum(p.numel() for p in trainable(half)) for name, half in halves.items()},
             bytes={name: getattr(sizes, name) for name in halves},
             smashed_bytes=sizes.smashed,
             paper_bytes=paper,

@@ -106,9 +106,10 @@ class CheckScreen:
     def _show_run(self, findings: Findings, run: Run) -> None:
         config = findings.config
         whole = run.bytes["client"] + run.bytes["server"]
-        table = _table("models", "part", "parameters", "size", "of the whole model", text=1)
+        table = _table("models", "part", "parameters", "trained", "their size", "of the whole model's")
         for name, bytes in run.bytes.items():
-            table.add_row(name, f"{run.parameters[name]:,}", size(bytes), f"{bytes / whole:.1%}")
+            parameters, trained = f"{run.parameters[name]:,}", f"{run.trainable[name]:,}"
+            table.add_row(name, parameters, trained, size(bytes), f"{bytes / whole:.1%}")
         self._console.print(table)
         self._say(f"Smashed data: {run.smashed_bytes:,} bytes per sample.")
         table = _table(

@@ -65,6 +65,9 @@ class ServerLink(ABC):
     @abstractmethod
     def _deposit_auxiliary(self, weights: Weights) -> None: ...
 
+    @abstractmethod
+    def _predict_last(self, z: Tensor) -> Tensor: ...
+
     def initial_weights(self, client: int) -> tuple[Weights, Weights | None]:
         """The client and auxiliary weights that this client starts from."""
         weights, auxiliary = self._initial_weights()
@@ -144,6 +147,12 @@ class ServerLink(ABC):
         """Give the server the averaged auxiliary model, which it fits from here on: after a warm start."""
         self.ledger.count("weights_allreduce", weights.bytes)
         self._deposit_auxiliary(weights)
+
+    def predict_last(self, z: Tensor) -> Tensor:
+        """Of a finished model's server: logits `[B, classes]` at the last position of smashed data z."""
+        logits = self._predict_last(z)
+        self.ledger.count("evaluation", _bytes(z) + _bytes(logits))
+        return logits
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -18,6 +18,7 @@ from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.measure.clock import clock, device_clock
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.finished import FinishedServer
 from fslsage_rpc.parties.requests import Request
 from fslsage_rpc.parties.server import Server
 
@@ -33,7 +34,9 @@ class LocalWorld(World):
         self.homes, self.home = 1, 0
         self.device = open_device(config, 0)
 
-    def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink:
+    def connect(
+        self, server: Server | FinishedServer | None, ledger: WireLedger, log: RequestLog
+    ) -> ServerLink:
         assert server is not None
         return LocalLink(server, ledger, log, self.device)
 
@@ -77,7 +80,7 @@ class LocalWorld(World):
 class LocalLink(ServerLink):
     """Calls the server object."""
 
-    def __init__(self, server: Server, ledger: WireLedger, log: RequestLog, device: torch.device):
+    def __init__(self, server: Any, ledger: WireLedger, log: RequestLog, device: torch.device):
         super().__init__(ledger, log, carrier=device)
         self._server = server
 
@@ -104,3 +107,6 @@ class LocalLink(ServerLink):
 
     def _deposit_auxiliary(self, weights: Weights) -> None:
         self._server.take_auxiliary(weights)
+
+    def _predict_last(self, z: Tensor) -> Tensor:
+        return self._server.predict_last(z)

@@ -48,6 +48,7 @@ from fslsage_rpc.errors import ConnectionLost, InputError, TooFewClients
 from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.finished import FinishedServer
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.stopping import NOBODY_READS
 
@@ -167,7 +168,9 @@ class RpcWorld(World):
         name = self._worker(self.rank)
         rpc.init_rpc(name, rank=self.rank, world_size=self.size, rpc_backend_options=options)
 
-    def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
+    def connect(
+        self, server: Server | FinishedServer | None, ledger: WireLedger, log: RequestLog
+    ) -> ServerLink | None:
         with peers_may_be_lost():
             self.barrier()  # nobody still uses the last one
             synchronise(self.device)  # calls have streams of their own: what they find must be there

@@ -20,6 +20,7 @@ from fslsage_rpc.errors import ConnectionLost
 from fslsage_rpc.measure.clock import Reading, clock, device_clock, synchronise, synchronise_stream
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.finished import FinishedServer
 from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.parties.server import Server
 
@@ -32,8 +33,8 @@ SERVER = "server"
 class ServerEndpoint:
     """The server as its remote callers see it. Handlers never block a thread of the RPC pool."""
 
-    def __init__(self, server: Server, device: torch.device):
-        self._server = server
+    def __init__(self, server: Server | FinishedServer, device: torch.device):
+        self._server: Any = server
         self._device = device
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -78,6 +79,10 @@ class ServerEndpoint:
         """See `Server.take_auxiliary`."""
         self._server.take_auxiliary(weights)
         synchronise_stream(self._device)
+
+    def predict_last(self, z: torch.Tensor) -> torch.Tensor:
+        """See `FinishedServer.predict_last`; by way of host memory."""
+        return self._server.predict_last(z).to(CPU)
 
 
 _offered: ServerEndpoint | None = None  # on rank 0
@@ -181,6 +186,9 @@ class RpcLink(ServerLink):
 
     def _deposit_auxiliary(self, weights: Weights) -> None:
         self._call("deposit_auxiliary", weights.to(CPU))
+
+    def _predict_last(self, z: torch.Tensor) -> torch.Tensor:
+        return self._call("predict_last", z.to(CPU))
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Call the server and wait for its answer."""

@@ -16,6 +16,7 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import HostError
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.finished import FinishedServer
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.streams import own_stream
 
@@ -64,7 +65,9 @@ class World(ABC):
         return self.rank == 0
 
     @abstractmethod
-    def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
+    def connect(
+        self, server: Server | FinishedServer | None, ledger: WireLedger, log: RequestLog
+    ) -> ServerLink | None:
         """Collective: offer the server (rank 0) and get a link to it (ranks that host clients)."""
 
     @abstractmethod

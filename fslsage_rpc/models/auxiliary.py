@@ -23,24 +23,33 @@ from fslsage_rpc.models.tracing import (
     segment,
     trace,
 )
-from fslsage_rpc.models.zoo import Entry, ImageShape
+from fslsage_rpc.models.zoo import Entry
 from fslsage_rpc.own import first_line, import_own, is_own
 
 
 class AuxiliaryModel(Segment):
     """Smashed data z `[B, *smashed_shape]` to logits `[B, classes]`: the first layers of a server half (or
-    none), the mean over positions, and a linear layer, with a hidden one before it where it is an mlp.
+    none), the mean over positions, and a linear layer, with a hidden one before it where it is an mlp; or
+    (`[B, T, classes]`) those layers and the model's own head, at every position.
 
     Args:
         pools: take the mean over positions: of `[B, N, D]` over N, of images over height and width.
         channels_last: images are `[B, H, W, C]`.
     """
 
-    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], pools: bool, channels_last: bool):
+    def __init__(
+        self, model: nn.Module, graphs: dict[bool, fx.Graph], pools: bool = False, channels_last: bool = False
+    ):
         super().__init__(model, graphs)
         self._pools, self._channels_last = pools, channels_last
+        self._head: tuple[str, ...] = ()
 
     def _pass_on(self, input: Tensor) -> Tensor:
+        if self._head:
+            h = super()._pass_on(input)
+            for name in self._head:
+                h = self.get_submodule(name)(h)
+            return h
         features = self.classifier_input(input)
         hidden = self.get_submodule("hidden")(features).relu() if "hidden" in self._modules else features
         return self.get_submodule("fc")(hidden)
@@ -53,6 +62,12 @@ class AuxiliaryModel(Segment):
         elif self._pools and h.dim() > 2:
             h = h.flatten(1, -2).mean(1)
         return h.flatten(1)
+
+    def adopt_head(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        """End with these modules of the model that the layers are from."""
+        self._head = names
+        for name in names:
+            self._adopt(model, name)
 
     def add_head(self, features: int, width: int | None, classes: int) -> None:
         """Add the classifier, with a hidden layer where `width` says how wide it is."""
@@ -70,7 +85,7 @@ def build_auxiliary(
     entry: Entry,
     model: nn.Module,
     fresh: Callable[[], nn.Module],
-    image_shape: ImageShape,
+    sample_shape: Sequence[int],
     classes: int,
 ) -> Segment:
     """The auxiliary model that the keys describe.
@@ -82,31 +97,40 @@ def build_auxiliary(
     Raises:
         InputError: there is no such auxiliary model.
     """
-    until = _last_of_copy(keys, entry.auxiliary.get(cut))
+    until = _last_of_copy(keys, entry.auxiliary(cut))
     if keys.kind is not None and is_own(keys.kind):
-        traces = trace(model, opening(cut), image_shape)
+        traces = trace(model, opening(cut), sample_shape)
         smashed_shape = traces[False].shape(cut_nodes(model, traces, cut)[False])
         outputs_shape = traces[False].shape(traces[False].output)
         assert smashed_shape is not None
         assert outputs_shape is not None
         return _users_own(keys.kind, model, smashed_shape, outputs_shape, classes)
-    if until is not None:
+    if entry.head and keys.kind == "mlp":
+        raise InputError(
+            "model.auxiliary.kind: got 'mlp', expected copy or linear: the model has its own head"
+        )
+    if until is not None or entry.head:
         model = fresh()
-    traces = trace(model, opening(cut, until or cut), image_shape)
+    traces = trace(model, opening(cut, until or cut), sample_shape)
     start = cut_nodes(model, traces, cut)
     try:
         end = start if until is None else cut_nodes(model, traces, until)
         graphs = {t: segment(model, traces[t], start[t], end[t]) for t in traces}
     except Uncuttable as error:
-        raise refusal("model.auxiliary.until", until or cut, model, image_shape, error) from None
+        raise refusal("model.auxiliary.until", until or cut, model, sample_shape, error) from None
     if not all(start[t] in ancestors(end[t]) for t in traces) or until == cut:
         raise InputError(f"model.auxiliary.until: got {until!r}, expected a module behind the cut, {cut}")
-    images = Segment(model, {t: segment(model, traces[t], traces[t].input, end[t]) for t in traces})
     smashed_shape = traces[False].shape(start[False])
     assert smashed_shape is not None
     keep_input(model, graphs, smashed_shape)
+    if entry.head:
+        auxiliary = AuxiliaryModel(model, graphs)
+        auxiliary.adopt_head(model, entry.head)
+        entry.for_alignment(auxiliary)
+        return auxiliary
+    images = Segment(model, {t: segment(model, traces[t], traces[t].input, end[t]) for t in traces})
     auxiliary = AuxiliaryModel(
-        model, graphs, entry.pools, channels_last=entry.pools and _channels_last(images, image_shape)
+        model, graphs, entry.pools, channels_last=entry.pools and _channels_last(images, sample_shape)
     )
     z = probe_inputs(model, smashed_shape, PROBE_BATCHES[0])
     if keys.width_multiplier is not None:
@@ -194,13 +218,13 @@ def _last_of_copy(keys: Auxiliary, default_until: str | None) -> str | None:
     return until if kind == "copy" else None
 
 
-def _channels_last(images: Segment, image_shape: ImageShape) -> bool:
+def _channels_last(images: Segment, sample_shape: Sequence[int]) -> bool:
     """Does a part of a model give `[B, H, W, C]`? Positions are what grows with the images; a model that
     takes images of one size only counts as one with channels first.
     """
-    if len(image_shape) != 3:
+    if len(sample_shape) != 3:
         return False
-    channels, height, width = image_shape
+    channels, height, width = sample_shape
     sizes = []
     for times in (1, 2):
         try:

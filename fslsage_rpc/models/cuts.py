@@ -1,7 +1,7 @@
 """Where a model can be cut: at the output of every module across which exactly one tensor goes."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from fslsage_rpc.models.tracing import (
     probe_inputs,
     trace_inside,
 )
-from fslsage_rpc.models.zoo import ImageShape, make, refuse_images
+from fslsage_rpc.models.zoo import make, refuse_samples
 
 LISTED = "fslsage check CONFIG --cuts lists all"
 
@@ -97,10 +97,12 @@ def _possible(model: nn.Module, traces: dict[bool, Trace]) -> dict[str, fx.Node]
     return {possible[node]: node for node in sorted(possible, key=order.__getitem__)}
 
 
-def refusal(key: str, name: str, model: nn.Module, image_shape: ImageShape, reason: Uncuttable) -> InputError:
+def refusal(
+    key: str, name: str, model: nn.Module, sample_shape: Sequence[int], reason: Uncuttable
+) -> InputError:
     """Why a model cannot be cut at a module, and the nearest cuts that work."""
     try:
-        traces = trace_inside(model, image_shape)
+        traces = trace_inside(model, sample_shape)
     except Uncuttable:
         return InputError(f"{key}: got {name!r}, but {reason}")
     possible = _possible(model, traces)
@@ -120,24 +122,24 @@ def refusal(key: str, name: str, model: nn.Module, image_shape: ImageShape, reas
     )
 
 
-def list_cuts(keys: Model, classes: int, image_shape: ImageShape) -> list[Cut]:
+def list_cuts(keys: Model, classes: int, sample_shape: Sequence[int]) -> list[Cut]:
     """All cuts of a model, in the order of its computation.
 
     Raises:
         InputError: there is no such model, or it cannot take such images, or it cannot be traced.
     """
-    model = make(keys, classes, image_shape)
+    model = make(keys, classes, sample_shape)
     try:
-        traces = trace_inside(model, image_shape)
+        traces = trace_inside(model, sample_shape)
     except Uncuttable as error:
         raise InputError(f"model.name: got {keys.name!r}, but {error}") from None
     except Exception as error:
-        raise refuse_images(keys, image_shape, error) from None
+        raise refuse_samples(keys, sample_shape, error) from None
     possible = _possible(model, traces)
     trace = traces[False]
     counter = _Counter(model.eval(), trace.graph)
     with torch.no_grad():
-        counter.run(probe_inputs(model, image_shape, PROBE_BATCHES[0]))
+        counter.run(probe_inputs(model, sample_shape, PROBE_BATCHES[0]))
 
     def side(nodes: set[fx.Node]) -> tuple[int, int]:
         weights = sum(weight.numel() for weight in set(_weights(model, nodes)))

@@ -1,5 +1,6 @@
 """A model cut in two, and the auxiliary model that stands in for its server half."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.auxiliary import build_auxiliary
 from fslsage_rpc.models.cuts import LISTED, cut_nodes, refusal
 from fslsage_rpc.models.tracing import Segment, Uncuttable, keep_input, opening, segment, trace
-from fslsage_rpc.models.zoo import ImageShape, find, make, refuse_images
+from fslsage_rpc.models.zoo import find, make, refuse_samples
 from fslsage_rpc.randomness import keyed_seed
 
 
@@ -60,7 +61,7 @@ class SplitModel:
 def build(
     keys: Model,
     classes: int,
-    image_shape: ImageShape,
+    sample_shape: Sequence[int],
     seed: int,
     dtype: torch.dtype,
     autocast: torch.dtype | None = None,
@@ -83,16 +84,16 @@ def build(
         raise InputError(f"model.cut: got null, expected a module of {keys.name} ({LISTED})")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "model"))
-        model = make(keys, classes, image_shape)
-        halves, smashed_shape = _halves(keys, cut, model, image_shape, dtype)
+        model = make(keys, classes, sample_shape)
+        halves, smashed_shape = _halves(keys, cut, model, sample_shape, dtype)
         torch.manual_seed(keyed_seed(seed, "auxiliary"))
         auxiliary = build_auxiliary(
             keys.auxiliary,
             cut,
             entry,
             model,
-            lambda: make(keys, classes, image_shape),
-            image_shape,
+            lambda: make(keys, classes, sample_shape),
+            sample_shape,
             classes,
         ).to(dtype)
     client, server, uncut = halves
@@ -104,16 +105,16 @@ def build(
 
 
 def _halves(
-    keys: Model, cut: str, model: nn.Module, image_shape: ImageShape, dtype: torch.dtype
+    keys: Model, cut: str, model: nn.Module, sample_shape: Sequence[int], dtype: torch.dtype
 ) -> tuple[list[Segment], tuple[int, ...]]:
     """Client half, server half and the uncut model, and the shape of a sample's smashed data."""
     try:
-        traces = trace(model, opening(cut), image_shape)
+        traces = trace(model, opening(cut), sample_shape)
         nodes = cut_nodes(model, traces, cut)
     except Uncuttable as error:
-        raise refusal("model.cut", cut, model, image_shape, error) from None
+        raise refusal("model.cut", cut, model, sample_shape, error) from None
     except Exception as error:  # whatever it raises on images that it is not for
-        raise refuse_images(keys, image_shape, error) from None
+        raise refuse_samples(keys, sample_shape, error) from None
     smashed_shape = traces[False].shape(nodes[False])
     assert smashed_shape is not None
     model.to(dtype)

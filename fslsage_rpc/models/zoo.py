@@ -3,8 +3,8 @@
 import difflib
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -15,28 +15,40 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 from fslsage_rpc.config import Model
+from fslsage_rpc.configuration import changed_keys
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.models import gpt2
+from fslsage_rpc.models.tracing import TokenShape
 from fslsage_rpc.own import first_line, import_own, is_own
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 TORCHVISION = "torchvision/"
+ALL_READ = ("name", "cut", "auxiliary")
+"""keys of the `model` section that concern every model"""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A model that can be had by name.
 
-    `make(classes, image_shape)`, and for a model with a `default_width` also `width=`, gives it freshly
-    initialised; it maps images `[B, C, H, W]` to logits `[B, classes]`. `auxiliary` has for some cuts the
-    module up to which the auxiliary model is by default a fresh copy of the server half; elsewhere it is
-    linear. `pools`: a linear classifier of what is inside the model takes means over positions.
+    `make(classes, sample_shape)`, with the keys of the `model` section that it `reads` by name, gives it
+    freshly initialised; it maps images `[B, C, H, W]` to logits `[B, classes]`, or `tokens` `[B, T]` to
+    logits `[B, T, classes]`. `auxiliary` gives for a cut the module up to which the auxiliary model is by
+    default a fresh copy of the server half; where it is None, that is linear. `pools`: a linear classifier of
+    what is inside the model takes means over positions. `head`: the modules at the model's end that an
+    auxiliary model ends with too; none: it gets a linear classifier. `for_alignment` is done to an auxiliary
+    model, so
+    that it can be differentiated twice.
     """
 
     make: Callable[..., nn.Module]
     default_cut: str | None = None
-    auxiliary: dict[str, str] = field(default_factory=dict)
-    default_width: int | None = None
+    auxiliary: Callable[[str], str | None] = {}.get
+    reads: tuple[str, ...] = ()
     pools: bool = True
+    tokens: bool = False
+    head: tuple[str, ...] = ()
+    for_alignment: Callable[[nn.Module], None] = lambda auxiliary: None
 
 
 def simple_conv(classes: int, image_shape: ImageShape) -> nn.Module:
@@ -84,10 +96,11 @@ class ParameterFreeShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.behind))
 
 
-def cifar_resnet(classes: int, image_shape: ImageShape, width: int, depth: int) -> nn.Module:
-    """The ResNets for CIFAR of arXiv 1512.03385: three stages of (depth - 2) / 6 basic blocks, of `width`, 2
-    `width` and 4 `width` channels.
+def cifar_resnet(classes: int, image_shape: ImageShape, width: int | None, depth: int) -> nn.Module:
+    """The ResNets for CIFAR of arXiv 1512.03385: three stages of (depth - 2) / 6 basic blocks, of `width`
+    (None: 16), 2 `width` and 4 `width` channels.
     """
+    width = width or 16
     blocks: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False),
         bn1=nn.BatchNorm2d(width),
@@ -114,16 +127,26 @@ ZOO = {
     "resnet18": Entry(
         resnet18,
         default_cut="layer2",
-        auxiliary={"layer1": "layer2", "layer2": "layer3", "layer3": "layer4"},
+        auxiliary={"layer1": "layer2", "layer2": "layer3", "layer3": "layer4"}.get,
     ),
 }
 for depth in (56, 110):
     ZOO[f"resnet{depth}"] = Entry(
         partial(cifar_resnet, depth=depth),
         default_cut="layer1",
-        auxiliary={"layer1": "layer2", "layer2": "layer3"},
-        default_width=16,
+        auxiliary={"layer1": "layer2", "layer2": "layer3"}.get,
+        reads=("width",),
     )
+ZOO["gpt2"] = Entry(
+    gpt2.make,
+    default_cut="h.0",
+    auxiliary=gpt2.third_block_behind,
+    reads=("width", "layers", "heads", "dropout", "pretrained", "lora"),
+    pools=False,
+    tokens=True,
+    head=("ln_f", "lm_head"),
+    for_alignment=gpt2.attend_in_single_steps,
+)
 
 
 def find(name: str) -> Entry:
@@ -153,27 +176,41 @@ def find(name: str) -> Entry:
     )
 
 
-def make(keys: Model, classes: int, image_shape: ImageShape) -> nn.Module:
+def make(keys: Model, classes: int, sample_shape: Sequence[int]) -> nn.Module:
     """The model of a configuration, freshly initialised from torch's global generator.
 
     Raises:
-        InputError: there is no such model or width, or it cannot be made for such images.
+        InputError: there is no such model, it has no such width or the like, or it cannot be made for such
+            samples.
     """
     entry = find(keys.name)
-    width = {} if entry.default_width is None else {"width": keys.width or entry.default_width}
-    if keys.width is not None and not width:
-        raise InputError(f"model.width: got {keys.width}, expected null: {keys.name} has one width")
+    for key, (default, value) in changed_keys(asdict(Model()), asdict(keys)).items():
+        if key.partition(".")[0] not in (*ALL_READ, *entry.reads):
+            expected = "null" if default is None else default
+            raise InputError(f"model.{key}: got {value}, expected {expected}: {keys.name} has no choice")
+    of_texts = isinstance(sample_shape, TokenShape)
+    if of_texts != entry.tokens and not is_own(keys.name):
+        known = [name for name, one in ZOO.items() if one.tokens == of_texts]
+        raise InputError(
+            f"model.name: got {keys.name!r}, expected a model for {'texts' if of_texts else 'images'}, as "
+            f"data.name has them: {', '.join(known)}, or package.module:function"
+        )
     try:
-        return entry.make(classes, image_shape, **width)
+        return entry.make(classes, sample_shape, **{name: getattr(keys, name) for name in entry.reads})
+    except InputError:
+        raise
     except Exception as error:  # torchvision's and the user's functions raise what they like
-        raise refuse_images(keys, image_shape, error) from None
+        raise refuse_samples(keys, sample_shape, error) from None
 
 
-def refuse_images(keys: Model, image_shape: ImageShape, error: Exception) -> InputError:
-    """A model failed on images of that shape."""
-    shape = "x".join(map(str, image_shape))
+def refuse_samples(keys: Model, sample_shape: Sequence[int], error: Exception) -> InputError:
+    """A model failed on samples of that shape."""
+    shape = "x".join(map(str, sample_shape))
+    samples = (
+        "texts" if isinstance(sample_shape, TokenShape) else "images" if len(sample_shape) == 3 else "samples"
+    )
     return InputError(
-        f"model.name: got {keys.name!r}, which fails on images of {shape} ({first_line(error)})"
+        f"model.name: got {keys.name!r}, which fails on {samples} of {shape} ({first_line(error)})"
     )
 
 

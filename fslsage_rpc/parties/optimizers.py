@@ -12,6 +12,21 @@ from torch.optim import lr_scheduler
 from fslsage_rpc.config import OptimizerKeys
 from fslsage_rpc.errors import InputError
 
+
+def linear_warmup_decay(
+    optimizer: torch.optim.Optimizer, warmup: float, total: float
+) -> lr_scheduler.LambdaLR:
+    """The learning rate in a line from 0 to its full height in `warmup` moves, and to 0 again at `total`."""
+    if not 0 <= warmup < total:
+        raise ValueError("0 <= warmup < total")
+
+    def share(moves: int) -> float:
+        return min(moves / warmup if warmup else 1.0, max(0.0, (total - moves) / (total - warmup)))
+
+    return lr_scheduler.LambdaLR(optimizer, share)
+
+
+SCHEDULES = {"LinearWarmupDecay": linear_warmup_decay}
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -23,8 +38,8 @@ class ScheduledOptimizer:
         self.optimizer = kind(parameters, lr=keys.lr, weight_decay=keys.weight_decay, fused=True)
         self._scheduler: lr_scheduler.LRScheduler | None = None
         if keys.scheduler.name is not None:
-            kind = getattr(lr_scheduler, keys.scheduler.name)
-            self._scheduler = kind(self.optimizer, **keys.scheduler.arguments)
+            schedule = SCHEDULES.get(keys.scheduler.name) or getattr(lr_scheduler, keys.scheduler.name)
+            self._scheduler = schedule(self.optimizer, **keys.scheduler.arguments)
         self._per_step = keys.scheduler.per == "step"
         self._rate: Tensor | None = None  # the learning rate where captured steps read it, if it moves
 
@@ -116,4 +131,4 @@ def check_scheduler(keys: OptimizerKeys, party: str) -> None:
         trial.end_round()
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{wrong}, expected what torch.optim.lr_scheduler.{name} takes ({reason})") from None
+        raise InputError(f"{wrong}, expected what {name} takes ({reason})") from None

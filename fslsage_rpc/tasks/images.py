@@ -55,7 +55,7 @@ class ImageTask(Task):
         return ImageBatches(samples, self.spec, batch_size, device, self.precision.weights)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, y)
+        return F.cross_entropy(outputs, y, label_smoothing=self.config.loss.label_smoothing)
 
     def tally(self, outputs: Tensor, y: Tensor) -> Tensor:
         loss = F.cross_entropy(outputs, y, reduction="sum").double()

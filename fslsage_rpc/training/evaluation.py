@@ -7,9 +7,8 @@ from torch import nn
 
 from fslsage_rpc.algorithms import find
 from fslsage_rpc.comm.world import open_device
-from fslsage_rpc.configuration import load
-from fslsage_rpc.errors import InputError
-from fslsage_rpc.tasks import Batches, Score, Task, open_task
+from fslsage_rpc.tasks import Batches, Score, Task
+from fslsage_rpc.training.finished import load_finished
 
 
 def evaluate(model: nn.Module, task: Task, data: Batches) -> Score:
@@ -27,21 +26,11 @@ def evaluate_run(folder: str | Path) -> Score:
     Raises:
         InputError: the folder is not that of a finished run.
     """
-    folder = Path(folder)
-    config = load(folder / "config.yaml")
-    task = open_task(config)
-    split = task.build()
-    device = open_device(config, 0)
-    model = split.whole()  # shares its weights with the halves
-    try:
-        model.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
-    except Exception as error:  # on what it did not write torch raises anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"{folder / 'model.pt'}: cannot be read ({reason}), expected a finished run"
-        ) from None
-    task.prepare()
-    data = task.batches(task.load(train=False), config.evaluation.batch_size, device)
-    if not find(config.algorithm.name).client_holds_whole_model:
-        model = nn.Sequential(split.client, split.server)  # rounded at the cut as in training
-    return evaluate(model.to(device), task, data)
+    run = load_finished(folder)
+    device = open_device(run.config, 0)
+    run.task.prepare()
+    data = run.task.batches(run.task.load(train=False), run.config.evaluation.batch_size, device)
+    model = run.split.whole()
+    if not find(run.config.algorithm.name).client_holds_whole_model:
+        model = nn.Sequential(run.split.client, run.split.server)  # rounded at the cut as in training
+    return evaluate(model.to(device), run.task, data)

@@ -1,0 +1,68 @@
+"""Language modelling: texts that say what a meaning representation states."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fslsage_rpc.config import Config
+from fslsage_rpc.data import e2e
+from fslsage_rpc.data.e2e import IGNORED, TokenizedTexts
+from fslsage_rpc.data.sequences import TokenBatches
+from fslsage_rpc.models.splitting import SplitModel, build
+from fslsage_rpc.models.tracing import TokenShape
+from fslsage_rpc.tasks.base import Score, Task
+
+
+class LanguageTask(Task):
+    """Tokens `[B, T]` to logits `[B, T, classes]` of the token that follows each, trained on the
+    cross-entropy at the positions of the text alone: neither its meaning representation nor padding.
+
+    The test set of `load` is E2E's development set. A prediction is one token.
+    """
+
+    metrics = ("perplexity",)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.vocabulary = e2e.vocabulary(config.data)
+        self.classes = len(self.vocabulary)
+        self.sample_shape = TokenShape((config.data.tokens,))
+        self.label_shape = (config.data.tokens,)
+        self.groups = len(e2e.groups(config.data.root))
+
+    @property
+    def train_samples(self) -> int:
+        return self.config.data.train_limit or e2e.TRAIN_SAMPLES
+
+    def prepare(self) -> None:
+        self.load(train=False)
+
+    def load(self, train: bool) -> TokenizedTexts:
+        return e2e.tokenize(self.config.data, self.vocabulary, train)
+
+    def batches(self, samples: TokenizedTexts, batch_size: int, device: torch.device) -> TokenBatches:
+        return TokenBatches(samples, batch_size, device)
+
+    def build(self) -> SplitModel:
+        config, precision = self.config, self.precision
+        return build(
+            config.model, self.classes, self.sample_shape, config.seed, precision.weights, precision.autocast
+        )
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        smoothing = self.config.loss.label_smoothing
+        return F.cross_entropy(
+            outputs.flatten(0, 1), y.flatten(), ignore_index=IGNORED, label_smoothing=smoothing
+        )
+
+    def tally(self, outputs: Tensor, y: Tensor) -> Tensor:
+        logits, following = outputs.flatten(0, 1), y.flatten()
+        loss = F.cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum").double()
+        right = (logits.argmax(1) == following).sum().double()
+        return torch.stack([loss, right, (following != IGNORED).sum().double()])
+
+    def score(self, tally: Tensor) -> Score:
+        plain = super().score(tally)
+        return Score(plain.loss, plain.accuracy, {"perplexity": math.exp(min(plain.loss, 700.0))})
