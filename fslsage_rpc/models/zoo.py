@@ -206,7 +206,9 @@ def make(keys: Model, classes: int, sample_shape: Sequence[int]) -> nn.Module:
 def refuse_samples(keys: Model, sample_shape: Sequence[int], error: Exception) -> InputError:
     """A model failed on samples of that shape."""
     shape = "x".join(map(str, sample_shape))
-    samples = "texts" if isinstance(sample_shape, TokenShape) else "images"
+    samples = (
+        "texts" if isinstance(sample_shape, TokenShape) else "images" if len(sample_shape) == 3 else "samples"
+    )
     return InputError(
         f"model.name: got {keys.name!r}, which fails on {samples} of {shape} ({first_line(error)})"
     )

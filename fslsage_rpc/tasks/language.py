@@ -10,7 +10,6 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.data import e2e
 from fslsage_rpc.data.e2e import IGNORED, TokenizedTexts
 from fslsage_rpc.data.sequences import TokenBatches
-from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.models.tracing import TokenShape
 from fslsage_rpc.tasks.base import Score, Task
 
@@ -45,12 +44,6 @@ class LanguageTask(Task):
 
     def batches(self, samples: TokenizedTexts, batch_size: int, device: torch.device) -> TokenBatches:
         return TokenBatches(samples, batch_size, device)
-
-    def build(self) -> SplitModel:
-        config, precision = self.config, self.precision
-        return build(
-            config.model, self.classes, self.sample_shape, config.seed, precision.weights, precision.autocast
-        )
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         smoothing = self.config.loss.label_smoothing
