@@ -304,7 +304,7 @@ def test_with_a_configuration_it_shows_what_would_be_done_and_writes_nothing(
     keys = ["transport=local", f"output={output}", "algorithm.name=fedavg", "algorithm.align_every=3"]
     assert main(["check", QUICKSTART, *keys]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"client +104,128 +0\.4 MiB +37\.4%", shown)
+    assert re.search(r"client +104,128 +104,128 +0\.4 MiB +37\.4%", shown)
     assert re.search(r"fsl_sage +4\.0 MiB", shown)
     assert "fedavg (configured)" in shown
     assert "warning: algorithm.align_every is not used by fedavg" in shown
