@@ -230,14 +230,14 @@ def test_a_small_model_learns_more_of_real_texts_than_how_frequent_tokens_are(
     e2e_root: Path, tmp_path: Path
 ) -> None:
     config = Path(__file__).parent.parent / "configs" / "e2e_gpt2_tiny.yaml"
-    keys = ["name=tiny", "ranks=3", f"output={tmp_path}", "device=cpu", "comm.transports=[uv]", "rounds=3"]
-    keys += ["data.train_limit=800", "data.test_limit=100", "algorithm.name=fsl_sage"]
+    keys = ["name=tiny", "ranks=3", f"output={tmp_path}", "device=cpu", "comm.transports=[uv]"]
+    keys += ["data.test_limit=100"]
     keys += [f"data.root={e2e_root}", f"data.tokenizer={e2e_root / 'gpt2_tokenizer'}"]
     done = fslsage("train", config, *keys, seconds=550, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     task = open_task(fslsage_rpc.configuration.load(config, keys))
-    references = [" " + pair.reference for pair in e2e.read(str(e2e_root), "dev", 100)]
+    references = [" " + pair.reference for pair in e2e.read(str(e2e_root), "train", 800)]
     counts = Counter(n for text in task.vocabulary.encode(references) for n in (*text, task.vocabulary.end))
     entropy = -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
     assert entropy < 6
