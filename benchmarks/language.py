@@ -3,8 +3,8 @@
     python benchmarks/language.py --data ROOT [--tokenizer FOLDER] [--out DIR]
 
 Trains configs/e2e_gpt2_tiny.yaml once with each algorithm, over RPC, and writes a table of losses on the
-development set, beside the unigram entropy of the training texts: the least that a model can lose on them that
-knows how frequent each token is, and nothing else.
+development set, beside the unigram entropy of the training texts: the least that a model can lose on them
+that knows how frequent each token is, and nothing else.
 """
 
 import argparse
