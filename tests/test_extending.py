@@ -88,7 +88,7 @@ LISTINGS = listings()
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a user who has written all of it."""
     for listing in LISTINGS.values():
         (tmp_path / listing.file).write_text(listing.code)
@@ -115,7 +115,7 @@ def test_there_is_one_of_each_and_each_is_short() -> None:
 
 @pytest.mark.parametrize("title", LISTINGS)
 def test_a_listing_trains_goes_on_and_is_evaluated(
-    title: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+    title: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = LISTINGS[title].configuration()
     if title == "A model":  # it has more to learn than these few steps would do
@@ -138,7 +138,9 @@ def test_a_listing_trains_goes_on_and_is_evaluated(
 
 
 @pytest.mark.slow
-def test_all_of_them_train_on_ranks_of_their_own(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_of_them_train_on_ranks_of_their_own(
+    working_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As at a user's prompt: ranks are started, and find the modules in the working directory."""
     keys: dict[str, Any] = {"comm": {"transports": ["uv"], "timeout_seconds": 60}, "precision": "fp64"}
     for title in ("A dataset", "An algorithm", "An auxiliary model", "A model"):  # the last one's model
@@ -177,7 +179,7 @@ PATIENT = {"algorithm": {"name": "patient:PatientSplitFed"}}
 
 
 def test_check_shows_what_an_algorithm_of_the_users_own_would_send(
-    workplace: Path, capsys: pytest.CaptureFixture[str]
+    working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("run.yaml").write_text(yaml.safe_dump(tree(PATIENT)))
     assert main(["check", "run.yaml"]) == 0
@@ -221,7 +223,7 @@ def test_algorithms_of_the_users_own_look_the_same_in_all_figures() -> None:
 
 
 def test_plan_says_that_it_does_not_predict_it(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fslsage_rpc.plan import run as planning
     from fslsage_rpc.plan.costs import Costs
