@@ -8,6 +8,7 @@ import pytest
 import torch
 from rank_program import Outcome, train_locally, train_on_ranks
 
+pytestmark = pytest.mark.timeout(600)  # the first test waits for three jobs
 SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
 OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
 
