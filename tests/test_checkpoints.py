@@ -1,6 +1,5 @@
 """A run that goes on from a checkpoint ends as one that was never cut off; damaged ones are left out."""
 
-import copy
 import json
 import os
 import resource
@@ -17,6 +16,7 @@ import torch
 from rank_program import run_on_ranks
 from test_equality import SECONDS
 from torch import nn
+from trees import Tree, merged
 from user_input import mistake
 
 import fslsage_rpc
@@ -42,7 +42,6 @@ from fslsage_rpc.training.metrics_file import MetricsFile
 from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
 
-Tree = dict[str, Any]
 CLIENTS = 3
 ABSENT = {"clients": {"count": CLIENTS, "batch_size": 16, "participation": 0.5}}  # 2 of 3 in each round
 WARM = {"algorithm": {"name": "fsl_sage", "warm_start": True}, **ABSENT}
@@ -60,14 +59,6 @@ CASES: dict[str, list[Tree]] = {
     "cse_fsl": [{"algorithm": {"name": "cse_fsl"}}, ABSENT, ROUNDS],
     "fedavg": [{"algorithm": {"name": "fedavg"}}, ABSENT],
 }
-
-
-def merged(below: Tree, above: Tree) -> Tree:
-    result = copy.deepcopy(below)
-    for key, value in above.items():
-        inside = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if inside else copy.deepcopy(value)
-    return result
 
 
 def tree(output: Path, *changes: Tree, **keys: Any) -> Tree:

@@ -13,7 +13,8 @@ from test_checkpoints import assert_identical, everything
 from test_cli import fslsage
 from test_equality import OWN_COLLECTIVES, assert_same
 from torch.nn import functional as F
-from toy_language import Tree, merged, pairs, toy_config, toy_tree
+from toy_language import pairs, toy_config, toy_tree
+from trees import Tree, merged
 
 import fslsage_rpc
 from fslsage_rpc.comm.world import open_world

@@ -1,15 +1,14 @@
 """A dataset like E2E, of some dozens of short texts, with a tokenizer of its own, and runs on it."""
 
-import copy
 import csv
 import itertools
 from pathlib import Path
-from typing import Any
+
+from trees import Tree, merged
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree
 
-Tree = dict[str, Any]
 NAMES = ("Aromi", "Café Élan", "The Über Inn", "東京 Ramen")
 FOODS = ("Italian", "crêpes", "noodles")
 AREAS = ("riverside", "city centre")
@@ -59,15 +58,6 @@ def write_tokenizer(folder: Path) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_model(str(folder))
-
-
-def merged(below: Tree, above: Tree) -> Tree:
-    """A tree with another one's values on top."""
-    result = copy.deepcopy(below)
-    for key, value in above.items():
-        inside = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if inside else copy.deepcopy(value)
-    return result
 
 
 def toy_tree(root: Path, *changes: Tree) -> Tree:
