@@ -159,6 +159,14 @@ def test_layers_keep_their_places_and_names_and_those_with_p_0_stay() -> None:
     masks.begin(STEP)
 
 
+def test_layers_of_parts_that_share_them_have_their_own_keys() -> None:
+    client, server = (nn.Sequential(*[nn.Sequential(nn.Dropout(0.5)) for _ in range(300)]) for _ in range(2))
+    whole = nn.ModuleDict({"client": client, "server": server})
+    key_masks(client, server, client, server, whole)
+    for half in (client, server):
+        assert [layer[0].name for layer in half] == [f"{i}.0" for i in range(300)]
+
+
 def test_alignment_differentiates_dropout_twice() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
     key_masks(model)

@@ -117,16 +117,16 @@ def key_masks(*parts: nn.Module) -> None:
     Layers with p = 0 stay, and so do subclasses of torch's, whose forward pass may be another. A layer that
     several parts share is one layer afterwards, too.
     """
-    replaced: dict[int, KeyedMask] = {}
+    replaced: dict[nn.Module, KeyedMask] = {}  # by the layer itself: the id of one thrown away is used again
     for part in parts:
         for path, owner in list(part.named_modules()):
             for child_name, child in owner._modules.items():
                 if child is None:
                     continue
                 name = f"{path}.{child_name}" if path else child_name
-                keyed = replaced.get(id(child)) or _keyed(name, child)
+                keyed = replaced.get(child) or _keyed(name, child)
                 if keyed is not None:
-                    replaced[id(child)] = keyed
+                    replaced[child] = keyed
                     owner._modules[child_name] = keyed.train(child.training)
 
 
