@@ -3,18 +3,24 @@
 import argparse
 import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree, load
 from fslsage_rpc.errors import HostError, InputError
-from fslsage_rpc.stopping import NOBODY_READS, STOPPED, Stopped, StopRequest, under_torchrun
+from fslsage_rpc.stopping import (
+    INTERRUPTED,
+    NOBODY_READS,
+    STOPPED,
+    Stopped,
+    StopRequest,
+    under_torchrun,
+    uninterrupted,
+)
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
 
@@ -49,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes
         return NOBODY_READS
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -126,7 +132,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     if _needs_ranks(config):
         return _launch(config, arguments)
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.comm.world import is_first_rank
         from fslsage_rpc.report.screen import Screen
         from fslsage_rpc.training.run import run
@@ -140,7 +146,7 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     if _needs_ranks(config):
         return _launch(config, arguments)
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.bench.run import bench
         from fslsage_rpc.bench.screen import BenchScreen
 
@@ -153,7 +159,7 @@ def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
     clients = _counts("--clients", options.clients or str(config.clients.count))
     ranks = _counts("--client-ranks", options.client_ranks)[0] if options.client_ranks else None
     cores = _counts("--shared-cores", options.shared_cores)[0] if options.shared_cores else None
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.plan.run import plan
 
     plan(config, clients, options.bandwidth, options.rtt, ranks, cores, options.calibrate)
@@ -174,10 +180,10 @@ def _needs_ranks(config: Config) -> bool:
 
 def _launch(config: Config, arguments: list[str]) -> int:
     """The same command on ranks of its own."""
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.training.experiment import check
     check(config, config.ranks)
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.comm.launching import launch  # not everywhere to be had: check says so by name
 
     return launch(config.ranks, arguments)
@@ -188,7 +194,7 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
         import matplotlib  # noqa: F401 (an optional extra)
     except ImportError:
         raise InputError("report: needs matplotlib: pip install 'fslsage_rpc[plots]'") from None
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.report.comparison import write_report
 
     print(f"Report: {write_report(options.folders, options.out)}")
@@ -204,7 +210,7 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
         config = from_tree({} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {"transport": "local"})
     if _needs_ranks(config):
         return _launch(config, arguments)
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.check.run import examine
         from fslsage_rpc.check.screen import CheckScreen
 
@@ -219,7 +225,7 @@ def _list_cuts(options: argparse.Namespace) -> int:
     if options.config is None:
         raise InputError("check --cuts: got no configuration, expected one that names a model")
     config = load(options.config, options.overrides)
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.check.cut_table import cut_lines
 
     print("\n".join(cut_lines(config)))
@@ -227,7 +233,7 @@ def _list_cuts(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.training.evaluation import evaluate_run
 
     (beams,) = _counts("--beams", options.beams)
@@ -236,7 +242,7 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     metrics = "".join(f"  test {name} {value:.4f}" for name, value in score.metrics.items())
     print(f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}{metrics}")
     if options.bleu is not None:
-        with _uninterrupted():
+        with uninterrupted():
             from fslsage_rpc.generation.texts import bleu
 
         scored = bleu(options.run, limit, beams)
@@ -245,7 +251,7 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
-    with _uninterrupted():
+    with uninterrupted():
         from fslsage_rpc.generation.texts import generate, language_run
 
     (beams,) = _counts("--beams", options.beams)
@@ -260,21 +266,6 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
         if written.wire_bytes:
             print(f"{written.wire_bytes:,} bytes between the two halves", file=sys.stderr)
     return 0
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until modules have been imported: torch takes an interrupted import of numpy for a missing
-    one, and goes on with half of it.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _report(error: InputError) -> None:

@@ -8,7 +8,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
@@ -16,6 +17,8 @@ STOPPED = 75
 """exit status of a run that can be gone on with (EX_TEMPFAIL): schedulers may queue it again"""
 NOBODY_READS = 128 + 13
 """exit status when the reader of the output has gone, as of a program that SIGPIPE ends"""
+INTERRUPTED = 128 + 2
+"""exit status after Ctrl-C, while there is no run yet to stop"""
 INSISTENCE_SECONDS = 5.0
 """a signal so much later than the first ends the process at once; until then it is the first one's echo, as
 a launcher and a scheduler both send it"""
@@ -100,3 +103,18 @@ def under_torchrun() -> bool:
 
 def _nothing(number: int, frame: FrameType | None) -> None:
     pass
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until modules have been imported: torch takes an interrupted import of numpy for a missing
+    one, and goes on with half of it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -15,7 +15,7 @@ from job_processes import end_job, members, outer_environment, survivors
 from small_run import ROUNDS, TREE, assert_equal_runs, lines
 
 import fslsage_rpc
-from fslsage_rpc.stopping import NOBODY_READS, STOPPED, StopRequest
+from fslsage_rpc.stopping import INTERRUPTED, NOBODY_READS, STOPPED, StopRequest
 from fslsage_rpc.training.checkpoint_files import complete_folders
 
 A_LONG_ROUND = "algorithm.alignment.epochs=1000000"
@@ -216,10 +216,10 @@ def test_a_second_signal_ends_a_process_that_waits_in_a_library() -> None:
 
 IMPORTING = """
 import os, signal
-from fslsage_rpc.cli import _uninterrupted
+from fslsage_rpc.stopping import uninterrupted
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
-    with _uninterrupted():
+    with uninterrupted():
         os.kill(os.getpid(), signal.SIGINT)
         print("imported")
     print("gone on")
@@ -231,3 +231,21 @@ except KeyboardInterrupt:
 def test_ctrl_c_waits_until_modules_are_imported() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("imported\ninterrupted\n", "")
+
+
+AT_ONCE = """
+import os, signal, sys
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == "fslsage_rpc.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupts())
+from fslsage_rpc.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")
