@@ -1,10 +1,7 @@
 """Trains several configurations one after the other and saves what each party ends with.
 
-In a test's own process with `transport: local`; or as the program of a torchrun job:
-
-    torchrun --standalone --nproc_per_node=3 tests/rank_program.py CONFIGS.json FOLDER
-
-Without the folder the job makes whole runs instead, each in its run folder.
+In a test's own process with `transport: local`, or on the ranks of a job. A job can make whole runs instead,
+each in its run folder.
 """
 
 import json
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked_ranks import run_ranks
 
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
@@ -71,10 +69,10 @@ def train_locally(tree: dict[str, Any]) -> Outcome:
 def train_on_ranks(
     ranks: int, trees: list[dict[str, Any]], folder: Path, timeout: float = 200
 ) -> list[Outcome]:
-    """Train on a torchrun job of so many ranks; the parties' tensors of all ranks together."""
+    """Train on a job of so many ranks; the parties' tensors of all ranks together."""
     folder.mkdir()
     (folder / "configs.json").write_text(json.dumps(trees))
-    run_job(["--nproc_per_node", str(ranks), __file__, str(folder / "configs.json"), str(folder)], timeout)
+    run_ranks(ranks, train_and_save, [str(folder / "configs.json"), str(folder)], folder, timeout)
     outcomes = []
     for number in range(len(trees)):
         outcome = Outcome()
@@ -87,10 +85,10 @@ def train_on_ranks(
 
 
 def run_on_ranks(ranks: int, trees: list[dict[str, Any]], folder: Path, timeout: float = 200) -> str:
-    """Make whole runs on a torchrun job of so many ranks; what it says."""
+    """Make whole runs on a job of so many ranks; what it says."""
     configs = folder / f"on-{ranks}-ranks.json"
     configs.write_text(json.dumps(trees))
-    return run_job(["--nproc_per_node", str(ranks), __file__, str(configs)], timeout)
+    return run_ranks(ranks, make_runs, [str(configs)], folder, timeout)
 
 
 def run_job(arguments: list[str], timeout: float) -> str:
@@ -109,7 +107,7 @@ def run_job(arguments: list[str], timeout: float) -> str:
     return output
 
 
-def main(configs: str, folder: str) -> None:
+def train_and_save(configs: str, folder: str) -> None:
     """One rank of a job."""
     experiments = [Experiment.prepare(from_tree(tree)) for tree in json.loads(Path(configs).read_text())]
     world = open_world(experiments[0].config)
@@ -134,7 +132,3 @@ def make_runs(path: str) -> None:
         except BaseException as error:
             world.fail(error)
     world.close()
-
-
-if __name__ == "__main__":
-    (main if sys.argv[2:] else make_runs)(*sys.argv[1:])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from batch_norm_model import CUT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -51,9 +52,11 @@ def make_fit(auxiliary: nn.Module, epochs: int = 20, batch_size: int = 8, **keys
     )
 
 
-@pytest.mark.parametrize("model", ["simple_conv", "resnet18"])
-def test_alignment_lowers_its_objective_and_leaves_the_server_as_it_was(model: str) -> None:
-    split = build(Model(name=model), 10, (3, 32, 32), 0, torch.float64)
+@pytest.mark.parametrize(
+    "model", [Model(), Model(name="batch_norm_model:residual", cut=CUT)], ids=["simple_conv", "batch norm"]
+)
+def test_alignment_lowers_its_objective_and_leaves_the_server_as_it_was(model: Model) -> None:
+    split = build(model, 10, (3, 32, 32), 0, torch.float64)
     server = split.server.train()
     server(smashed(split.smashed_shape, 8, seed=1)[0])  # running statistics that are not the initial ones
     before = {name: tensor.clone() for name, tensor in server.state_dict().items()}

@@ -1,18 +1,16 @@
 """The benchmark: its statistics by hand, its refusals, and one of it from the command line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import fslsage_on_ranks, said
 from user_input import mistake
 
 from fslsage_rpc.bench.statistics import BenchRun, quartiles, summarise
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.cli import main
 from fslsage_rpc.config import Bench
 from fslsage_rpc.configuration import from_tree
 
@@ -126,18 +124,6 @@ def test_variants_that_cannot_be_are_refused(keys: dict[str, Any], message: str)
     assert mistake(variant_configs, from_tree(bench_tree(**keys))).startswith(message)
 
 
-def fslsage(*arguments: object, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fslsage_rpc", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    """What a command that needs no ranks of its own would say; it runs in this process, which is faster."""
-    capsys.readouterr()
-    status = main([str(argument) for argument in arguments])
-    return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
-
-
 SMALL: dict[str, Any] = {
     "name": "small",
     "rounds": 4,
@@ -166,12 +152,11 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_benchmark_runs_in_order_and_in_reverse_and_ends_in_tables(config: Path, tmp_path: Path) -> None:
-    done = fslsage("bench", config)
-    assert done.returncode == 0, done.stderr
-    said = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("repeat ")]
-    assert said == ["fsl_sage", "splitfed_v1", "fedavg", "fedavg", "splitfed_v1", "fsl_sage"]
+    shown = fslsage_on_ranks(2, tmp_path, "bench", config)
+    order = [line.split()[2] for line in shown.splitlines() if line.startswith("repeat ")]
+    assert order == ["fsl_sage", "splitfed_v1", "fedavg", "fedavg", "splitfed_v1", "fsl_sage"]
     for word in ("s / round", "efficiency", "exchange", "align", "target accuracy", "round trip", "bench.md"):
-        assert word in done.stdout, done.stdout
+        assert word in shown, shown
 
     folder = tmp_path / "runs" / "small"
     result = json.loads((folder / "bench.json").read_text())
@@ -201,8 +186,10 @@ def test_a_benchmark_runs_in_order_and_in_reverse_and_ends_in_tables(config: Pat
         assert row in (folder / "bench.md").read_text()
 
 
-def test_wrong_input_is_one_line_before_anything_is_run(config: Path) -> None:
-    done = fslsage("bench", config, "rounds=3", "bench.warmup_rounds=2")
+def test_wrong_input_is_one_line_before_anything_is_run(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = said(capsys, "bench", config, "transport=local", "rounds=3", "bench.warmup_rounds=2")
     assert done.returncode == 2
     wrong = "bench.variants.fsl_sage: rounds: got 3, expected a whole alignment interval (2) or more"
     assert done.stderr.strip() == f"fslsage_rpc: {wrong} behind bench.warmup_rounds (2)"

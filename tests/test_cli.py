@@ -1,7 +1,6 @@
 """The command line as a user meets it: exit statuses, one-line errors, and the same run twice."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import fslsage, said
 
 import fslsage_rpc
 from fslsage_rpc import InputError
@@ -36,21 +36,9 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def fslsage(
-    *arguments: str | Path, seconds: float = 120, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line without torchrun's variables, as at a user's prompt."""
-    outer = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, "-m", "fslsage_rpc", *map(str, arguments)],
-        env={**outer, **environment},
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-    )
-
-
-def test_a_run_shows_its_rounds_and_ends_in_a_table(config: Path, tmp_path: Path) -> None:
+def test_a_run_shows_its_rounds_and_ends_in_a_table(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = fslsage("train", config)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -61,20 +49,20 @@ def test_a_run_shows_its_rounds_and_ends_in_a_table(config: Path, tmp_path: Path
     folder = tmp_path / "runs" / "small"
     assert {path.name for path in folder.iterdir()} - {"tensorboard"} == FOLDER
 
-    again = fslsage("train", config)
+    again = said(capsys, "train", config)
     assert again.returncode == 0
     assert "complete already" in again.stdout
     assert "resume=never" in again.stdout
     assert "round 1/3" not in again.stdout
 
-    evaluated = fslsage("evaluate", folder)
+    evaluated = said(capsys, "evaluate", folder)
     last = json.loads((folder / "summary.json").read_text())["test_accuracy"]["last"]
     assert evaluated.stdout.startswith(f"test accuracy {last:.4f}")
 
-    changed = fslsage("train", config, "seed=1")
+    changed = said(capsys, "train", config, "seed=1")
     assert changed.returncode == 2
     assert changed.stderr.startswith("fslsage_rpc: seed: got 1, expected 0")
-    assert fslsage("train", config, "seed=1", "resume=never").returncode == 0
+    assert said(capsys, "train", config, "seed=1", "resume=never").returncode == 0
 
 
 def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -> None:
@@ -107,8 +95,10 @@ def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -
         (["transport=rpc", "comm.interface=nosuch"], ["comm.interface", "nosuch", "lo"]),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(config: Path, arguments: list[str], words: list[str]) -> None:
-    done = fslsage("train", config, *arguments)
+def test_bad_input_is_one_line_and_status_2(
+    config: Path, arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = said(capsys, "train", config, *arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     for word in words:
@@ -116,9 +106,15 @@ def test_bad_input_is_one_line_and_status_2(config: Path, arguments: list[str], 
     assert done.stdout == ""
 
 
+def test_bad_input_is_the_status_of_the_process(config: Path) -> None:
+    done = fslsage("train", config, "clients.cuont=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fslsage_rpc: clients.cuont: unknown key; did you mean clients.count?\n"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_without_a_device_is_bad_input(config: Path) -> None:
-    done = fslsage("train", config, "device=cuda")
+def test_cuda_without_a_device_is_bad_input(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = said(capsys, "train", config, "device=cuda")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "device: got 'cuda'" in done.stderr
 
@@ -126,14 +122,18 @@ def test_cuda_without_a_device_is_bad_input(config: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [[], ["tarin", "x.yaml"], ["train"], ["train", "nofile.yaml"], ["evaluate", "x"]]
 )
-def test_a_wrong_command_line_is_one_line_and_status_2(arguments: list[str]) -> None:
-    done = fslsage(*arguments)
+def test_a_wrong_command_line_is_one_line_and_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = said(capsys, *arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_an_output_folder_that_cannot_be_made(config: Path, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_made(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("in the way")
-    done = fslsage("train", config, f"output={tmp_path / 'file'}")
+    done = said(capsys, "train", config, f"output={tmp_path / 'file'}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "output" in done.stderr
 
@@ -165,8 +165,10 @@ def test_stopping_at_an_accuracy_or_a_load(tmp_path: Path) -> None:
     assert loaded.rounds[-1]["test_accuracy"] is not None
 
 
-def test_keys_that_the_algorithm_does_not_use_are_named_once(config: Path) -> None:
-    done = fslsage("train", config, "algorithm.name=splitfed_v1")
+def test_keys_that_the_algorithm_does_not_use_are_named_once(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = said(capsys, "train", config, "algorithm.name=splitfed_v1")
     assert done.returncode == 0
     assert done.stdout.count("algorithm.align_every is not used by splitfed_v1") == 1
 
@@ -197,9 +199,11 @@ def test_one_rank_alone_is_refused_with_rpc() -> None:
         check(fslsage_rpc.Config(), ranks=1)
 
 
-def test_a_complete_run_without_checkpoints_is_not_replaced_by_a_longer_one_unasked(config: Path) -> None:
-    assert fslsage("train", config, "rounds=1", "checkpoint.every=null").returncode == 0
-    longer = fslsage("train", config, "rounds=2")
+def test_a_complete_run_without_checkpoints_is_not_replaced_by_a_longer_one_unasked(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said(capsys, "train", config, "rounds=1", "checkpoint.every=null").returncode == 0
+    longer = said(capsys, "train", config, "rounds=2")
     assert (longer.returncode, longer.stderr.count("\n")) == (2, 1)
     assert longer.stderr.startswith("fslsage_rpc: rounds: got 2, expected 1")
     assert "has no checkpoint to go on from" in longer.stderr

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from commands import fslsage
 from report_folders import write_run
-from test_cli import fslsage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from user_input import mistake

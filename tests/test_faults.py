@@ -102,9 +102,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(f, marks=[] if f == "2:4:all-reduce:kill" else pytest.mark.slow) for f in FAULTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_restarted_job_ends_as_one_that_was_never_disturbed(
     fault: str, tmp_path: Path, undisturbed: Path
 ) -> None:

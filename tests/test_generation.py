@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_cli import fslsage
+from commands import fslsage
 from torch import Tensor
 from toy_language import pairs, toy_tree
 from user_input import mistake

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from batch_norm_model import CUT
 from rank_program import Outcome, train, train_locally
 from torch import nn
 from torch.nn import functional as F
@@ -37,9 +38,10 @@ def assert_equal(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("model", ["simple_conv", "resnet18"])  # without and with BatchNorm
+@pytest.mark.parametrize("model", ["simple_conv", "batch_norm_model:residual"])
 def test_splitfed_v1_is_fedavg(model: str, optimizer: str) -> None:
-    keys = tree({}, optimizer, model={"name": model}, rounds=3 if model == "simple_conv" else 2)
+    cut = CUT if model == "batch_norm_model:residual" else None
+    keys = tree({}, optimizer, model={"name": model, "cut": cut}, rounds=2 if cut else 3)
     split, whole = (
         train_locally({**keys, "algorithm": {"name": name}}) for name in ("splitfed_v1", "fedavg")
     )

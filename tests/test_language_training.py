@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import fslsage
 from rank_program import Outcome, train_locally, train_on_ranks
 from test_checkpoints import assert_identical, everything
-from test_cli import fslsage
 from test_equality import OWN_COLLECTIVES, assert_same
 from torch.nn import functional as F
 from toy_language import pairs, toy_config, toy_tree

@@ -1,16 +1,18 @@
 """Who is on which GPU, and what follows; the parts of the GPU path that a machine without one can try."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from rank_program import run_job
+from forked_ranks import run_ranks
 from torch import nn
 from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 
 from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps, fair_threads
 from fslsage_rpc.comm.rpc_link import _on_gpu
-from fslsage_rpc.comm.world import server_workers, set_tf32
+from fslsage_rpc.comm.world import open_world, server_workers, set_tf32, usable_cores
+from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.clock import device_clock
 from fslsage_rpc.measure.timeline import Timeline
@@ -64,17 +66,14 @@ def test_cores_are_shared_out_among_the_ranks_that_may_use_them() -> None:
 
 
 def test_ranks_whose_threads_nobody_has_set_share_the_cores(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os; os.environ.pop('OMP_NUM_THREADS')\n"
-        "import torch\n"
-        "from fslsage_rpc.comm.world import open_world, usable_cores\n"
-        "from fslsage_rpc.configuration import from_tree\n"
-        "world = open_world(from_tree({'device': 'cpu', 'comm': {'transports': ['uv']}}))\n"
-        "assert torch.get_num_threads() == max(1, len(usable_cores()) // 2), torch.get_num_threads()\n"
-        "world.close()\n"
-    )
-    run_job(["--nproc_per_node", "2", str(program)], timeout=100)
+    run_ranks(2, _assert_fair_threads, [], tmp_path, timeout=100)
+
+
+def _assert_fair_threads() -> None:
+    os.environ.pop("OMP_NUM_THREADS")
+    world = open_world(from_tree({"device": "cpu", "comm": {"transports": ["uv"]}}))
+    assert torch.get_num_threads() == max(1, len(usable_cores()) // 2)
+    world.close()
 
 
 def test_tensors_are_found_in_answers() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import fslsage_on_ranks, said
 from rank_program import train_locally
 from test_bench import SMALL as BENCH
-from test_bench import fslsage, said
+from trees import merged
 from user_input import mistake
 
 from fslsage_rpc.configuration import from_tree
@@ -167,8 +168,9 @@ def tree(name: str, **keys: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["fsl_sage", "cse_fsl", "splitfed_v1", "splitfed_v2", "fedavg"])
 def test_bytes_are_those_that_a_run_moves(name: str) -> None:
-    lines = train_locally(tree(name)).lines[2:]
-    scenario = Scenario(from_tree(tree(name)), NO_LINK, client_ranks=1)
+    keys = merged(tree(name), {"data": {"train_limit": 400}})
+    lines = train_locally(keys).lines[2:]
+    scenario = Scenario(from_tree(keys), NO_LINK, client_ranks=1)
     predicted = predict(scenario, measure_costs(lines, scenario), server_workers=2)
     kinds = ("smashed_up", "labels_up", "gradient_down", "auxiliary_down", "weights_allreduce")
     interval = lines if name == "fsl_sage" else lines[:1]
@@ -299,7 +301,7 @@ def test_a_benchmark_calibrates_its_own_model_only(
 ) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump({**BENCH, "output": str(tmp_path)}, sort_keys=False))
-    assert fslsage("bench", config).returncode == 0
+    fslsage_on_ranks(2, tmp_path, "bench", config)
     folder = tmp_path / "small"
     planned = said(capsys, "plan", config, "--calibrate", folder, "--clients", "2,8")
     assert planned.returncode == 0, planned.stderr

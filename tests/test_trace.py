@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bench import fslsage
+from commands import fslsage_on_ranks
 
 import fslsage_rpc
 from fslsage_rpc.measure.clock import clock
@@ -60,8 +60,7 @@ def check(trace: dict[str, Any]) -> None:
 def test_a_trace_of_three_ranks(tmp_path: Path) -> None:
     config = tmp_path / "traced.yaml"
     config.write_text(json.dumps({**KEYS, "output": str(tmp_path)}))
-    done = fslsage("train", config)
-    assert done.returncode == 0, done.stderr
+    fslsage_on_ranks(3, tmp_path, "train", config)
     trace = json.loads((tmp_path / "traced" / "trace.json").read_text())
     check(trace)
     names = {e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}

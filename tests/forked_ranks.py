@@ -1,0 +1,71 @@
+"""Ranks of a job as forks of one process that has imported torch already: they start at once, where those of
+torchrun take seconds. Nothing else is different; torchrun itself has tests of its own.
+"""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch.distributed import TCPStore
+
+LOOPBACK = "127.0.0.1"
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch._dynamo", "fslsage_rpc.training.run", "fslsage_rpc.comm.rpc"])
+
+
+def run_ranks(
+    ranks: int, program: Callable[..., None], arguments: Sequence[str], folder: Path, timeout: float
+) -> str:
+    """Call a function of a module on each rank of a job, and wait for the end, or kill all of it.
+
+    Args:
+        folder: for what the ranks say.
+
+    Returns:
+        That.
+    """
+    store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    variables = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    said = folder / f"said-{time.monotonic_ns()}"
+    processes = [
+        CONTEXT.Process(target=_rank, args=(rank, variables, said, program, arguments))
+        for rank in range(ranks)
+    ]
+    deadline = time.monotonic() + timeout
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        statuses = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+    output = said.read_text()
+    assert statuses == [0] * ranks, f"{statuses}\n{output}"
+    return output
+
+
+def _rank(
+    rank: int, variables: dict[str, str], said: Path, program: Callable[..., None], arguments: Sequence[str]
+) -> None:
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+    log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        program(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        raise
