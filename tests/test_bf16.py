@@ -30,7 +30,7 @@ def tree(algorithm: str, precision: str) -> dict[str, Any]:
         "device": "cpu",
         "precision": precision,
         "clients": {"count": 2, "batch_size": 16},
-        "data": {"train_limit": 120, "test_limit": 60, "partition": "iid"},
+        "data": {"train_limit": 64, "test_limit": 60, "partition": "iid"},
         "algorithm": {
             "name": algorithm,
             "upload_every": 2,

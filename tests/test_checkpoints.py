@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batch_norm_model import CUT
 from rank_program import run_on_ranks
 from test_equality import SECONDS
 from torch import nn
@@ -52,7 +53,10 @@ CASES: dict[str, list[Tree]] = {
     "fsl_sage": [],
     "fsl_sage, warm, absent, falling": [WARM, STEPS, ROUNDS],
     "fsl_sage, batch norm": [
-        {"model": {"name": "resnet56", "width": 2}, "data": {"partition": "iid", "train_limit": 60}}
+        {
+            "model": {"name": "batch_norm_model:residual", "cut": CUT},
+            "data": {"partition": "iid", "train_limit": 60},
+        }
     ],
     "splitfed_v1": [{"algorithm": {"name": "splitfed_v1"}}, STEPS],
     "splitfed_v2": [{"algorithm": {"name": "splitfed_v2"}}, ABSENT],

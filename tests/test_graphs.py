@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from batch_norm_model import CUT
 from rank_program import Outcome, train_locally
 from rank_program import train as train_in
 from recorded_graphs import Recorder, recorder
@@ -74,7 +75,7 @@ def test_captured_steps_change_no_number(algorithm: str, tmp_path: Path, recorde
 
 @pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_running_statistics_and_a_warm_start_too(precision: str, tmp_path: Path, recorder: Recorder) -> None:
-    model = {"name": "resnet56", "width": 4, "cut": "layer2"}
+    model = {"name": "batch_norm_model:residual", "cut": CUT}
     changes: dict[str, Any] = {"precision": precision, "model": model, "rounds": 2}
     keys = [tree(tmp_path, "fsl_sage", graphs, **changes) for graphs in ("never", "auto")]
     for each in keys:

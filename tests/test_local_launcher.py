@@ -91,6 +91,7 @@ def rounds(folder: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_stopped_job_is_status_75(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with started("train", write(tmp_path), "ranks=2", "rounds=5000", log=log) as launcher:

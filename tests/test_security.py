@@ -88,6 +88,7 @@ linux = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Lin
 
 
 @linux
+@pytest.mark.slow
 def test_a_job_that_starts_its_own_ranks_listens_on_loopback_only(tmp_path: Path) -> None:
     with job(tmp_path, "fslsage_rpc") as processes:
         assert len(processes["ranks"]) == 3
