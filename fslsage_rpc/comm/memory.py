@@ -1,9 +1,14 @@
 """How the C library hands out large blocks of memory: what lasts apart from what comes and goes."""
 
 import ctypes
+import math
+import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+import torch
+from torch import Tensor
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST_BYTES = 2**31 - 1
@@ -46,3 +51,13 @@ def _set_thresholds(size: int) -> None:
         if not mallopt(MMAP_THRESHOLD, size):
             mallopt(MMAP_THRESHOLD, OLD_LARGEST_BYTES)
         mallopt(TRIM_THRESHOLD, size)
+
+
+def on_own_pages(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of such numbers and on such a device, uninitialised; in host memory on pages of its own, also
+    where there is room among the blocks that come and go.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or not size:
+        return like.new_empty(shape)
+    return torch.frombuffer(mmap.mmap(-1, size, access=mmap.ACCESS_COPY), dtype=like.dtype).view(shape)

@@ -1,7 +1,6 @@
 """FSL-SAGE's alignment: a client's auxiliary model is fitted to the server model's cut-layer gradients."""
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from fslsage_rpc.comm.memory import on_own_pages
 from fslsage_rpc.config import Alignment
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
@@ -52,45 +52,60 @@ def untouched_statistics(model: nn.Module) -> Iterator[None]:
 
 
 class AlignmentBuffer:
-    """The newest `size` samples of (z, y) that a client uploaded: first in, first out."""
+    """The newest `size` samples of (z, y) that a client uploaded: first in, first out.
+
+    They are copied into two rings that stay: uploads that were kept themselves would lie scattered among what
+    the server has in memory for a moment only, and what is free between them would grow from round to round.
+    """
 
     def __init__(self, size: int):
         self.size = size
-        self._batches: deque[Batch] = deque()
+        self._rings: Batch | None = None
         self._samples = 0
+        self._end = 0  # where the next sample goes; once all places are taken, the oldest one's
 
     def __len__(self) -> int:
         return self._samples
 
     def add(self, z: Tensor, y: Tensor) -> None:
-        """Keep a batch, dropping the oldest samples beyond the size."""
-        self._batches.append((z, y))
-        self._samples += len(y)
-        while self._samples > self.size:
-            z, y = self._batches.popleft()
-            excess = min(self._samples - self.size, len(y))
-            if excess < len(y):
-                self._batches.appendleft((z[excess:].clone(), y[excess:].clone()))
-            self._samples -= excess
+        """Keep a copy of a batch, dropping the oldest samples beyond the size."""
+        batch = z[-self.size :], y[-self.size :]
+        samples = min(self._samples + len(batch[1]), self.size)
+        if self._rings is None or samples > len(self._rings[1]):
+            self._rings = self._larger(samples, batch)
+        for ring, new in zip(self._rings, batch, strict=True):
+            before_the_end = min(len(new), len(ring) - self._end)
+            ring[self._end : self._end + before_the_end] = new[:before_the_end]
+            ring[: len(new) - before_the_end] = new[before_the_end:]
+        self._samples = samples
+        self._end = (self._end + len(batch[1])) % self.size
 
     def batches(self, size: int) -> list[Batch]:
-        """The samples, oldest first, in batches of `size`; the last may be short."""
-        z, y = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
+        """Copies of the samples, oldest first, in batches of `size`; the last may be short."""
+        assert self._rings is not None
+        z, y = (torch.cat((ring[self._end : self._samples], ring[: self._end])) for ring in self._rings)
         return list(zip(z.split(size), y.split(size), strict=True))
 
     def state(self) -> dict[str, Any]:
         """All samples, oldest first, as one z `[n, ...]` and y `[n]`; nothing of an empty buffer."""
-        if not self._batches:
+        if not self._samples:
             return {}
         ((z, y),) = self.batches(self._samples)
         return {"z": z, "y": y}
 
     def load_state(self, state: dict[str, Any], device: torch.device) -> None:
         """Hold these samples and no others."""
-        self._batches.clear()
-        self._samples = 0
+        self._rings = None
+        self._samples = self._end = 0
         if state:
             self.add(state["z"].to(device), state["y"].to(device))
+
+    def _larger(self, samples: int, batch: Batch) -> Batch:
+        """Rings with so many places, the samples so far in the first ones."""
+        z, y = (on_own_pages((samples, *new.shape[1:]), like=new) for new in batch)
+        for ring, old in zip((z, y), self._rings or (), strict=False):
+            ring[: self._samples] = old
+        return z, y
 
 
 @dataclass
