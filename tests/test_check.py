@@ -155,13 +155,15 @@ def as_arguments(tmp_path: Path, config: dict[str, Any]) -> list[str]:
     return [str(path)]
 
 
+@pytest.mark.timeout(450)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rounds=12"],
+        ["rounds=6"],
         [
-            "rounds=3",
+            "rounds=2",
+            "algorithm.alignment.epochs=1",
             "model.name=resnet18",
             "data.name=synthetic",
             "data.train_limit=800",
