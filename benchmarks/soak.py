@@ -167,7 +167,7 @@ def sample_memory(job: Job) -> list[Sample]:
             return
         due = time.monotonic() + SAMPLE_SECONDS
         ranks = ranks or job.ranks()
-        with suppress(OSError):  # one is leaving
+        with suppress(OSError, LookupError):  # one is leaving
             read = {rank: _memory(process) for rank, process in sorted(ranks.items())}
             everything, own = ({rank: bytes[kind] for rank, bytes in read.items()} for kind in (0, 1))
             samples.append(Sample(rounds, everything, own))
@@ -177,10 +177,14 @@ def sample_memory(job: Job) -> list[Sample]:
 
 
 def _memory(process: int) -> tuple[int, int]:
-    """Resident bytes of a process: all, and those that are no file's."""
+    """Resident bytes of a process: all, and those that are no file's.
+
+    Raises:
+        LookupError: it has ended.
+    """
     text = Path(f"/proc/{process}/status").read_text()
-    found = {key: int(re.search(rf"{key}:\s+(\d+) kB", text)[1]) for key in ("VmRSS", "RssAnon")}  # type: ignore[index]
-    return found["VmRSS"] * 1024, found["RssAnon"] * 1024
+    found = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, re.M))
+    return int(found["VmRSS"]) * 1024, int(found["RssAnon"]) * 1024
 
 
 def memory_table(samples: Sequence[Sample], rounds: int) -> tuple[list[str], Check]:
