@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import fslsage_on_ranks
+from commands import fslsage, fslsage_on_ranks
 from test_checkpoints import tree
 from user_input import mistake
 
@@ -332,17 +332,6 @@ def test_a_configuration_that_cannot_run_is_refused_as_by_training() -> None:
     assert main(["check", QUICKSTART, "clients.cuont=3"]) == 2
 
 
-def run_program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, as a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fslsage_rpc", "check", *arguments],
-        env={**os.environ, "COLUMNS": "150", **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-
-
 def test_on_ranks_it_measures_their_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = (f"output={tmp_path / 'runs'}", "comm.transports=[uv]", "device=cpu")
     monkeypatch.setenv("COLUMNS", "150")
@@ -357,11 +346,14 @@ def test_on_ranks_it_measures_their_links(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_ranks_that_cannot_meet_end_it_with_status_1_behind_the_likely_reason() -> None:
-    done = run_program(
+    done = fslsage(
+        "check",
         QUICKSTART,
         "comm.timeout_seconds=5",
         "comm.interface=lo",
         "ranks=2",
+        seconds=100,
+        COLUMNS="150",
         RANK="0",
         WORLD_SIZE="2",
         LOCAL_WORLD_SIZE="1",

@@ -134,7 +134,7 @@ def keys_of(tmp_path: Path, *changes: dict[str, Any], **more: Any) -> dict[str, 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
 def test_a_killed_rank_costs_its_clients_and_the_round_under_way(tmp_path: Path) -> None:
-    """The one of the fast suite: killed between two steps of a round with an alignment."""
+    """Killed between two steps of a round with an alignment."""
     keys = keys_of(tmp_path, rounds=4)
     with ElasticJob(3, keys, tmp_path).start("1:2:step:kill") as job:
         assert job.wait(0, 2) == [0, 0], job.said
