@@ -1,8 +1,9 @@
 """The command line, with a fault in the first attempt of one rank, named by FAULT="rank:round:place:fault".
 
-The round counts from 1, as the screen does. The rank goes to the place, waits until the others have a sign of
-life from there, and then the fault happens: `kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its
-connections to the server break off). `absent` at any place is a rank that never starts.
+The round counts from 1, as the screen does. The rank goes to the place and waits there until the others have
+a sign of life from it and the checkpoint of the round before has been written; then the fault happens: `kill`
+(SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to the server break off). `absent` at any place is
+a rank that never starts.
 """
 
 import os
@@ -32,10 +33,15 @@ happened = False
 now = 0
 
 
+def due(where: str) -> bool:
+    """Is this the place, the fault yet to happen?"""
+    return mine and not happened and now == int(round) and where == place
+
+
 def happen(where: str, wait: bool = True) -> None:
     """The fault, if this is its place."""
     global happened
-    if not mine or happened or now != int(round) or where != place:
+    if not due(where):
         return
     happened = True
     if wait:
@@ -84,13 +90,11 @@ def train_round(self: Trainer, number: int) -> float:
 
 def submit(self: RpcLink, request: Any, on_answer: Any) -> None:
     """Uploading and waiting for an alignment: the request is on its way when the fault happens."""
-    if isinstance(request.body, Push):
-        true_submit(self, request, on_answer)
-        happen("uploading", wait=False)
-    else:
-        true_submit(self, request, on_answer)
-        if isinstance(request.body, Align):
-            happen("alignment", wait=False)
+    where = {Push: "uploading", Align: "alignment"}.get(type(request.body), "")
+    if due(where):
+        time.sleep(SIGN_OF_LIFE_SECONDS)
+    true_submit(self, request, on_answer)
+    happen(where, wait=False)
 
 
 def all_reduce(self: RpcWorld, *arguments: Any) -> None:

@@ -91,9 +91,8 @@ LOST_SERVER = rf"fslsage_rpc: rank 0 \(server, host {re.escape(HOST)}\) was lost
 ENDED = "its process has ended"
 FAULTS = {
     "2:4:computing:kill": rf"{LOST_CLIENT}round 4: {ENDED}",
-    # These two happen at once: the round is that of the last sign of life, up to a second ago.
-    "2:4:uploading:kill": rf"{LOST_CLIENT}.*: {ENDED}",
-    "2:5:alignment:kill": rf"{LOST_CLIENT}.*: {ENDED}",
+    "2:4:uploading:kill": rf"{LOST_CLIENT}round 4.*: {ENDED}",
+    "2:5:alignment:kill": rf"{LOST_CLIENT}round 5.*: {ENDED}",
     "2:4:all-reduce:kill": rf"{LOST_CLIENT}round 4 \(averaging\): {ENDED}",
     "0:4:serving:kill": rf"{LOST_SERVER}round 4.*: {ENDED}",
     "0:5:fitting:kill": rf"{LOST_SERVER}round 5.*: {ENDED}",
