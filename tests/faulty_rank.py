@@ -1,9 +1,9 @@
 """The command line, with a fault in the first attempt of one rank, named by FAULT="rank:round:place:fault".
 
 The round counts from 1, as the screen does. The rank goes to the place and waits there until the others have
-a sign of life from it and the checkpoint of the round before has been written; then the fault happens: `kill`
-(SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to the server break off). `absent` at any place is
-a rank that never starts.
+a sign of life from it and the checkpoint of the round before has been written; then the fault happens:
+`kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to the server break off). `absent` at any
+place is a rank that never starts.
 """
 
 import os
