@@ -10,6 +10,7 @@ from torch import nn
 from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 
 from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps, fair_threads
+from fslsage_rpc.comm.priority import AUTOGROUP, NICE, gives_way
 from fslsage_rpc.comm.rpc_link import _on_gpu
 from fslsage_rpc.comm.world import open_world, server_workers, set_tf32, usable_cores
 from fslsage_rpc.configuration import from_tree
@@ -73,6 +74,22 @@ def _assert_fair_threads() -> None:
     os.environ.pop("OMP_NUM_THREADS")
     world = open_world(from_tree({"device": "cpu", "comm": {"transports": ["uv"]}}))
     assert torch.get_num_threads() == max(1, len(usable_cores()) // 2)
+    world.close()
+
+
+def test_client_ranks_give_way_to_a_server_on_the_same_cores(tmp_path: Path) -> None:
+    first, second = frozenset({0, 1}), frozenset({2, 3})
+    assert [gives_way(rank, [("a", first), ("a", first), ("a", second)]) for rank in range(3)] == [0, 1, 0]
+    assert not gives_way(1, [("a", first), ("b", first)])
+    run_ranks(2, _assert_priorities, [], tmp_path, timeout=100)
+
+
+def _assert_priorities() -> None:
+    world = open_world(from_tree({"device": "cpu", "comm": {"transports": ["uv"]}}))
+    expected = 0 if world.hosts_server else NICE
+    assert os.getpriority(os.PRIO_PROCESS, 0) == expected
+    if os.getsid(0) == os.getpid() and AUTOGROUP.exists():
+        assert AUTOGROUP.read_text().split()[-2:] == ["nice", str(expected)]
     world.close()
 
 
