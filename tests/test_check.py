@@ -84,10 +84,10 @@ def test_a_client_ranks_models_and_optimizer_states(
 
 
 def test_a_server_holds_a_replica_or_an_auxiliary_model_for_each_client(tmp_path: Path) -> None:
-    for name, lanes, fits in (
+    for name, copies, fits in (
         ("splitfed_v1", 3, 0),
         ("splitfed_v2", 1, 0),
-        ("fsl_sage", 1, 3),
+        ("fsl_sage", 2, 3),  # with the lane's snapshot
         ("fedavg", 0, 0),
     ):
         experiment, memory = estimate(tmp_path, {"algorithm": {"name": name}})
@@ -97,7 +97,7 @@ def test_a_server_holds_a_replica_or_an_auxiliary_model_for_each_client(tmp_path
         )
         found = memory.of_server(2, 1, datasets.load(experiment.config.data, train=False))
         start = auxiliary if fits else 0
-        assert found.models == 2 * client + start + lanes * server + fits * auxiliary
+        assert found.models == 2 * client + start + copies * server + fits * auxiliary
         assert bool(found.alignment) == bool(fits)
 
 

@@ -16,6 +16,7 @@ from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.parties.snapshot import Snapshot
 from fslsage_rpc.parties.streams import WorkQueue
 
 TIMEOUT = 20
@@ -212,3 +213,34 @@ def test_auxiliary_models_are_fitted_side_by_side_while_the_lane_goes_on() -> No
     assert report.samples == 20
     assert len(report.alignments) == 2
     assert report.phases["alignment"] > 0
+
+
+def test_true_gradients_are_of_the_model_at_the_alignments_turn_whenever_they_are_computed() -> None:
+    def weights(fits_wait: bool, snapshot: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+        lane, fits, waiting = lane_of(model), {}, []
+        lane.snapshot = Snapshot(model, torch.device("cpu")) if snapshot else None
+        for client in range(3):
+            auxiliary = nn.Linear(4, 3)
+            optimizer = ScheduledOptimizer(SGD, auxiliary.parameters())
+            buffer, keys = AlignmentBuffer(8), Alignment(epochs=3)
+            fits[client] = AuxiliaryFit(auxiliary, flatten(auxiliary), optimizer, buffer, keys, Timeline())
+        with ThreadPoolExecutor(1) as pool:
+            server = make_server(dict.fromkeys(range(3), lane), pool, fits)
+            server._start = lambda kind, work: waiting.append(work) if kind == "fit" and fits_wait else work()
+            for round in range(2):
+                server.announce(round, {client: [0, 0] for client in range(3)}, [0, 1, 2])
+                for client in range(3):
+                    push = Push(torch.randn(5, 4), torch.randint(3, (5,)))
+                    server.submit(Request(client, 0, push), lambda answer: None)
+                    server.submit(Request(client, 1, Align()), lambda answer: None)
+                assert len(waiting) == 3 * fits_wait  # the lane has not waited for the fits
+                while waiting:
+                    waiting.pop()()
+                server.wait()
+        return [lane.weights.floats, *(fit.weights.floats for fit in fits.values())]
+
+    expected = weights(fits_wait=False, snapshot=False)
+    for fits_wait, snapshot in ((False, True), (True, True), (True, False)):
+        assert all(map(torch.equal, weights(fits_wait, snapshot), expected))

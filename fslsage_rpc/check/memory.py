@@ -162,9 +162,10 @@ class Estimate:
         graphs = fitting * self._fit.peak + (self._server.peak if self._fits else 0)
         training = stepping * self._batch * self._server.peak
         waiting = min(self.participants * self._window, client_ranks * self._most_open) if self._lanes else 0
+        snapshot = self.sizes.server if self._fits else 0
         evaluating = min(self.config.evaluation.batch_size, len(test.labels)) * 3 * self._whole.largest
         return Memory(
-            models=self.model + self._auxiliary + self._server_models(),  # those that clients start from
+            models=self.model + self._auxiliary + self._server_models() + snapshot,  # first what clients get
             optimizers=self._server_moments() + stepping * self.sizes.server + fitting * self._auxiliary,
             data=_held(test),
             activations=max(training, evaluating),

@@ -15,6 +15,7 @@ from fslsage_rpc.parties.losses import Loss, LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Request
+from fslsage_rpc.parties.snapshot import Snapshot
 from fslsage_rpc.parties.streams import WorkQueue
 from fslsage_rpc.randomness import START, LocalStep
 
@@ -22,7 +23,8 @@ from fslsage_rpc.randomness import START, LocalStep
 class Lane:
     """One server-model instance; it executes one request at a time, in the order of its mailbox.
 
-    With `graphs` its steps are captured, unless the model draws masks, which follow from `seed`.
+    With `graphs` its steps are captured, unless the model draws masks, which follow from `seed`. With a
+    `snapshot` true gradients of alignments are computed beside it.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Lane:
         graphs: bool = False,
         loss: Loss = F.cross_entropy,
         seed: int = 0,
+        snapshot: Snapshot | None = None,
     ):
         self.model = model
         self.weights = flatten(model)
@@ -44,6 +47,7 @@ class Lane:
         self.busy = False
         self.timeline = timeline
         self.queue = queue or WorkQueue()
+        self.snapshot = snapshot
         self.losses = LossSum()
         self._loss = loss
         self._masks = Masks(model, seed)

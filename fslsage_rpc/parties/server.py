@@ -88,7 +88,7 @@ class Server:
         self._changed = threading.Condition()  # guards mailboxes, arrivals and the lanes' queues
         self._timeline = timeline
         self._failure: BaseException | None = None
-        self._unfitted: set[int] = set()  # clients whose targets are there and whose fit has not ended
+        self._unfitted: set[int] = set()  # clients that are being aligned, from their turn on
         self._activity = Activity()
         self._on_device = DeviceLog()
         self._round = 0
@@ -223,8 +223,8 @@ class Server:
         return seconds
 
     def _execute(self, lane: Lane, request: Request) -> Any:
-        """What the request asks for, an alignment's targets; on the lane's turn, on one thread at a time per
-        lane. On a GPU it is queued, not done, on return.
+        """What the request asks for, or how to get at an alignment's targets; on the lane's turn, on one
+        thread at a time per lane. On a GPU it is queued, not done, on return.
         """
         body = request.body.to(self._device)
         if not isinstance(body, Align):
@@ -236,7 +236,7 @@ class Server:
             case Align():
                 assert fit is not None, "the algorithm aligns nothing"
                 with lane.timeline.phase("targets", arrow=arrow):
-                    return fit.targets(lane.model, at)
+                    return self._targets(lane, fit, at)
             case Exchange():
                 with lane.timeline.phase("step", arrow=arrow):
                     return lane.train(body.z, body.y, gradient=True, at=at)
@@ -254,14 +254,32 @@ class Server:
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
                 return None
 
-    def _fit(self, at: LocalStep, targets: list[Target]) -> Weights:
+    def _targets(self, lane: Lane, fit: AuxiliaryFit, at: LocalStep) -> Callable[[], list[Target]]:
+        """An alignment's true gradients by the lane's model as it is now: computed on its snapshot when they
+        are asked for, or else here and now.
+        """
+        snapshot = lane.snapshot
+        if snapshot is None or not snapshot.take(lane.weights):
+            targets = fit.targets(lane.model, at)
+            return lambda: targets
+
+        def compute() -> list[Target]:
+            try:
+                return fit.targets(snapshot.model, at)
+            finally:
+                snapshot.give_back()
+
+        return compute
+
+    def _fit(self, at: LocalStep, targets: Callable[[], list[Target]]) -> Weights:
         """The rest of an alignment, on a thread of its own: the lane goes on and clients are fitted side by
         side.
         """
         fit = self.fits[at.client]
-        fit.queue.keep(*(tensor for target in targets for tensor in target))
         with fit.timeline.phase("alignment"):
-            weights, self._alignments[at.client] = fit.fit(targets, at)
+            computed = targets()
+            fit.queue.keep(*(tensor for target in computed for tensor in target))
+            weights, self._alignments[at.client] = fit.fit(computed, at)
         return weights
 
     def _local_step(self, request: Request) -> LocalStep:
@@ -328,7 +346,7 @@ class Server:
         self._run("answer", work)
 
     def _begin_fit(self, at: LocalStep, targets: Answer, place: Place, reply: Reply) -> None:
-        """Have the client's model fitted behind its targets' place, and answered, by another thread."""
+        """Have the client's model fitted behind its turn's place, and answered, by another thread."""
         waiting, client = clock(), at.client
 
         def work() -> None:

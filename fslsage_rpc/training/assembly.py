@@ -14,6 +14,7 @@ from fslsage_rpc.parties.client import Client, TrainingKeys
 from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.parties.snapshot import Snapshot
 from fslsage_rpc.parties.streams import STREAMS, WorkQueue, can_capture
 from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
@@ -27,6 +28,7 @@ def build_server(
     """
     config, algorithm, split = experiment.config, experiment.algorithm, experiment.split
     clients = range(len(experiment.parts))
+    aligns = algorithm.auxiliary == "aligned"
     graphs = uses_graphs(experiment, world)
     if graphs and world.works_beside and len(clients) >= STREAMS:
         # One would capture what another lane, or fit, queues in the same stream.
@@ -54,6 +56,8 @@ def build_server(
             graphs,
             loss=experiment.task.loss,
             seed=config.seed,
+            # On a GPU the lane's queue is as good a place: whatever runs beside it shares the card.
+            snapshot=Snapshot(model, world.device) if aligns and world.device.type == "cpu" else None,
         )
 
     def fit(client: int) -> AuxiliaryFit:
@@ -83,7 +87,7 @@ def build_server(
         initial=(flatten(fresh(experiment.client_model())), auxiliary),
         averaged=fresh(experiment.client_model()),
         lanes=lanes,
-        fits={client: fit(client) for client in clients} if algorithm.auxiliary == "aligned" else {},
+        fits={client: fit(client) for client in clients} if aligns else {},
         measure_drift=config.algorithm.measure_drift,
         device=world.device,
         start=world.start,
