@@ -3,12 +3,13 @@
 import ctypes
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.comm.memory import keep_large_blocks, lasting_blocks
+from fslsage_rpc.comm.memory import LASTING_BYTES, keep_large_blocks, lasting_blocks, one_heap
 from fslsage_rpc.config import OptimizerKeys
 from fslsage_rpc.parties.optimizers import OPTIMIZERS, ScheduledOptimizer
 
@@ -34,9 +35,19 @@ def mapped_bytes() -> int:
 
 def test_blocks_that_last_have_pages_of_their_own() -> None:
     mapped_bytes()  # or skip
-    # A process of its own: in this one earlier tests have left free blocks that may be large enough.
-    program = f"import sys; sys.path[:0] = {sys.path!r}; import test_memory; test_memory.look_at_blocks()"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+    # In this process earlier tests have left free blocks that may be large enough.
+    in_a_process_of_its_own("look_at_blocks()")
+
+
+def in_a_process_of_its_own(call: str) -> str:
+    """Call a function of this module there.
+
+    Returns:
+        What it, or the C library, wrote to standard error.
+    """
+    program = f"import sys; sys.path[:0] = {sys.path!r}; import test_memory; test_memory.{call}"
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True, timeout=100).stderr
 
 
 def look_at_blocks() -> None:
@@ -51,6 +62,21 @@ def look_at_blocks() -> None:
     del passing
     keep_large_blocks()  # as often as anybody likes
     assert mapped_bytes() == before
+
+
+def test_threads_have_one_heap() -> None:
+    mapped_bytes()  # or skip
+    assert "Arena 1:" in in_a_process_of_its_own("allocate_on_a_thread(own_heap=True)")
+    assert "Arena 1:" not in in_a_process_of_its_own("allocate_on_a_thread(own_heap=False)")
+
+
+def allocate_on_a_thread(own_heap: bool) -> None:
+    if not own_heap:
+        one_heap()
+    thread = threading.Thread(target=torch.ones, args=[LASTING_BYTES // 8])
+    thread.start()
+    thread.join()
+    ctypes.CDLL(None).malloc_stats()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -10,12 +10,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 LARGEST_BYTES = 2**31 - 1
 OLD_LARGEST_BYTES = 2**25
 """the highest threshold that older versions of glibc take"""
 LASTING_BYTES = 2**17
 """from which on a block that lasts has pages of its own"""
+
+
+def one_heap() -> None:
+    """From now on no thread gets a heap of its own, so called before others are started.
+
+    Each such heap would keep what its thread needed at its worst moment, and what a thread of the transport
+    takes another one frees: the more requests a round has, the more of that there is.
+    """
+    _set(ARENA_MAX, 1)
 
 
 @contextmanager
@@ -24,13 +33,16 @@ def lasting_blocks() -> Iterator[None]:
     own, which the system has back when it is freed.
 
     Otherwise they would lie among blocks that come and go, and what these leave free between them, in pieces
-    too small for the next ones, would grow with every client. Afterwards `keep_large_blocks` holds.
+    too small for the next ones, would grow with every client. Afterwards `keep_large_blocks` holds, and what
+    the preparation has left free is the system's again.
     """
-    _set_thresholds(LASTING_BYTES)
+    _set(MMAP_THRESHOLD, LASTING_BYTES)
+    _set(TRIM_THRESHOLD, LASTING_BYTES)
     try:
         yield
     finally:
         keep_large_blocks()
+        _call("malloc_trim", 0)
 
 
 def keep_large_blocks() -> None:
@@ -39,18 +51,24 @@ def keep_large_blocks() -> None:
     Activations and received tensors are such blocks: mapping and clearing their pages costs more than
     receiving them.
     """
-    _set_thresholds(LARGEST_BYTES)
+    if not _set(MMAP_THRESHOLD, LARGEST_BYTES):
+        _set(MMAP_THRESHOLD, OLD_LARGEST_BYTES)
+    _set(TRIM_THRESHOLD, LARGEST_BYTES)
 
 
-def _set_thresholds(size: int) -> None:
-    """Does nothing where the C library is not glibc."""
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        if not mallopt(MMAP_THRESHOLD, size):
-            mallopt(MMAP_THRESHOLD, OLD_LARGEST_BYTES)
-        mallopt(TRIM_THRESHOLD, size)
+def _set(parameter: int, value: int) -> bool:
+    """Set one of malloc's parameters.
+
+    Returns:
+        Has it been taken? Not where the C library is not glibc.
+    """
+    return _call("mallopt", parameter, value)
+
+
+def _call(function: str, *arguments: int) -> bool:
+    """A function of glibc's; where there is none, false."""
+    there = getattr(ctypes.CDLL(None), function, None) if sys.platform.startswith("linux") else None
+    return there is not None and bool(there(*arguments))
 
 
 def on_own_pages(shape: Sequence[int], like: Tensor) -> Tensor:

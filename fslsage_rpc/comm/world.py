@@ -11,6 +11,7 @@ import torch
 
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
+from fslsage_rpc.comm.memory import one_heap
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import HostError
@@ -245,6 +246,7 @@ def on_one_host() -> bool:
 
 def open_world(config: Config) -> World:
     """Start (or join) the configured transport."""
+    one_heap()
     if config.transport == "local":
         from fslsage_rpc.comm.local import LocalWorld
 
