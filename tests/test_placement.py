@@ -85,11 +85,12 @@ def test_client_ranks_give_way_to_a_server_on_the_same_cores(tmp_path: Path) -> 
 
 
 def _assert_priorities() -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)  # the tests may have been started at a low one
     world = open_world(from_tree({"device": "cpu", "comm": {"transports": ["uv"]}}))
-    expected = 0 if world.hosts_server else NICE
+    expected = before if world.hosts_server else max(before, NICE)
     assert os.getpriority(os.PRIO_PROCESS, 0) == expected
     if os.getsid(0) == os.getpid() and AUTOGROUP.exists():
-        assert AUTOGROUP.read_text().split()[-2:] == ["nice", str(expected)]
+        assert AUTOGROUP.read_text().split()[-2:] == ["nice", str(0 if world.hosts_server else NICE)]
     world.close()
 
 
