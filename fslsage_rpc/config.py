@@ -46,7 +46,11 @@ class OrOwn:
         return f"one of {', '.join(self.names)}, or {self.own}"
 
 
-Count = Annotated[int, Bounds(minimum=1)]
+Count = Annotated[int, Bounds(minimum=1, maximum=10**9)]
+Rounds = Annotated[int, Bounds(minimum=1, maximum=100_000)]
+Passes = Annotated[int, Bounds(minimum=1, maximum=10_000)]
+Layers = Annotated[int, Bounds(minimum=1, maximum=1_000)]
+Length = Annotated[int, Bounds(minimum=1, maximum=100_000)]
 NonNegative = Annotated[float, Bounds(minimum=0)]
 Positive = Annotated[float, Bounds(above=0)]
 Share = Annotated[float, Bounds(above=0, maximum=1)]
@@ -61,7 +65,7 @@ class Clients:
     """m, the number of clients; independent of the number of ranks that host them"""
     participation: Share = 1.0
     """ceil(participation * count) clients, drawn from the seed, train in each round"""
-    local_epochs: Count = 1
+    local_epochs: Passes = 1
     """passes of a client over its own data in one round"""
     batch_size: Count = 64
     """B; the last batch of a pass may be short"""
@@ -99,7 +103,7 @@ class Data:
     """random crops (and flips, where mirror images make sense) of the training images"""
     tokenizer: str = "gpt2"
     """of e2e: a folder with GPT-2's vocab.json and merges.txt, or a name on the Hugging Face hub"""
-    tokens: Count = 512
+    tokens: Length = 512
     """of e2e, T: shorter texts are padded, longer ones cut"""
     vocabulary: Literal["full", "occurring"] = "full"
     """of e2e: the tokenizer's whole vocabulary, or only the tokens that occur in the dataset's three files"""
@@ -146,7 +150,7 @@ class Model:
     """the module whose output is the smashed data; null takes the default of a built-in model"""
     width: Count | None = None
     """channels of the first stage of resnet56 and resnet110, null: 16; of gpt2's hidden states, null: 768"""
-    layers: Count | None = None
+    layers: Layers | None = None
     """blocks of gpt2; null: 12"""
     heads: Count | None = None
     """of gpt2's attention; null: 12"""
@@ -329,7 +333,7 @@ class Config:
     name: Annotated[str, "a folder name of letters, digits, '.', '_' and '-'"] = "run"
     """the run's folder is output/name"""
     seed: Annotated[int, Bounds(minimum=0, maximum=2**32 - 1)] = 0
-    rounds: Count = 20
+    rounds: Rounds = 20
     ranks: Annotated[int, Bounds(minimum=2)] = 3
     """ranks that the self-launching form starts: the server and ranks - 1 client ranks"""
     transport: Literal["rpc", "local"] = "rpc"

@@ -2,13 +2,15 @@
 
 The round counts from 1, as the screen does. The rank goes to the place and waits there until the others have
 a sign of life from it and the checkpoint of the round before has been written; then the fault happens:
-`kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to the server break off). `absent` at any
-place is a rank that never starts.
+`kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to other ranks break off), `mute` (they
+carry nothing any more; needs a network namespace and iptables). `absent` at any place is a rank that never
+starts.
 """
 
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -49,13 +51,13 @@ def happen(where: str, wait: bool = True) -> None:
     Path(os.environ["FAULT_TIME"]).write_text(str(time.time()))
     if fault == "raise":
         raise ZeroDivisionError("a fault for the test")
-    if fault == "cut":
-        return cut_connections()
+    if fault in ("cut", "mute"):
+        return for_connections(shut if fault == "cut" else mute)
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
 
 
-def cut_connections() -> None:
-    """Break off all TCP connections of this process but those to the job's store."""
+def for_connections(do: Callable[[socket.socket], None]) -> None:
+    """Do something to all TCP connections of this process but those to the job's store."""
     for name in os.listdir("/proc/self/fd"):
         try:
             connection = socket.socket(fileno=os.dup(int(name)))
@@ -64,11 +66,23 @@ def cut_connections() -> None:
         try:
             over_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
             if over_tcp and connection.getpeername()[1] != int(os.environ["MASTER_PORT"]):
-                connection.shutdown(socket.SHUT_RDWR)
+                do(connection)
         except OSError:
             pass
         finally:
             connection.close()
+
+
+def shut(connection: socket.socket) -> None:
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+def mute(connection: socket.socket) -> None:
+    """From now on what is sent over it is dropped, in both directions."""
+    ends = [str(end[1]) for end in (connection.getsockname(), connection.getpeername())]
+    for source, destination in (ends, ends[::-1]):
+        rule = ["--protocol", "tcp", "--sport", source, "--dport", destination, "--jump", "DROP"]
+        subprocess.run(["iptables", "--append", "OUTPUT", *rule], check=True)
 
 
 def before(owner: type, method: str, where: str) -> None:

@@ -19,7 +19,7 @@ import fslsage_rpc
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check.findings import Findings, Rank, Run
 from fslsage_rpc.check.machine import Disk, Machine
-from fslsage_rpc.check.memory import Activations, Estimate, Memory, _saved_by
+from fslsage_rpc.check.memory import CPU, Activations, Estimate, Memory, _saved_by
 from fslsage_rpc.check.run import examine
 from fslsage_rpc.cli import main
 from fslsage_rpc.comm.placement import GpuPlace
@@ -95,10 +95,12 @@ def test_a_server_holds_a_replica_or_an_auxiliary_model_for_each_client(tmp_path
             module_bytes(half)
             for half in (experiment.client_model(), experiment.split.server, experiment.split.auxiliary)
         )
-        found = memory.of_server(2, 1, datasets.load(experiment.config.data, train=False))
+        test = datasets.load(experiment.config.data, train=False)
+        found, on_gpu = (memory.of_server(2, 1, test, device) for device in (CPU, torch.device("cuda")))
         start = auxiliary if fits else 0
         assert found.models == 2 * client + start + copies * server + fits * auxiliary
         assert bool(found.alignment) == bool(fits)
+        assert found.models - on_gpu.models == (server if fits else 0)  # no snapshot there
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_a_rank_keeps_the_activations_of_the_steps_that_may_wait_at_once(
     assert some.activations - one.activations == (most - 1) * batch * memory._client.kept
     assert all_of_them.requests == MOST_OPEN_STEPS * batch * memory._sample
     test = datasets.load(experiment.config.data, train=False)
-    assert memory.of_server(1, 1, test).requests == all_of_them.requests
+    assert memory.of_server(1, 1, test, CPU).requests == all_of_them.requests
 
 
 def test_no_checkpoints_take_no_memory_and_no_disk(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_nothing_wrong_is_no_warning() -> None:
     assert warnings(rank(loopback=True, addresses=["127.0.0.1"]), rank(loopback=True)) == []  # one host
 
 
-FULL = Run({}, {}, {"client": 1, "server": 1}, 1, {}, 1, disk_bytes=10 * GIB)
+FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_with_a_configuration_it_shows_what_would_be_done_and_writes_nothing(
     keys = ["transport=local", f"output={output}", "algorithm.name=fedavg", "algorithm.align_every=3"]
     assert main(["check", QUICKSTART, *keys]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"client +104,128 +104,128 +0\.4 MiB +37\.4%", shown)
+    assert re.search(r"client +104,128 +0\.4 MiB +37\.4% +104,128 +0\.4 MiB", shown)
     assert re.search(r"fsl_sage +4\.0 MiB", shown)
     assert "fedavg (configured)" in shown
     assert "warning: algorithm.align_every is not used by fedavg" in shown

@@ -81,7 +81,7 @@ def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -
     ("arguments", "words"),
     [
         (["clients.cuont=3"], ["clients.cuont", "clients.count"]),
-        (["clients.count=many"], ["clients.count", "'many'", "an integer >= 1"]),
+        (["clients.count=many"], ["clients.count", "'many'", "an integer >= 1 and <= 1000000000"]),
         (["clients.participation=1.5"], ["clients.participation", "1.5", "<= 1"]),
         (["clients.count=1", "ranks=3", "transport=rpc"], ["clients.count", "at least 2"]),
         (["clients.count=300"], ["clients.count", "300", "at most 200"]),

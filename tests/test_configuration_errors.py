@@ -15,7 +15,8 @@ def empty(tmp_path: Path) -> Path:
 
 # Values
 
-COUNT, SHARE, POSITIVE = "an integer >= 1", "a number > 0 and <= 1", "a number > 0"
+COUNT, SHARE, POSITIVE = "an integer >= 1 and <= 1000000000", "a number > 0 and <= 1", "a number > 0"
+ROUNDS = "an integer >= 1 and <= 100000"
 SEED = "an integer >= 0 and <= 4294967295"
 TRANSPORTS = "a list, each one of uv, shm, ibv or null"
 FOLDER = "a folder name of letters, digits, '.', '_' and '-'"
@@ -26,6 +27,7 @@ ALGORITHMS = "fsl_sage, splitfed_v1, splitfed_v2, cse_fsl, fedavg"
 WRONG_VALUES = [  # in YAML, just as the message shows them
     ("clients.count", COUNT, ["'four'", "'4'", "4.0", "[4]", "{a: 4}", "2024-02-29", "true", "0", "-3"]),
     ("data.train_limit", f"{COUNT} or null", ["true"]),
+    ("rounds", ROUNDS, ["0", "1000000000"]),
     ("algorithm.align_every", f"{COUNT} or null", ["0"]),
     ("ranks", "an integer >= 2", ["1"]),
     ("seed", SEED, ["-1", "4294967296"]),
@@ -85,7 +87,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     for value in ("x" * 5000, ["x"] * 5000, {"x": "y" * 5000}):
         message = mistake(from_tree, {"rounds": value})
         assert len(message) < 200
-        assert message.endswith(f"..., expected {COUNT}")
+        assert message.endswith(f"..., expected {ROUNDS}")
 
 
 # Keys
@@ -127,7 +129,7 @@ EXAMPLE = "expected key=value, for example clients.count=8"
         ("", f": {EXAMPLE}"),
         ("base=other.yaml", "base: got an override, expected it inside a configuration file"),
         ("rounds=[", "rounds: got '[', expected a YAML value"),
-        ("rounds=", f"rounds: got null, expected {COUNT}"),
+        ("rounds=", f"rounds: got null, expected {ROUNDS}"),
         ("seed.x=1", "seed: got 5, expected a mapping"),
     ],
 )

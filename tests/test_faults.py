@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +37,19 @@ class Ended:
     seconds: float
 
 
-def run_faulty(fault: str, tmp_path: Path, *overrides: str, ranks: int = 3, restarts: int = 0) -> Ended:
-    """Train on a torchrun job with a fault, and see all of it gone."""
+def run_faulty(
+    fault: str,
+    tmp_path: Path,
+    *overrides: str,
+    ranks: int = 3,
+    restarts: int = 0,
+    within: Sequence[str] = (),
+) -> Ended:
+    """Train on a torchrun job, started `within` another command, with a fault, and see all of it gone."""
     config, moment = tmp_path / "run.yaml", tmp_path / "fault-time"
     config.write_text(yaml.safe_dump({**TREE, "output": str(tmp_path)}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*within, sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}"]
     command += [f"--max_restarts={restarts}", PROGRAM, "train", str(config), *overrides]
     variables = {"FAULT": fault, "FAULT_TIME": str(moment), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     shown, said = tmp_path / "shown", tmp_path / "said"
@@ -146,6 +154,29 @@ def test_a_connection_that_is_cut_between_live_ranks_is_named(tmp_path: Path, un
     assert re.search(r"rank \d \(.*\) lost a connection in round 3.*it is the network", ended.messages[0])
     assert ended.seconds < END_SECONDS
     assert_went_on(ended, 3, tmp_path, undisturbed)
+
+
+ALONE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+"""in a network of its own, so that its firewall is no other program's"""
+
+
+@pytest.mark.slow  # needs root
+@pytest.mark.parametrize("place", ["alignment", "all-reduce"])
+def test_a_connection_that_carries_nothing_any_more_is_noticed(
+    place: str, tmp_path: Path, undisturbed: Path
+) -> None:
+    check = subprocess.run([*ALONE, "iptables", "--list"], capture_output=True, text=True)
+    if check.returncode:
+        pytest.skip(f"needs a network namespace and iptables ({check.stderr.strip()})")
+    round = 5 if place == "alignment" else 3
+    ended = run_faulty(
+        f"2:{round}:{place}:mute", tmp_path, "comm.timeout_seconds=5", restarts=1, within=ALONE
+    )
+    assert re.search(
+        rf"rank \d \(.*\) lost a connection in round {round}.*it is the network", ended.messages[0]
+    )
+    assert ended.seconds < 5 + END_SECONDS
+    assert_went_on(ended, round, tmp_path, undisturbed)
 
 
 @pytest.mark.slow

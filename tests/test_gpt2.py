@@ -1,22 +1,28 @@
 """GPT-2 in two halves: the transformers library's numbers, all of its blocks, and adapters that train."""
 
 import copy
+import dataclasses
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import fslsage
 from torch import Tensor, nn
-from toy_language import Tree, toy_config
+from toy_language import Tree, toy_config, toy_tree
 from user_input import mistake
 
+import fslsage_rpc.configuration
 from fslsage_rpc.data.e2e import IGNORED
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.flat import copy_of, flatten, module_bytes, trainable
-from fslsage_rpc.models.splitting import SplitModel
+from fslsage_rpc.models.splitting import SplitModel, build
+from fslsage_rpc.models.tracing import TokenShape
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit, cut_layer_gradient
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.tasks import Task, open_task
@@ -82,6 +88,30 @@ def pretrained(toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 # The same numbers as the transformers library's
+
+
+@pytest.mark.slow
+def test_weights_and_tokenizer_are_found_by_their_names_on_the_hub(
+    toy_root: Path, pretrained: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """As the hub's client has stored them, without a network."""
+    toy_hub = tmp_path / "hub" / "models--somebody--toy"
+    snapshot = toy_hub / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(pretrained[0], snapshot)
+    for file in (toy_root / "tokenizer").iterdir():
+        shutil.copy(file, snapshot)
+    (toy_hub / "refs").mkdir()
+    (toy_hub / "refs" / "main").write_text(snapshot.name)
+    names: Tree = {"data": {"tokenizer": "somebody/toy"}, "model": {"pretrained": "somebody/toy"}}
+    tree = toy_tree(toy_root, PRETRAINED_SIZES, names, FP32)
+    tree |= {"name": "hub", "output": str(tmp_path / "runs")}
+    config = tmp_path / "config.json"  # which is YAML
+    config.write_text(json.dumps(tree))
+    done = fslsage("train", config, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    trained = torch.load(tmp_path / "runs" / "hub" / "model.pt", weights_only=True)
+    ours, theirs = trained["ln_f.weight"], pretrained[1].transformer.ln_f.weight
+    assert torch.equal(ours, theirs)  # frozen
 
 
 @pytest.mark.parametrize("changes", [[NO_LORA], []], ids=["plain", "adapters that start at zero"])
@@ -243,6 +273,25 @@ def test_every_adapter_of_every_part_gets_a_gradient_and_nothing_else_does(toy_r
     assert counted == {"client": 4, "server": 4 * 3, "auxiliary": 4 * 3}
     projections = {re.sub(r"^.*c_attn\.(.)\.lora_(.).*$", r"\1\2", name) for name in adapters(split.server)}
     assert projections == {"qA", "qB", "vA", "vB"}
+
+
+def test_the_medium_configuration_splits_all_24_blocks_and_adapts_them() -> None:
+    """On the meta device, where nothing is allocated; the sizes are those of its pretrained weights."""
+    keys = fslsage_rpc.configuration.load(Path(__file__).parents[1] / "configs" / "e2e_gpt2_medium.yaml", [])
+    sizes: Any = {"pretrained": None, "width": 1024, "layers": 24, "heads": 16}
+    with torch.device("meta"):
+        model = dataclasses.replace(keys.model, **sizes)
+        split = build(model, 50_257, TokenShape((keys.data.tokens,)), 0, torch.float32)
+        tokens = torch.zeros(1, keys.data.tokens, dtype=torch.int64)
+        for half in (split.server, split.auxiliary):
+            assert half(split.client(tokens)).shape == (1, keys.data.tokens, 50_257)
+    held = {name: [int(number) for number, _ in blocks(part)] for name, part in parts(split).items()}
+    assert held == {"client": [0], "server": list(range(1, 24)), "auxiliary": [1, 2, 3]}
+    assert {name: len(adapters(part)) for name, part in parts(split).items()} == {
+        name: 4 * len(numbers) for name, numbers in held.items()
+    }
+    trained = {name: sum(p.numel() for p in trainable(part)) for name, part in parts(split).items()}
+    assert trained == {name: len(numbers) * 2 * 4 * 2 * 1024 for name, numbers in held.items()}
 
 
 # Frozen weights

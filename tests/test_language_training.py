@@ -12,12 +12,14 @@ from commands import fslsage
 from rank_program import Outcome, train_locally, train_on_ranks
 from test_checkpoints import assert_identical, everything
 from test_equality import OWN_COLLECTIVES, assert_same
+from torch import nn
 from torch.nn import functional as F
 from toy_language import pairs, toy_config, toy_tree
 from trees import Tree, merged
 
 import fslsage_rpc
 from fslsage_rpc.comm.world import open_world
+from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.data import e2e
 from fslsage_rpc.data.e2e import IGNORED
 from fslsage_rpc.notebook import Run
@@ -220,6 +222,41 @@ def test_a_warm_up_counts_each_models_own_steps(toy_root: Path) -> None:
         expected = 0.01 * (number / 5 if number < 5 else (30 - number) / 25)
         for optimizer in optimizers:
             assert optimizer.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+# A model for texts that is the user's own
+
+
+def perceptron(num_classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(num_classes, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, num_classes)
+    )
+
+
+@pytest.mark.parametrize(
+    "auxiliary",
+    [
+        {"kind": "linear"},
+        {"kind": "mlp", "width": 8},
+        {"until": "2"},
+        {"until": "2", "width_multiplier": 0.5},
+    ],
+    ids=str,
+)
+def test_an_auxiliary_model_says_something_at_every_token(toy_root: Path, auxiliary: Tree) -> None:
+    sizes = {"width": None, "layers": None, "heads": None, "lora": {"rank": None, "alpha": 32.0}}
+    model = {"name": "test_language_training:perceptron", "cut": "0", "auxiliary": auxiliary, **sizes}
+    tree = toy_tree(toy_root, FEW, {"model": model})
+    split = open_task(from_tree(tree)).build()
+    tokens = torch.zeros(2, 48, dtype=torch.int64)
+    z = split.client(tokens)
+    assert z.shape == (2, 48, 16)
+    assert split.auxiliary(z).shape == split.whole()(tokens).shape
+    changed = split.auxiliary(z.index_fill(1, torch.tensor([5]), 1.0)) != split.auxiliary(z)
+    assert changed.any(-1).nonzero().tolist() == [[0, 5], [1, 5]]
+    first, last = train_locally(tree).lines
+    assert last["train_loss"] < first["train_loss"]
+    assert first["alignment"]["nmse_after"] < first["alignment"]["nmse_before"]
 
 
 # The dataset itself

@@ -46,26 +46,45 @@ QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 
 
 @contextmanager
-def job(tmp_path: Path, *program: str) -> Iterator[dict[str, list[int]]]:
+def job(tmp_path: Path, *launcher: str, **variables: str) -> Iterator[dict[str, list[int]]]:
     """A job of three ranks that has trained a round, as its process ids by role; killed at the end."""
-    command = [sys.executable, "-m", *program, "train", QUICKSTART, f"output={tmp_path}", "rounds=100000"]
+    command = [*launcher, "train", QUICKSTART, f"output={tmp_path}", "rounds=100000", "ranks=3"]
     keys = ["comm.transports=[uv]", "device=cpu", "checkpoint.every=null", "evaluation.every=1000"]
-    process = subprocess.Popen([*command, *keys], stdout=subprocess.DEVNULL, start_new_session=True)
+    environment = {**os.environ, **variables, "PYTHON": sys.executable}
+    process = subprocess.Popen(
+        [*command, *keys], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     metrics = tmp_path / "quickstart" / "metrics.jsonl"
-    ranks: list[int] = []
+    others: set[int] = set()
     try:
         deadline = time.monotonic() + 90
         while not (metrics.exists() and metrics.stat().st_size):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        ranks = children(process.pid)
-        yield {"launcher": [process.pid], "ranks": ranks}
+        others = descendants(process.pid)
+        ranks = [
+            each for each in others if b"fslsage_rpc\0train" in command_line(each) and not children(each)
+        ]
+        yield {"launchers": [process.pid, *others.difference(ranks)], "ranks": ranks}
     finally:
-        for each in (process.pid, *(ranks or children(process.pid))):
+        for each in (process.pid, *(others or descendants(process.pid))):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
         process.wait()
+
+
+def descendants(process: int) -> set[int]:
+    """The processes that this one has started, and those that they have."""
+    found = set(children(process))
+    return found.union(*map(descendants, found))
+
+
+def command_line(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def children(process: int) -> list[int]:
@@ -87,22 +106,39 @@ def reachable(processes: list[int]) -> list[str]:
 linux = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's /proc")
 
 
+LOCAL = str(Path(__file__).parent.parent / "launch" / "local.sh")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m")
+
+
 @linux
 @pytest.mark.slow
-def test_a_job_that_starts_its_own_ranks_listens_on_loopback_only(tmp_path: Path) -> None:
-    with job(tmp_path, "fslsage_rpc") as processes:
+@pytest.mark.parametrize(
+    "launcher", [(sys.executable, "-m", "fslsage_rpc"), (LOCAL, "--elastic")], ids=["ours", "elastic"]
+)
+def test_a_job_without_torchrun_listens_on_loopback_only(tmp_path: Path, launcher: tuple[str, ...]) -> None:
+    with job(tmp_path, *launcher) as processes:
         assert len(processes["ranks"]) == 3
-        assert reachable(processes["launcher"] + processes["ranks"]) == []
+        assert reachable(processes["launchers"] + processes["ranks"]) == []
 
 
 @linux
 @pytest.mark.slow
-def test_under_torchrun_only_torchruns_own_stores_listen_on_all_interfaces(tmp_path: Path) -> None:
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m", "fslsage_rpc")
-    with job(tmp_path, *torchrun) as processes:
+@pytest.mark.parametrize(
+    ("launcher", "variables"),
+    [
+        ((*TORCHRUN, "fslsage_rpc"), {}),
+        ((*TORCHRUN, "fslsage_rpc"), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}),
+        ((LOCAL,), {}),
+    ],
+    ids=["torchrun", "torchrun that can restart", "local.sh"],
+)
+def test_under_torchrun_only_torchruns_own_stores_listen_on_all_interfaces(
+    tmp_path: Path, launcher: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    with job(tmp_path, *launcher, **variables) as processes:
         assert len(processes["ranks"]) == 3
         assert reachable(processes["ranks"]) == []
-        assert 1 <= len(reachable(processes["launcher"])) <= 2
+        assert 1 <= len(reachable(processes["launchers"])) <= 2
 
 
 # Nothing that is read is run

@@ -1,12 +1,15 @@
 """Models cut by name: the halves are the whole, in both modes, and what cannot be cut is refused."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import list_models
 from torchvision.ops import StochasticDepth
 from user_input import mistake, write
 
@@ -17,6 +20,7 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.dropout import key_masks
 from fslsage_rpc.models.splitting import SplitModel, build
+from fslsage_rpc.models.tracing import probe_inputs
 from fslsage_rpc.models.zoo import make
 from fslsage_rpc.notebook import train
 from fslsage_rpc.parties.alignment import cut_layer_gradient, untouched_statistics
@@ -326,6 +330,40 @@ def test_every_listed_cut_is_one() -> None:
             assert halves.smashed_shape == cut.smashed_shape
             assert sum(p.numel() for p in halves.client.parameters()) == cut.client_parameters
             assert sum(p.numel() for p in halves.server.parameters()) == cut.server_parameters
+
+
+FAMILIES = """
+    alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t
+    mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnext50_32x4d
+    shufflenet_v2_x0_5 squeezenet1_0 swin_t swin_v2_t vgg11 vit_b_16 wide_resnet50_2
+"""
+
+
+def test_no_family_of_torchvisions_classifiers_is_left_out() -> None:
+    def family(name: str) -> str:
+        return re.sub(r"[\d_].*", "", name.replace("_v2", "V"))
+
+    every = list_models(module=torchvision.models)
+    assert {family(name) for name in FAMILIES.split()} == {family(name) for name in every}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES.split())
+def test_every_family_of_torchvisions_classifiers_can_be_cut(name: str) -> None:
+    """At the first, the middle and the last listed cut, for images of its own size, on the meta device."""
+    image = (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
+    with torch.device("meta"):
+        whole = sum(p.numel() for p in make(keys(f"torchvision/{name}", None), 10, image).parameters())
+        cuts = list_cuts(keys(f"torchvision/{name}", None), 10, image)
+        assert len(cuts) >= 7
+        for cut in (cuts[0], cuts[len(cuts) // 2], cuts[-1]):
+            halves = build(keys(f"torchvision/{name}", cut.name, kind="linear"), 10, image, 0, torch.float32)
+            sizes = [sum(p.numel() for p in half.parameters()) for half in (halves.client, halves.server)]
+            assert sizes == [cut.client_parameters, cut.server_parameters]
+            assert sum(sizes) == whole
+            z = halves.client.eval()(probe_inputs(halves.client, image, 3))
+            assert z.shape == (3, *cut.smashed_shape)
+            assert halves.server.eval()(z).shape == (3, 10)
 
 
 def test_check_prints_the_cuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

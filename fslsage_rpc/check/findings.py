@@ -12,7 +12,7 @@ from fslsage_rpc.check.memory import Estimate, Memory
 from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.models.flat import trainable
+from fslsage_rpc.models.flat import module_bytes, trainable
 from fslsage_rpc.training.experiment import Experiment
 
 MIB, GIB = 2**20, 2**30
@@ -55,9 +55,11 @@ class Run:
 
     parameters: dict[str, int]
     """of the client, server and auxiliary model"""
-    trainable: dict[str, int]
-    """of these, those that are not frozen"""
     bytes: dict[str, int]
+    """of these, with the buffers"""
+    trained: dict[str, int]
+    """the parameters that are not frozen"""
+    trained_bytes: dict[str, int]
     """of those, with the buffers: what is averaged, sent and counted"""
     smashed_bytes: int
     """of one sample at the cut"""
@@ -82,10 +84,16 @@ class Run:
             total = sum(algorithm.paper_bytes(sizes, round) for round in range(config.rounds))
             paper[name] = total / config.rounds
         kept = 0 if config.checkpoint.every is None else config.checkpoint.keep + 1  # one is being written
+        trained_bytes = {name: module_bytes(half) for name, half in halves.items()}
+        frozen_bytes = {
+            name: sum(p.nbytes for p in half.parameters() if not p.requires_grad)
+            for name, half in halves.items()
+        }
         return cls(
             parameters={name: sum(p.numel() for p in half.parameters()) for name, half in halves.items()},
-            trainable={name: sum(p.numel() for p in trainable(half)) for name, half in halves.items()},
-            bytes={name: getattr(sizes, name) for name in halves},
+            bytes={name: trained_bytes[name] + frozen_bytes[name] for name in halves},
+            trained={name: sum(p.numel() for p in trainable(half)) for name, half in halves.items()},
+            trained_bytes=trained_bytes,
             smashed_bytes=sizes.smashed,
             paper_bytes=paper,
             interval=experiment.algorithm.interval,

@@ -146,13 +146,14 @@ class Estimate:
             checkpoint=self._checkpointed(self._client_states(clients)),
         )
 
-    def of_server(self, workers: int, client_ranks: int, test: Samples) -> Memory:
+    def of_server(self, workers: int, client_ranks: int, test: Samples, device: torch.device) -> Memory:
         """The server's rank.
 
         Args:
             workers: lanes that work at the same time, and fits likewise.
             client_ranks: how many ranks host clients.
             test: what it evaluates on.
+            device: where it computes.
         """
         stepping, fitting = min(self._lanes, workers), min(self._fits, workers)
         buffers = self._buffers()
@@ -162,7 +163,7 @@ class Estimate:
         graphs = fitting * self._fit.peak + (self._server.peak if self._fits else 0)
         training = stepping * self._batch * self._server.peak
         waiting = min(self.participants * self._window, client_ranks * self._most_open) if self._lanes else 0
-        snapshot = self.sizes.server if self._fits else 0
+        snapshot = self.sizes.server if self._fits and device.type == "cpu" else 0
         evaluating = min(self.config.evaluation.batch_size, len(test.labels)) * 3 * self._whole.largest
         return Memory(
             models=self.model + self._auxiliary + self._server_models() + snapshot,  # first what clients get

@@ -89,7 +89,7 @@ def _memory(estimate: Estimate, world: World) -> Memory:
     if world.hosts_server:
         workers = server_workers(world.device) if world.works_beside else 1
         test = estimate.experiment.task.load(train=False)
-        memory = memory.plus(estimate.of_server(workers, world.client_ranks, test))
+        memory = memory.plus(estimate.of_server(workers, world.client_ranks, test, world.device))
     return memory
 
 

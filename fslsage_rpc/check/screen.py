@@ -106,10 +106,16 @@ class CheckScreen:
     def _show_run(self, findings: Findings, run: Run) -> None:
         config = findings.config
         whole = run.bytes["client"] + run.bytes["server"]
-        table = _table("models", "part", "parameters", "trained", "their size", "of the whole model's")
+        table = _table("models", "part", "parameters", "size", "of the whole", "trained", "their size")
         for name, bytes in run.bytes.items():
-            parameters, trained = f"{run.parameters[name]:,}", f"{run.trainable[name]:,}"
-            table.add_row(name, parameters, trained, size(bytes), f"{bytes / whole:.1%}")
+            table.add_row(
+                name,
+                f"{run.parameters[name]:,}",
+                size(bytes),
+                f"{bytes / whole:.1%}",
+                f"{run.trained[name]:,}",
+                size(run.trained_bytes[name]),
+            )
         self._console.print(table)
         self._say(f"Smashed data: {run.smashed_bytes:,} bytes per sample.")
         table = _table(

@@ -6,6 +6,7 @@ the device and then, on the CPU, for the other client ranks, before it averages.
 
 import os
 import pickle
+import socket
 import sys
 import time
 import traceback
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 
+from fslsage_rpc.comm.launching import LOOPBACK
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.comm.placement import (
@@ -116,8 +118,13 @@ class RpcWorld(World):
         Raises:
             ConnectionLost: it cannot be reached.
         """
+        if on_one_host() and not _launcher_hosts_store():
+            os.environ["MASTER_ADDR"] = LOOPBACK  # which init_rpc reads
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
+            # torch's own listens on all interfaces.
+            own = self._hosts_store and on_one_host()
+            listener = socket.create_server((address, port)).detach() if own else None
             store = dist.TCPStore(
                 address,
                 port,
@@ -125,8 +132,9 @@ class RpcWorld(World):
                 timeout=timeout,
                 wait_for_workers=False,  # the roll call does, and knows who is missing
                 multi_tenant=True,  # init_rpc opens it once more
+                master_listen_fd=listener,
             )
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             host = "the launcher" if _launcher_hosts_store() else "rank 0"
             reason = str(error).partition("\n")[0]
             raise ConnectionLost(

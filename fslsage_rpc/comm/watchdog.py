@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from torch.distributed import Store
 
+from fslsage_rpc.comm.connections import Patience
 from fslsage_rpc.comm.roll_call import Presence
 
 PERIOD_SECONDS = 1.0
@@ -65,7 +66,8 @@ class Watchdog:
     The first rank to `claim` a failure prints it; every other rank that sees the claim ends silently. A rank
     whose process has ended is claimed as lost by the ranks of its host; one that gives no sign of life for
     `timeout_seconds`, by the rank that watches it: rank 0 watches all, all watch rank 0. Ranks blocked inside
-    a collective end too, as the thread ends the process.
+    a collective end too, as the thread ends the process. A connection that is silent although both its ranks
+    live fails a little later.
 
     Args:
         ranks: what the roll call has found, by rank.
@@ -93,6 +95,7 @@ class Watchdog:
         self._watched = others if rank == 0 else [0]
         self._stopped = threading.Event()
         self._reported = False
+        self._patience = Patience(timeout_seconds + GRACE_SECONDS)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         store.set_timeout(timedelta(seconds=max(timeout_seconds, 10.0)))
 
@@ -151,6 +154,7 @@ class Watchdog:
         changed = dict.fromkeys(self._watched, time.monotonic())
         while not self._stopped.wait(PERIOD_SECONDS):
             count += 1
+            self._patience.ask()
             # Where the store's host is silent, so is the store: then this thread never returns from it.
             silent = f"has not answered for {self._timeout_seconds:g} s"
             alarm = threading.Timer(self._timeout_seconds, self._end, [self._lost_store(silent)])

@@ -30,19 +30,25 @@ from fslsage_rpc.own import first_line, import_own, is_own
 
 class AuxiliaryModel(Segment):
     """Smashed data z `[B, *smashed_shape]` to logits `[B, classes]`: the first layers of a server half (or
-    none), the mean over positions, and a linear layer, with a hidden one before it where it is an mlp; or
-    (`[B, T, classes]`) those layers and the model's own head, at every position.
+    none), the mean over positions, and a linear layer, with a hidden one before it where it is an mlp. Of
+    texts (`[B, T, classes]`) the same at every position, or those layers and the model's own head.
 
     Args:
         pools: take the mean over positions: of `[B, N, D]` over N, of images over height and width.
         channels_last: images are `[B, H, W, C]`.
+        every_position: what reaches the classifier is `[B, T, features]`, and so it stays.
     """
 
     def __init__(
-        self, model: nn.Module, graphs: dict[bool, fx.Graph], pools: bool = False, channels_last: bool = False
+        self,
+        model: nn.Module,
+        graphs: dict[bool, fx.Graph],
+        pools: bool = False,
+        channels_last: bool = False,
+        every_position: bool = False,
     ):
         super().__init__(model, graphs)
-        self._pools, self._channels_last = pools, channels_last
+        self._pools, self._channels_last, self._every_position = pools, channels_last, every_position
         self._head: tuple[str, ...] = ()
 
     def _pass_on(self, input: Tensor) -> Tensor:
@@ -56,8 +62,10 @@ class AuxiliaryModel(Segment):
         return self.get_submodule("fc")(hidden)
 
     def classifier_input(self, z: Tensor) -> Tensor:
-        """What the classifier takes `[B, features]`."""
+        """What the classifier takes `[B, features]`, or `[B, T, features]`."""
         h = super()._pass_on(z)
+        if self._every_position:
+            return h
         if self._pools and h.dim() == 4 and not self._channels_last:
             h = F.adaptive_avg_pool2d(h, 1)
         elif self._pools and h.dim() > 2:
@@ -140,14 +148,19 @@ def build_auxiliary(
         entry.for_alignment(auxiliary)
         return auxiliary
     images = Segment(model, {t: segment(model, traces[t], traces[t].input, end[t]) for t in traces})
+    outputs_shape = traces[False].shape(traces[False].output)
     auxiliary = AuxiliaryModel(
-        model, graphs, entry.pools, channels_last=entry.pools and _channels_last(images, sample_shape)
+        model,
+        graphs,
+        entry.pools,
+        channels_last=entry.pools and _channels_last(images, sample_shape),
+        every_position=outputs_shape is not None and len(outputs_shape) == 2,
     )
     z = probe_inputs(model, smashed_shape, PROBE_BATCHES[0])
     if keys.width_multiplier is not None:
         narrow(auxiliary, auxiliary.classifier_input, z, keys.width_multiplier)
     with torch.no_grad():
-        features = auxiliary.eval().classifier_input(z).shape[1]
+        features = auxiliary.eval().classifier_input(z).shape[-1]
     auxiliary.add_head(features, keys.width, classes)
     _make_alignable(auxiliary)
     return auxiliary

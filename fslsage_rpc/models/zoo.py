@@ -227,6 +227,9 @@ def _torchvision(model: str, classes: int, image_shape: ImageShape) -> nn.Module
         keys |= {"image_size": image_shape[1]}
     elif model.startswith("maxvit"):
         keys |= {"input_size": image_shape[1:]}
+    elif model.startswith("regnet"):
+        with torch.device("cpu"):  # also where only sizes are asked for: it reads tensors that it makes
+            return torchvision.models.get_model(model, weights=None, **keys)
     return torchvision.models.get_model(model, weights=None, **keys)
 
 
