@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch.distributed import Store
 
+from fslsage_rpc.comm.connections import Patience
 from fslsage_rpc.comm.watchdog import GRACE_SECONDS, claim_failure, connecting
 
 PERIOD_SECONDS = 0.25
@@ -83,6 +84,7 @@ class Generations:
         self._cut = cut
         self._timeout_seconds = timeout_seconds
         self._too_few = too_few
+        self._patience = Patience(timeout_seconds + GRACE_SECONDS)
         # Per rank watched: the last sign of life, and when it came.
         self._beats = {0: (b"", time.monotonic())} if number else {}
         self._reported = False
@@ -204,6 +206,7 @@ class Generations:
             self._wake.wait(PERIOD_SECONDS)
             self._wake.clear()
             count += 1
+            self._patience.ask()
             # Where the store's host is silent, so is the store: then this thread never returns from it.
             why = f"rank 0, with the job's store, has not answered for {self._timeout_seconds:g} s"
             alarm = threading.Timer(self._timeout_seconds, self._end, [why])
