@@ -1,10 +1,10 @@
 """The command line, with a fault in the first attempt of one rank, named by FAULT="rank:round:place:fault".
 
 The round counts from 1, as the screen does. The rank goes to the place and waits there until the others have
-a sign of life from it and the checkpoint of the round before has been written; then the fault happens:
-`kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to other ranks break off), `mute` (they
-carry nothing any more; needs a network namespace and iptables). `absent` at any place is a rank that never
-starts.
+a sign of life from it and the checkpoint of the round before, FAULT_AFTER, has been written; then the fault
+happens: `kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to other ranks break off), `mute`
+(they carry nothing any more; needs a network namespace and iptables). `absent` at any place is a rank that
+never starts.
 """
 
 import os
@@ -28,6 +28,7 @@ from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training.trainer import Trainer
 
 SIGN_OF_LIFE_SECONDS = 1.5
+CHECKPOINT_SECONDS = 30.0
 rank, round, place, fault = os.environ["FAULT"].split(":")
 first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 mine = os.environ["RANK"] == rank and first_attempt
@@ -47,13 +48,25 @@ def happen(where: str, wait: bool = True) -> None:
         return
     happened = True
     if wait:
-        time.sleep(SIGN_OF_LIFE_SECONDS)
+        wait_for_others()
     Path(os.environ["FAULT_TIME"]).write_text(str(time.time()))
     if fault == "raise":
         raise ZeroDivisionError("a fault for the test")
     if fault in ("cut", "mute"):
         return for_connections(shut if fault == "cut" else mute)
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
+
+
+def wait_for_others() -> None:
+    """Until they know where this rank is, and the round before is not lost with it."""
+    time.sleep(SIGN_OF_LIFE_SECONDS)
+    wait_until(Path(os.environ["FAULT_AFTER"]).exists)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + CHECKPOINT_SECONDS
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def for_connections(do: Callable[[socket.socket], None]) -> None:
@@ -106,7 +119,7 @@ def submit(self: RpcLink, request: Any, on_answer: Any) -> None:
     """Uploading and waiting for an alignment: the request is on its way when the fault happens."""
     where = {Push: "uploading", Align: "alignment"}.get(type(request.body), "")
     if due(where):
-        time.sleep(SIGN_OF_LIFE_SECONDS)
+        wait_for_others()
     true_submit(self, request, on_answer)
     happen(where, wait=False)
 
@@ -115,10 +128,24 @@ def all_reduce(self: RpcWorld, *arguments: Any) -> None:
     """In the all-reduce: the others come to it only after the fault."""
     if now == int(round) and place == "all-reduce" and first_attempt:
         if mine:
+            wait_until(Path(os.environ["FAULT_AFTER"]).exists)
             threading.Timer(SIGN_OF_LIFE_SECONDS, happen, ["all-reduce", False]).start()
         else:
             time.sleep(2 * SIGN_OF_LIFE_SECONDS)
     true_all_reduce(self, *arguments)
+
+
+def replace(source: str | Path, target: str | Path) -> None:
+    """Writing: a file of the checkpoint of the round before, a client rank's part or the manifest, has been
+    written and has yet to get its name; the round has begun.
+    """
+    path = Path(target)
+    name = "manifest.json" if rank == "0" else f"rank-{rank}.pt"
+    if mine and place == "writing" and path == Path(os.environ["FAULT_AFTER"]).with_name(name):
+        wait_until(lambda: now == int(round))
+        time.sleep(SIGN_OF_LIFE_SECONDS)
+        happen("writing", wait=False)
+    true_replace(source, target)
 
 
 if mine and fault == "absent":
@@ -127,6 +154,7 @@ if mine and fault == "absent":
 true_train_round, Trainer.train_round = Trainer.train_round, train_round  # type: ignore[method-assign]
 true_submit, RpcLink._submit = RpcLink._submit, submit  # type: ignore[method-assign]
 true_all_reduce, RpcWorld.all_reduce = RpcWorld.all_reduce, all_reduce  # type: ignore[method-assign]
+true_replace, os.replace = os.replace, replace
 before(Client, "backward", "computing")
 before(Server, "submit", "serving")
 before(AuxiliaryFit, "fit", "fitting")

@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint ends as one that was never cut off; damaged ones are left out."""
 
+import functools
 import json
 import os
 import resource
@@ -18,7 +19,7 @@ from rank_program import run_on_ranks
 from test_equality import SECONDS
 from torch import nn
 from trees import Tree, merged
-from user_input import mistake
+from user_input import DEFAULTS, mistake
 
 import fslsage_rpc
 from fslsage_rpc.config import OptimizerKeys, SchedulerKeys
@@ -524,28 +525,45 @@ def test_no_damage_to_a_manifest_is_more_than_a_warning(halves: dict[str, Run], 
         assert found.manifest.rounds == 2 or json.loads(path.read_bytes()) == json.loads(sound)
 
 
-FREE = ["rounds=7", "ranks=5", "output={elsewhere}", "stop.accuracy=0.9", "comm.upload_window=1"]
-FREE += ["checkpoint.every=null", "evaluation.batch_size=7", "trace=true"]
+FREE = {"rounds", "ranks", "output", "stop", "comm", "checkpoint", "evaluation", "trace"}
 
 
-def test_what_may_differ_and_what_may_not(halves: dict[str, Run], tmp_path: Path) -> None:
+def other(value: Any) -> Any:
+    """Another than this one; a run folder only compares."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return {"other": value} if isinstance(value, dict) else f"{value}-other"
+
+
+@pytest.mark.parametrize("key", sorted(DEFAULTS.keys() - {"name", "resume"}))
+def test_what_may_differ_and_what_may_not(key: str, halves: dict[str, Run], tmp_path: Path) -> None:
+    folder = copied(halves["fsl_sage"], tmp_path / "runs")
+    (folder / "summary.json").unlink()
+    config = from_tree(tree(tmp_path / "runs", name=folder.name, rounds=3))
+    *sections, last = key.split(".")
+    section = functools.reduce(getattr, sections, config)
+    was = getattr(section, last)
+    setattr(section, last, other(was))
+    if key == "output":
+        folder.parent.rename(config.output)
+    if key.split(".")[0] in FREE:
+        assert len(RunFolder(config, warn=pytest.fail).lines) == 3
+        return
+    message = mistake(RunFolder, config, pytest.fail)
+    named, _, rest = message.partition(": got ")
+    assert named == (f"{key}.other" if isinstance(was, dict) else key)
+    assert rest.endswith(
+        f" as in the run in {folder}; choose another name=, or resume=never to replace that run"
+    )
+
+
+def test_fewer_rounds_than_there_are_are_refused(halves: dict[str, Run], tmp_path: Path) -> None:
     folder = copied(halves["fsl_sage"], tmp_path)
     (folder / "summary.json").unlink()
-    copied(halves["fsl_sage"], tmp_path / "elsewhere")
-    keys = tree(tmp_path, name=folder.name, rounds=3)
-    for override in FREE:
-        changed = from_tree(keys, [override.format(elsewhere=tmp_path / "elsewhere")])
-        assert RunFolder(changed, warn=pytest.fail).lines or "output" in override
-    for key, value in (
-        ("seed", 1),
-        ("clients.batch_size", 8),
-        ("optimizer.client.lr", 0.5),
-        ("transport", "rpc"),
-    ):
-        message = mistake(RunFolder, from_tree(keys, [f"{key}={value}"]), pytest.fail)
-        assert message.startswith(f"{key}: got {value!r}, expected ")
-        assert f"as in the run in {folder}; choose another name=" in message
-    message = mistake(RunFolder, from_tree(keys, ["rounds=2"]), pytest.fail)
+    fewer = from_tree(tree(tmp_path, name=folder.name, rounds=2))
+    message = mistake(RunFolder, fewer, pytest.fail)
     assert message.startswith("rounds: got 2, expected 3 or more, as the run in ")
 
 

@@ -17,6 +17,7 @@ from job_processes import end_job, members, outer_environment, survivors
 from small_run import TREE, assert_close_runs, lines
 
 import fslsage_rpc
+from fslsage_rpc.training.checkpoint_files import MANIFEST
 
 PROGRAM = str(Path(__file__).with_name("faulty_rank.py"))
 END_SECONDS = 45
@@ -51,7 +52,13 @@ def run_faulty(
     command = [*within, sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={ranks}"]
     command += [f"--max_restarts={restarts}", PROGRAM, "train", str(config), *overrides]
-    variables = {"FAULT": fault, "FAULT_TIME": str(moment), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    finished = int(fault.split(":")[1]) - 1
+    variables = {
+        "FAULT": fault,
+        "FAULT_TIME": str(moment),
+        "FAULT_AFTER": str(tmp_path / "run" / "checkpoints" / f"round-{finished:06d}" / MANIFEST),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     shown, said = tmp_path / "shown", tmp_path / "said"
     with shown.open("w") as output, said.open("w") as errors:
         process = subprocess.Popen(
@@ -104,6 +111,8 @@ FAULTS = {
     "2:4:all-reduce:kill": rf"{LOST_CLIENT}round 4 \(averaging\): {ENDED}",
     "0:4:serving:kill": rf"{LOST_SERVER}round 4.*: {ENDED}",
     "0:5:fitting:kill": rf"{LOST_SERVER}round 5.*: {ENDED}",
+    "2:4:writing:kill": rf"{LOST_CLIENT}round 4.*: {ENDED}",
+    "0:4:writing:kill": rf"{LOST_SERVER}round 4.*: {ENDED}",
     "1:4:computing:raise": rf"fslsage_rpc: rank 1 \(clients, host {re.escape(HOST)}\) failed in round 4: "
     r"ZeroDivisionError: a fault for the test",
 }
@@ -117,13 +126,17 @@ def test_a_restarted_job_ends_as_one_that_was_never_disturbed(
     ended = run_faulty(fault, tmp_path, restarts=1)
     assert re.fullmatch(FAULTS[fault], ended.messages[0]), ended.messages
     assert ended.seconds < END_SECONDS
-    assert_went_on(ended, int(fault.split(":")[1]), tmp_path, undisturbed)
+    round, place = int(fault.split(":")[1]), fault.split(":")[2]
+    again = 1 if place == "writing" else 0
+    assert_went_on(ended, round, tmp_path, undisturbed, again)
 
 
-def assert_went_on(ended: Ended, round: int, folder: Path, undisturbed: Path) -> None:
-    """The restart lost the round under way and no other, and ended as if nothing had been."""
+def assert_went_on(ended: Ended, round: int, folder: Path, undisturbed: Path, again: int = 0) -> None:
+    """The restart did the round under way again, and so many that had been finished, and no other; it ended
+    as if nothing had been.
+    """
     assert ended.status == 0
-    assert f"goes on from round {round - 1} (" in ended.output
+    assert f"goes on from round {round - 1 - again} (" in ended.output
     assert_close_runs(undisturbed, folder / "run")
 
 

@@ -76,12 +76,11 @@ class Checkpoints:
 
     def begin(self, rounds: int, last: bool, state: Callable[[int], RankState]) -> None:
         """Begin to write a checkpoint, if one is due after so many rounds; called by all ranks alike, when
-        the round's line is in `metrics.jsonl`.
+        the round's line is in `metrics.jsonl` and the checkpoint before is complete.
         """
         due = self._keys.every is not None and (last or rounds % self._keys.every == 0)
         if not (due or self._in_memory):
             return
-        self.complete()  # a slow disk holds the training up, so that copies do not pile up in memory
         copied = snapshot(state(rounds))
         if self._in_memory:
             self.memory = {done: kept for done, kept in self.memory.items() if done == rounds - 1}
@@ -92,7 +91,7 @@ class Checkpoints:
 
     def complete(self) -> None:
         """Wait until this rank has done its part of the checkpoint that was begun: on rank 0, until it is the
-        newest one, or has been given up.
+        newest one, or has been given up. A slow disk holds the training up here, off its clock.
         """
         if self._writing:
             self._writing.result()

@@ -32,21 +32,8 @@ from fslsage_rpc.training.checkpoint_files import (
 from fslsage_rpc.training.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
 from fslsage_rpc.version import __version__
 
-FREE_KEYS = {
-    "rounds",
-    "ranks",
-    "output",
-    "resume",
-    "stop",
-    "comm",
-    "checkpoint",
-    "evaluation",
-    "trace",
-    "graphs",
-    "bench",
-}
+FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
 """what may differ between a run and the run whose folder it finds"""
-FREE_CLIENT_KEYS = {"clients.on_loss", "clients.minimum"}
 STOPPED = "STOPPED"
 ENDINGS = (STOPPED, "summary.json", "model.pt", "trace.json", "links.json")
 """what a run leaves at its end"""
@@ -224,7 +211,7 @@ class RunFolder:
         """Hold the configuration of the run that is there to this one, and find what is left to do."""
         old = to_tree(load(self.path / "config.yaml"))
         for key, (was, is_now) in changed_keys(old, self._config).items():
-            if key.split(".")[0] not in FREE_KEYS and key not in FREE_CLIENT_KEYS:
+            if key.split(".")[0] not in FREE_KEYS:
                 raise InputError(
                     f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
                 )

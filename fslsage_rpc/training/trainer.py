@@ -109,6 +109,8 @@ class Trainer:
         for round in range(self._first_round, self._config.rounds):
             self.world.admit()
             seconds = self.train_round(round)
+            if checkpoints:
+                checkpoints.complete()  # of the round before: a lost rank costs one finished round at most
             last, stops = self._close_round(round, seconds, on_round, stop_requested())
             if checkpoints:
                 checkpoints.begin(round + 1, last or stops, self.state)
