@@ -87,7 +87,7 @@ class Data:
     root: str = "data"
     """the folder that holds (or will hold) the files; digits needs none"""
     download: bool = True
-    """fetch what is missing from `root`"""
+    """fetch what is missing from `root`, and from what is stored here of the hub"""
     partition: Literal["iid", "dirichlet", "shards", "file"] = "dirichlet"
     alpha: Positive = 1.0
     """concentration of the Dirichlet partition: small is skewed"""

@@ -67,6 +67,11 @@ def test_more_clients_than_samples_are_refused(keys: Data) -> None:
     assert "1437 training samples" in message
 
 
+def test_more_shards_than_samples_are_refused() -> None:
+    message = mistake(partition, Data(partition="shards", shards=1438), DIGIT_LABELS, 1, 0)
+    assert message == "data.shards: got 1438, expected at most 1437, the training samples"
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     labels=st.lists(st.integers(0, 5), min_size=1, max_size=60),

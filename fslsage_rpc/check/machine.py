@@ -1,6 +1,5 @@
 """What one rank knows of the machine that it runs on."""
 
-import os
 import re
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fslsage_rpc.comm.memory import physical_memory
 from fslsage_rpc.comm.placement import GpuPlace
 from fslsage_rpc.comm.sockets import hostname_address, interface_addresses, listeners
 from fslsage_rpc.comm.world import usable_cores
@@ -130,9 +130,7 @@ def _host_memory() -> int | None:
         found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
         if found:
             return int(found[1]) * KIB
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return physical_memory()
 
 
 def _group_memory() -> int | None:

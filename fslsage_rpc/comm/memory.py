@@ -1,8 +1,11 @@
-"""How the C library hands out large blocks of memory: what lasts apart from what comes and goes."""
+"""A host's memory: how much there is, and how the C library hands out large blocks of it, what lasts apart
+from what comes and goes.
+"""
 
 import ctypes
 import math
 import mmap
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +19,13 @@ OLD_LARGEST_BYTES = 2**25
 """the highest threshold that older versions of glibc take"""
 LASTING_BYTES = 2**17
 """from which on a block that lasts has pages of its own"""
+
+
+def physical_memory() -> int | None:
+    """Bytes of this host's memory, where the system says."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def one_heap() -> None:

@@ -119,9 +119,10 @@ def vocabulary(keys: Data) -> Vocabulary:
     Raises:
         InputError: the tokenizer, or a file of the dataset, is missing or damaged.
     """
-    tokenizer = _tokenizer(keys.tokenizer)
-    full = keys.vocabulary == "full"
-    return Vocabulary(tokenizer, range(len(tokenizer)) if full else _occurring(keys.root, keys.tokenizer))
+    tokenizer = _tokenizer(keys.tokenizer, keys.download)
+    if keys.vocabulary == "full":
+        return Vocabulary(tokenizer, range(len(tokenizer)))
+    return Vocabulary(tokenizer, _occurring(keys.root, keys.tokenizer, keys.download))
 
 
 def prompt(meaning: str) -> str:
@@ -170,14 +171,11 @@ def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 @cache
-def _tokenizer(name: str) -> Any:
-    from fslsage_rpc.models.gpt2 import import_extra
+def _tokenizer(name: str, download: bool) -> Any:
+    from fslsage_rpc.models import hub
 
     try:
-        tokenizer = import_extra("transformers").GPT2TokenizerFast.from_pretrained(name)
-        if len(tokenizer) <= 256:  # as from a folder without the files
-            raise ValueError(f"it has {len(tokenizer)} tokens, fewer than one for each byte and an end")
-        return tokenizer
+        return hub.load(_whole_tokenizer, name, download)
     except InputError:
         raise
     except Exception as error:  # the hub, the file system, a file that is something else
@@ -187,9 +185,19 @@ def _tokenizer(name: str) -> Any:
         ) from None
 
 
+def _whole_tokenizer(name: str, **keys: Any) -> Any:
+    """transformers would make one without its files, too."""
+    from fslsage_rpc.models.gpt2 import import_extra
+
+    tokenizer = import_extra("transformers").GPT2TokenizerFast.from_pretrained(name, **keys)
+    if len(tokenizer) <= 256:
+        raise ValueError(f"it has {len(tokenizer)} tokens, fewer than one for each byte and an end")
+    return tokenizer
+
+
 @cache
-def _occurring(root: str, tokenizer_name: str) -> list[int]:
-    tokenizer = _tokenizer(tokenizer_name)
+def _occurring(root: str, tokenizer_name: str, download: bool) -> list[int]:
+    tokenizer = _tokenizer(tokenizer_name, download)
     pairs = [pair for split in FILES for pair in read(root, split)]
     texts = [text for pair in pairs for text in (prompt(pair.meaning), " " + pair.reference)]
     return sorted(

@@ -27,6 +27,10 @@ def partition(keys: Data, labels: np.ndarray, clients: int, seed: int) -> Partit
         parts = _from_file(Path(str(keys.partition_file)), len(labels), clients)
     else:
         most = len(labels) // (keys.shards if keys.partition == "shards" else 1)
+        if most == 0:
+            raise InputError(
+                f"data.shards: got {keys.shards}, expected at most {len(labels)}, the training samples"
+            )
         if clients > most:
             raise InputError(
                 f"clients.count: got {clients}, expected at most {most}: "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fslsage_rpc.config import Lora
 from fslsage_rpc.errors import HostError, InputError
+from fslsage_rpc.models import hub
 from fslsage_rpc.own import first_line
 
 DIFFERENTIABLE_ATTENTION = "twice_differentiable"
@@ -125,10 +126,10 @@ def make(
     return model
 
 
-def _weights_of(name: str, config: Any) -> Any:
+def _weights_of(name: str, **keys: Any) -> Any:
     """transformers' GPT-2 with all of these weights; it would itself make up those that are not there."""
     transformers = import_extra("transformers")
-    model, found = transformers.GPT2Model.from_pretrained(name, config=config, output_loading_info=True)
+    model, found = transformers.GPT2Model.from_pretrained(name, output_loading_info=True, **keys)
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"{len(missing)} weights are not there, as {missing[0]}")
@@ -153,7 +154,7 @@ def _silent() -> Iterator[None]:
 def _load(load: Callable[..., Any], name: str, **keys: Any) -> Any:
     try:
         with _silent():
-            return load(name, **keys)
+            return hub.load(load, name, **keys)
     except Exception as error:  # the hub, the file system, a file that is something else
         raise HostError(
             f"model.pretrained: got {name!r}, which cannot be loaded ({first_line(error)}); expected a "

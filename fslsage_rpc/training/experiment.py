@@ -9,6 +9,7 @@ from torch import nn
 
 from fslsage_rpc.algorithms import Algorithm, create, find
 from fslsage_rpc.algorithms.base import Sizes
+from fslsage_rpc.comm.memory import physical_memory
 from fslsage_rpc.comm.world import choose_device, interfaces, nccl_available, rpc_available
 from fslsage_rpc.config import Config
 from fslsage_rpc.data import partitions
@@ -21,6 +22,8 @@ from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
+
+GIB = 2**30
 
 
 def check(config: Config, ranks: int) -> None:
@@ -50,8 +53,8 @@ def check(config: Config, ranks: int) -> None:
 
 
 def _check_weights(config: Config, split: SplitModel) -> None:
-    """A model's weights are averaged and sent in one buffer each of floats and of integers."""
-    keys = config.model
+    """A model's weights are averaged and sent in one buffer each of floats and of integers, and fit here."""
+    keys, memory = config.model, physical_memory()
     for key, name, part in (
         ("model.name", keys.name, split.whole()),
         ("model.auxiliary.kind", keys.auxiliary.kind, split.auxiliary),
@@ -60,6 +63,12 @@ def _check_weights(config: Config, split: SplitModel) -> None:
             sorted_weights(part)
         except TypeError as error:
             raise InputError(f"{key}: got {name!r}, where {error}") from None
+        size = sum(weights.nbytes for weights in part.parameters())
+        if memory is not None and size > memory:
+            raise HostError(
+                f"{key}: got {name!r}, whose weights are {size / GIB:,.0f} GiB with these keys, expected a "
+                f"smaller one: this host's memory is {memory / GIB:,.0f} GiB"
+            )
 
 
 def _check_ranks(config: Config, ranks: int) -> None:
