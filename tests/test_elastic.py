@@ -25,6 +25,8 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
 
+pytestmark = pytest.mark.waits
+
 PROGRAM = str(Path(__file__).with_name("elastic_rank.py"))
 SGD = {"optimizer": {"client": {"name": "sgd", "lr": 0.05}, "auxiliary": {"name": "sgd", "lr": 0.05}}}
 FOUR = {"clients": {"count": 4, "batch_size": 16}, "data": {"train_limit": 120}}

@@ -4,6 +4,7 @@ which rank, where and why; torchrun's restart goes on from the last checkpoint a
 
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from debian import install
 from job_processes import end_job, members, outer_environment, survivors
 from small_run import TREE, assert_close_runs, lines
 
 import fslsage_rpc
 from fslsage_rpc.training.checkpoint_files import MANIFEST
+
+pytestmark = pytest.mark.waits
 
 PROGRAM = str(Path(__file__).with_name("faulty_rank.py"))
 END_SECONDS = 45
@@ -178,6 +182,8 @@ ALONE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 def test_a_connection_that_carries_nothing_any_more_is_noticed(
     place: str, tmp_path: Path, undisturbed: Path
 ) -> None:
+    if shutil.which("iptables") is None:
+        install("iproute2", "iptables")
     check = subprocess.run([*ALONE, "iptables", "--list"], capture_output=True, text=True)
     if check.returncode:
         pytest.skip(f"needs a network namespace and iptables ({check.stderr.strip()})")

@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 import job
 
+pytestmark = pytest.mark.waits
+
 LOCAL = str(Path(__file__).parent.parent / "launch" / "local.sh")
 RUN_SECONDS = 90
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from debian import install
 from job_processes import members
 from slurm_cluster import HOSTS, Cluster, cluster, why_not
 from test_checkpoints import assert_identical, assert_whole, finished, tree
@@ -22,13 +23,18 @@ from fslsage_rpc.stopping import STOPPED
 SCRIPT = str(Path(__file__).parent.parent / "launch" / "slurm.sbatch")
 JOB_SECONDS = 300
 ROUNDS = 30
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * JOB_SECONDS)]  # needs root and Debian's slurm-wlm
+pytestmark = [  # needs root and Debian's slurm-wlm
+    pytest.mark.slow,
+    pytest.mark.waits,
+    pytest.mark.timeout(2 * JOB_SECONDS),
+]
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    reason = why_not()
-    if reason:
+    if why_not():
+        install("slurm-wlm", "munge", "iproute2")
+    if reason := why_not():
         pytest.skip(reason)
     with cluster(tmp_path_factory.mktemp("slurm")) as running:
         yield running

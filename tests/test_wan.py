@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from debian import install
 from user_input import mistake, write
 
 from fslsage_rpc.errors import InputError
@@ -239,6 +240,8 @@ def why_not() -> str | None:
 @pytest.fixture
 def machine() -> None:
     """Skips where no network can be emulated."""
+    if why_not():
+        install("iproute2")
     if reason := why_not():
         pytest.skip(reason)
 
