@@ -102,13 +102,19 @@ def test_ctrl_c_of_the_self_launching_form_is_no_traceback(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_signal_to_one_rank_stops_all(rank: int, tmp_path: Path) -> None:
-    with started(tmp_path) as process:
+@pytest.mark.parametrize(
+    ("rank", "under_torchrun"), [(0, False), (2, False), (2, True)], ids=["server", "client", "torchrun"]
+)
+def test_a_signal_to_one_rank_stops_all(rank: int, under_torchrun: bool, tmp_path: Path) -> None:
+    with started(tmp_path, command=TORCHRUN if under_torchrun else ALONE) as process:
         wait_for_rounds(tmp_path / "run", 2, process)
         os.kill(members(str(tmp_path))[rank], signal.SIGTERM)
         output, errors = process.communicate(timeout=30)
-    assert (process.returncode, errors) == (STOPPED, "")
+    if under_torchrun:  # to which any other status of a rank is a failure
+        assert process.returncode == 0
+        assert (tmp_path / "run" / "STOPPED").exists()
+    else:
+        assert (process.returncode, errors) == (STOPPED, "")
     assert output.splitlines()[-1].startswith("stopped on request after round ")
 
 

@@ -13,12 +13,11 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.cuts import cut_nodes, refusal
 from fslsage_rpc.models.flat import trainable
 from fslsage_rpc.models.narrowing import narrow
+from fslsage_rpc.models.segment import Segment, keep_input
 from fslsage_rpc.models.tracing import (
     PROBE_BATCHES,
-    Segment,
     Uncuttable,
     ancestors,
-    keep_input,
     opening,
     probe_inputs,
     segment,

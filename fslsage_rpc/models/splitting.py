@@ -12,8 +12,10 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.auxiliary import build_auxiliary
 from fslsage_rpc.models.cuts import LISTED, cut_nodes, refusal
 from fslsage_rpc.models.dropout import key_masks
-from fslsage_rpc.models.tracing import Segment, Uncuttable, keep_input, opening, segment, trace
+from fslsage_rpc.models.segment import Segment, keep_input
+from fslsage_rpc.models.tracing import Uncuttable, opening, segment, trace
 from fslsage_rpc.models.zoo import find, make, refuse_samples
+from fslsage_rpc.own import is_own
 from fslsage_rpc.randomness import keyed_seed
 
 
@@ -102,6 +104,10 @@ def build(
             classes,
         ).to(dtype)
     client, server, uncut = halves
+    if entry.reorders and dtype == torch.float32 and autocast is None:
+        own = keys.auxiliary.kind is not None and is_own(keys.auxiliary.kind)
+        for part in (client, server, uncut, *([] if own else [auxiliary])):
+            part.reorder_images(once=True, twice=entry.reorders_twice)
     if autocast is not None:
         client.compute_in(autocast, gives=autocast)
         for part in (server, uncut, auxiliary):

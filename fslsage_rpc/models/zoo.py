@@ -37,8 +37,9 @@ class Entry:
     default a fresh copy of the server half; where it is None, that is linear. `pools`: a linear classifier of
     what is inside the model takes means over positions. `head`: the modules at the model's end that an
     auxiliary model ends with too; none: it gets a linear classifier. `for_alignment` is done to an auxiliary
-    model, so
-    that it can be differentiated twice.
+    model, so that it can be differentiated twice. `reorders`: it may be given images in any order of
+    memory and gains by `channels_last`; `reorders_twice`: also where its auxiliary model is differentiated
+    twice.
     """
 
     make: Callable[..., nn.Module]
@@ -49,6 +50,8 @@ class Entry:
     tokens: bool = False
     head: tuple[str, ...] = ()
     for_alignment: Callable[[nn.Module], None] = lambda auxiliary: None
+    reorders: bool = False
+    reorders_twice: bool = False
 
 
 def simple_conv(classes: int, image_shape: ImageShape) -> nn.Module:
@@ -128,6 +131,8 @@ ZOO = {
         resnet18,
         default_cut="layer2",
         auxiliary={"layer1": "layer2", "layer2": "layer3", "layer3": "layer4"}.get,
+        reorders=True,
+        reorders_twice=True,
     ),
 }
 for depth in (56, 110):
@@ -136,6 +141,7 @@ for depth in (56, 110):
         default_cut="layer1",
         auxiliary={"layer1": "layer2", "layer2": "layer3"}.get,
         reads=("width",),
+        reorders=True,
     )
 ZOO["gpt2"] = Entry(
     gpt2.make,
@@ -161,7 +167,7 @@ def find(name: str) -> Entry:
         known = torchvision.models.list_models(module=torchvision.models)
         model = name.removeprefix(TORCHVISION)
         if model in known:
-            return Entry(partial(_torchvision, model))
+            return Entry(partial(_torchvision, model), reorders=True)
         near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(TORCHVISION + n for n in near)}?" if near else "it has no such model"
         raise InputError(f"model.name: got {name!r}, expected one of torchvision's classifiers; {hint}")

@@ -16,6 +16,7 @@ from fslsage_rpc.config import Alignment
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, trainable
+from fslsage_rpc.models.segment import differentiated_twice
 from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import Loss
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -35,7 +36,9 @@ def cut_layer_gradient(
     gradients are not computed, except (`create_graph`) the graph through which ĝ depends on the parameters.
     """
     z = z.detach().requires_grad_()
-    return torch.autograd.grad(loss(model(z), y), z, create_graph=create_graph)[0]
+    with differentiated_twice(create_graph):
+        outputs = model(z)
+    return torch.autograd.grad(loss(outputs, y), z, create_graph=create_graph)[0].contiguous()
 
 
 @contextmanager

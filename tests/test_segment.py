@@ -1,0 +1,141 @@
+"""Where it pays, a segment computes on images in another order of memory; but for rounding, the same."""
+
+import copy
+import statistics
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fslsage_rpc.config import Auxiliary, Model
+from fslsage_rpc.models.segment import Segment, differentiated_twice
+from fslsage_rpc.models.splitting import SplitModel, build
+from fslsage_rpc.parties.alignment import cut_layer_gradient
+
+IMAGES = (3, 32, 32)
+LAST = torch.channels_last
+
+
+def split(name: str = "resnet56", dtype: torch.dtype = torch.float32, **keys: object) -> SplitModel:
+    return build(Model(name=name, **keys), 10, IMAGES, 0, dtype)  # type: ignore[arg-type]
+
+
+def images(batch: int, seed: int = 0) -> Tensor:
+    return torch.randn(batch, *IMAGES, generator=torch.Generator().manual_seed(seed))
+
+
+class Orders(list[bool]):
+    """Of what a segment's first convolution is given: does each pixel have its channels together?"""
+
+    def __init__(self, segment: nn.Module):
+        first = next(module for module in segment.modules() if isinstance(module, nn.Conv2d))
+        first.register_forward_pre_hook(
+            lambda module, inputs: self.append(inputs[0].is_contiguous(memory_format=LAST))
+        )
+
+
+def outcome(part: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, and all weights' gradients."""
+    part.zero_grad()
+    z = part(x)
+    z.backward(torch.ones_like(z))
+    gradients = [parameter.grad for parameter in part.parameters() if parameter.grad is not None]
+    assert all(tensor.is_contiguous() for tensor in (z, *gradients))
+    return [z.detach(), torch.cat([gradient.flatten() for gradient in gradients])]
+
+
+def test_large_batches_are_reordered_inside_alone() -> None:
+    parts = split("resnet18")
+    assert isinstance(parts.client, Segment)
+    usual = copy.deepcopy(parts.client)
+    usual.reorder_images(once=False, twice=False)
+    orders = Orders(parts.client), Orders(usual)
+    errors = []
+    for seed in range(5):
+        results = [outcome(part, images(16, seed)) for part in (parts.client, usual)]
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)])
+    assert orders == ([True] * 5, [False] * 5)
+    for of_outputs_or_gradients in zip(*errors, strict=True):
+        # Now and then rounding moves a number across a ReLU's zero.
+        assert statistics.median(of_outputs_or_gradients) < 1e-5
+
+
+def test_a_gradient_on_its_way_out_is_in_the_usual_order() -> None:
+    parts = split()
+    z, y = torch.randn(16, *parts.smashed_shape), torch.arange(16) % 10
+    orders = Orders(parts.server)
+    assert cut_layer_gradient(parts.server, z, y).is_contiguous()
+    leaf = z.requires_grad_()
+    F.cross_entropy(parts.server(leaf), y).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.is_contiguous()
+    assert orders == [True, True]
+
+
+def test_small_batches_and_large_weights_are_not_worth_it() -> None:
+    parts = split("resnet18")
+    orders = Orders(parts.server)
+    z = torch.randn(200, *parts.smashed_shape)
+    for batch in (8, 200):
+        parts.server(z[:batch])
+    assert orders == [False, True]
+
+
+@pytest.mark.parametrize(("name", "twice"), [("resnet18", True), ("resnet56", False)])
+def test_fits_are_where_they_gain(name: str, twice: bool) -> None:
+    """A fit differentiates its auxiliary model twice, a client does so once."""
+    parts = split(name)
+    orders = Orders(parts.auxiliary)
+    z, y = torch.randn(64, *parts.smashed_shape), torch.arange(64) % 10
+    cut_layer_gradient(parts.auxiliary, z, y)
+    cut_layer_gradient(parts.auxiliary, z, y, create_graph=True)
+    assert orders == [True, twice]
+    with differentiated_twice(), differentiated_twice(False):
+        parts.auxiliary(z)
+    assert orders[-1] is True
+
+
+class Viewing(nn.Module):
+    """Works on torch's usual order alone."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(4 * 32 * 32, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.stem(x))
+        return self.fc(x.view(x.shape[0], -1))
+
+
+def viewing_auxiliary(smashed_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(smashed_shape[0], 2, 3, padding=1)
+            self.fc = nn.Linear(2 * smashed_shape[1] * smashed_shape[2], num_classes)
+
+        def forward(self, z: Tensor) -> Tensor:
+            z = self.conv(z)
+            return self.fc(z.view(z.shape[0], -1))
+
+    return Auxiliary()
+
+
+def test_models_of_the_users_own_get_what_torch_would_give_them() -> None:
+    own = split("test_segment:Viewing", cut="stem")
+    for part, input in ((own.client, images(8)), (own.server, torch.randn(8, 4, 32, 32))):
+        orders = Orders(part)
+        part(input)
+        assert orders == [False]
+    auxiliary = split(auxiliary=Auxiliary(kind="test_segment:viewing_auxiliary")).auxiliary
+    auxiliary(torch.randn(8, 16, 32, 32))
+
+
+def test_double_precision_stays_as_it_is() -> None:
+    parts = split(dtype=torch.float64)
+    orders = Orders(parts.client)
+    parts.client(images(8).double())
+    assert orders == [False]
