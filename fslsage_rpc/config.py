@@ -310,7 +310,7 @@ class Stop:
 
 @dataclass(kw_only=True)
 class Bench:
-    """What `fslsage bench` compares; `train` does not look at it. A benchmark runs all its rounds, whatever
+    """What `fslsage bench` compares; `train` does not use it. A benchmark runs all its rounds, whatever
     `stop` says, and writes no trace.
     """
 
