@@ -1,10 +1,10 @@
 """The command line, with a fault in the first attempt of one rank, named by FAULT="rank:round:place:fault".
 
 The round counts from 1, as the screen does. The rank goes to the place and waits there until the others have
-a sign of life from it and the checkpoint of the round before, FAULT_AFTER, has been written; then the fault
-happens: `kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to other ranks break off), `mute`
-(they carry nothing any more; needs a network namespace and iptables). `absent` at any place is a rank that
-never starts.
+a sign of life from it and the manifest of the checkpoint of the round before, FAULT_AFTER, is there; then
+the fault happens: `kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to other ranks break
+off), `mute` (they carry nothing any more; needs a network namespace and iptables). `absent` at any place is a
+rank that never starts; at `writing` that manifest, or the rank's part, is what is being written.
 """
 
 import os
@@ -65,7 +65,9 @@ def wait_for_others() -> None:
 
 def wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + CHECKPOINT_SECONDS
-    while not true() and time.monotonic() < deadline:
+    while not true():
+        if time.monotonic() > deadline:
+            raise TimeoutError("no checkpoint of the round before the fault's")
         time.sleep(0.01)
 
 
@@ -127,8 +129,8 @@ def submit(self: RpcLink, request: Any, on_answer: Any) -> None:
 def all_reduce(self: RpcWorld, *arguments: Any) -> None:
     """In the all-reduce: the others come to it only after the fault."""
     if now == int(round) and place == "all-reduce" and first_attempt:
+        wait_until(Path(os.environ["FAULT_AFTER"]).exists)
         if mine:
-            wait_until(Path(os.environ["FAULT_AFTER"]).exists)
             threading.Timer(SIGN_OF_LIFE_SECONDS, happen, ["all-reduce", False]).start()
         else:
             time.sleep(2 * SIGN_OF_LIFE_SECONDS)

@@ -1,6 +1,7 @@
 """A real SLURM on this machine: two nodes, each with a network, a host name and processes of its own.
 
-Needs root and Debian's packages slurm-wlm and munge. Everything ends with this process, however it ends.
+Needs root and Debian's packages slurm-wlm, munge and iproute2. Everything ends with this process, however
+that ends.
 """
 
 import os

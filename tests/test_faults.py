@@ -183,7 +183,7 @@ def test_a_connection_that_carries_nothing_any_more_is_noticed(
     place: str, tmp_path: Path, undisturbed: Path
 ) -> None:
     if shutil.which("iptables") is None:
-        install("iproute2", "iptables")
+        install()
     check = subprocess.run([*ALONE, "iptables", "--list"], capture_output=True, text=True)
     if check.returncode:
         pytest.skip(f"needs a network namespace and iptables ({check.stderr.strip()})")

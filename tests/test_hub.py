@@ -38,6 +38,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
 
 
@@ -55,7 +56,7 @@ def test_what_is_not_is_asked_for(answering: None) -> None:
 
 def test_an_unreachable_hub_is_not_asked_again_and_again(unreachable: None) -> None:
     store = Store()
-    with pytest.raises(OSError, match=r"http://127\.0\.0\.1:\d+ cannot be reached: .*refused"):
+    with pytest.raises(OSError, match=r"http://127\.0\.0\.1:\d+ cannot be reached .*refused"):
         hub.load(store, "somebody/model")
     assert store.asked_network == 0
 

@@ -261,7 +261,7 @@ def test_the_two_halves_are_the_uncut_model_whatever_the_cut(name: str, cut: str
     x = images(dtype=torch.float64)  # in fp32 halves may compute in another order
     with torch.no_grad():
         halves = split.server.double().eval()(split.client.double().eval()(x))
-        torch.testing.assert_close(halves, whole.double().eval()(x), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(halves, whole.double().eval()(x), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("cut", CUTS["resnet18"])

@@ -5,10 +5,12 @@ import statistics
 
 import pytest
 import torch
+from test_splitting import FAMILIES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fslsage_rpc.config import Auxiliary, Model
+from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.segment import Segment, differentiated_twice
 from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.parties.alignment import cut_layer_gradient
@@ -94,6 +96,21 @@ def test_fits_are_where_they_gain(name: str, twice: bool) -> None:
     with differentiated_twice(), differentiated_twice(False):
         parts.auxiliary(z)
     assert orders[-1] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES.split())
+def test_torchvisions_models_take_images_in_any_order(name: str) -> None:
+    size = 299 if name == "inception_v3" else 224
+    image = (3, size, size)
+    cut = list_cuts(Model(name=f"torchvision/{name}"), 10, image)[0].name
+    whole = build(Model(name=f"torchvision/{name}", cut=cut), 10, image, 0, torch.float32).uncut.eval()
+    assert isinstance(whole, Segment)
+    whole.reorder_images(once=False, twice=False)
+    x = torch.randn(2, *image, generator=torch.Generator().manual_seed(0))
+    expected, found = whole(x), whole(x.contiguous(memory_format=LAST))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.detach().abs().max()))
+    found.sum().backward()
 
 
 class Viewing(nn.Module):

@@ -33,7 +33,7 @@ pytestmark = [  # needs root and Debian's slurm-wlm
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if why_not():
-        install("slurm-wlm", "munge", "iproute2")
+        install()
     if reason := why_not():
         pytest.skip(reason)
     with cluster(tmp_path_factory.mktemp("slurm")) as running:

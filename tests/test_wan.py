@@ -241,7 +241,7 @@ def why_not() -> str | None:
 def machine() -> None:
     """Skips where no network can be emulated."""
     if why_not():
-        install("iproute2")
+        install()
     if reason := why_not():
         pytest.skip(reason)
 

@@ -64,7 +64,7 @@ class RpcWorld(World):
     """The ranks of a torchrun, srun or self-launched job.
 
     A rank that dies ends the job: its peers' calls fail or its silence is noticed (`Watchdog`), and
-    everything since the last finished round is lost.
+    everything since the last complete checkpoint is lost.
     """
 
     works_beside = True

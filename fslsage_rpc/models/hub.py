@@ -1,12 +1,11 @@
 """What the transformers library loads from a folder or from the Hugging Face hub."""
 
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
 
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.own import first_line
 
 REACH_SECONDS = 10.0
 
@@ -37,9 +36,9 @@ def load(loader: Callable[..., Any], name: str, download: bool = True, **keys: A
 
 def _reach(address: str) -> None:
     """Fail at once where the hub cannot be reached: its client tries each of many files for half a minute."""
+    from huggingface_hub.utils import get_session  # which knows the user's proxies and certificates
+
     try:
-        urllib.request.urlopen(address, timeout=REACH_SECONDS).close()
-    except HTTPError:
-        pass  # an answer, whatever it says
-    except URLError as error:
-        raise OSError(f"{address} cannot be reached: {error.reason}") from None
+        get_session().head(address, timeout=REACH_SECONDS)  # any answer will do
+    except Exception as error:  # of whichever library the client is built on
+        raise OSError(f"{address} cannot be reached ({first_line(error)})") from None

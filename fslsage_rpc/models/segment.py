@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from fslsage_rpc.models.tracing import PROBE_BATCHES, probe_inputs
 
 WEIGHTS_PER_NUMBER = 32
-"""to reorder images that are fewer numbers than a 32nd of the convolutions' weights would not pay"""
+"""of the convolutions: with more for each number of the input, reordering them costs more than it gains"""
 
 _twice: ContextVar[bool] = ContextVar("twice", default=False)
 

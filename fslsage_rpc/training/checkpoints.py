@@ -93,9 +93,9 @@ class Checkpoints:
         """Wait until this rank has done its part of the checkpoint that was begun: on rank 0, until it is the
         newest one, or has been given up. A slow disk holds the training up here, off its clock.
         """
-        if self._writing:
-            self._writing.result()
-            self._writing = None
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def newest(self) -> Path | None:
         """The folder of the newest complete checkpoint, as rank 0 sees it."""

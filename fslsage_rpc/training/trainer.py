@@ -110,7 +110,7 @@ class Trainer:
             self.world.admit()
             seconds = self.train_round(round)
             if checkpoints:
-                checkpoints.complete()  # of the round before: a lost rank costs one finished round at most
+                checkpoints.complete()  # a lost rank costs one checkpoint at most
             last, stops = self._close_round(round, seconds, on_round, stop_requested())
             if checkpoints:
                 checkpoints.begin(round + 1, last or stops, self.state)
