@@ -144,6 +144,7 @@ def assert_went_on(ended: Ended, round: int, folder: Path, undisturbed: Path, ag
     assert_close_runs(undisturbed, folder / "run")
 
 
+@pytest.mark.slow
 def test_an_exception_on_a_rank_is_the_last_word_and_ends_all(tmp_path: Path) -> None:
     ended = run_faulty("1:3:computing:raise", tmp_path)
     assert ended.status == 1

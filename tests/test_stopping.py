@@ -91,6 +91,7 @@ def test_sigterm_stops_after_the_round_and_the_run_goes_on(transport: str, tmp_p
     assert_equal_runs(tmp_path / "whole", folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_the_self_launching_form_is_no_traceback(tmp_path: Path) -> None:
     with started(tmp_path, "ranks=2") as process:
         wait_for_rounds(tmp_path / "run", 1, process)
