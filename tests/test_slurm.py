@@ -23,11 +23,7 @@ from fslsage_rpc.stopping import STOPPED
 SCRIPT = str(Path(__file__).parent.parent / "launch" / "slurm.sbatch")
 JOB_SECONDS = 300
 ROUNDS = 30
-pytestmark = [  # needs root and Debian's slurm-wlm
-    pytest.mark.slow,
-    pytest.mark.waits,
-    pytest.mark.timeout(2 * JOB_SECONDS),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * JOB_SECONDS)]  # needs root and Debian's slurm-wlm
 
 
 @pytest.fixture(scope="module")
