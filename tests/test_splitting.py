@@ -35,7 +35,7 @@ CUTS = {
     "resnet50": ["conv1", "layer2", "layer4.1"],
     "efficientnet_b0": ["features.0.0", "features.4.1", "classifier.0"],
     "densenet121": ["features.conv0", "features.transition2.norm", "features"],
-    "vgg11_bn": ["features.0", "features.18", "classifier.5"],
+    "vgg11_bn": ["features.18"],  # half a GiB of weights in fp64
     "googlenet": ["conv1.conv", "inception3b", "dropout"],
     "convnext_tiny": ["features.0.0", "features.5.2", "classifier.1"],
     "vit_b_16": ["conv_proj", "encoder.layers.encoder_layer_5", "encoder"],
