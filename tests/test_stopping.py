@@ -18,6 +18,7 @@ import fslsage_rpc
 from fslsage_rpc.stopping import INTERRUPTED, NOBODY_READS, STOPPED, StopRequest
 from fslsage_rpc.training.checkpoint_files import complete_folders
 
+pytestmark = pytest.mark.waits
 A_LONG_ROUND = "algorithm.alignment.epochs=1000000"
 ALONE = [sys.executable, "-m", "fslsage_rpc"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
