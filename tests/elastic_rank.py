@@ -18,7 +18,9 @@ from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training.trainer import Trainer
 
-rank, round, place, kind = os.environ.get("FAULT", "-1:0:step:kill").split(":")
+true_train_round, true_batches = Trainer.train_round, Client.batches
+true_average_clients, true_close_round = Trainer._average_clients, Trainer._close_round
+true_wait, true_fit = Server.wait, Server._fit
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 current = -1
 done = False
@@ -27,6 +29,7 @@ done = False
 def fault(here: str) -> None:
     """Do it, once."""
     global done
+    rank, round, place, kind = os.environ["FAULT"].split(":")
     if os.environ["RANK"] == rank and current == int(round) and place == here and not done:
         done = True
         print("fault now", flush=True)
@@ -72,10 +75,9 @@ def fit(self: Server, client: int, targets: Any) -> Any:
     return true_fit(self, client, targets)
 
 
-true_train_round, true_batches = Trainer.train_round, Client.batches
-true_average_clients, true_close_round = Trainer._average_clients, Trainer._close_round
-true_wait, true_fit = Server.wait, Server._fit
-Trainer.train_round, Client.batches = train_round, batches  # type: ignore[method-assign]
-Trainer._average_clients, Trainer._close_round = average_clients, close_round  # type: ignore[method-assign]
-Server.wait, Server._fit = wait, fit  # type: ignore[method-assign]
-sys.exit(cli.main())
+def main(*arguments: str) -> None:
+    """The command, as this rank."""
+    Trainer.train_round, Client.batches = train_round, batches  # type: ignore[method-assign]
+    Trainer._average_clients, Trainer._close_round = average_clients, close_round  # type: ignore[method-assign]
+    Server.wait, Server._fit = wait, fit  # type: ignore[method-assign]
+    sys.exit(cli.main(arguments))

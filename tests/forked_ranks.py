@@ -3,17 +3,20 @@ torchrun take seconds. Nothing else is different; torchrun itself has tests of i
 """
 
 import multiprocessing
+import multiprocessing.context
 import os
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch.distributed import TCPStore
 
+RankProcess = multiprocessing.context.ForkServerProcess
 LOOPBACK = "127.0.0.1"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "fslsage_rpc.training.run", "fslsage_rpc.comm.rpc"])
+CONTEXT.set_forkserver_preload(  # the command line first: it sets what torch logs
+    ["fslsage_rpc.cli", "torch._dynamo", "fslsage_rpc.training.run", "fslsage_rpc.comm.rpc"]
+)
 
 
 def run_ranks(
@@ -36,25 +39,28 @@ def run_ranks(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     said = folder / f"said-{time.monotonic_ns()}"
-    processes = [
-        CONTEXT.Process(target=_rank, args=(rank, variables, said, program, arguments))
-        for rank in range(ranks)
-    ]
+    processes = [fork(rank, variables, said, program, arguments) for rank in range(ranks)]
     deadline = time.monotonic() + timeout
     try:
-        for process in processes:
-            process.start()
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         statuses = [process.exitcode for process in processes]
     finally:
         for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
     output = said.read_text()
     assert statuses == [0] * ranks, f"{statuses}\n{output}"
     return output
+
+
+def fork(
+    rank: int, variables: dict[str, str], said: Path, program: Callable[..., None], arguments: Sequence[str]
+) -> RankProcess:
+    """Start one rank: it calls the function, with these variables beside RANK, and adds to what is said."""
+    process = CONTEXT.Process(target=_rank, args=(rank, variables, said, program, arguments))
+    process.start()
+    return process
 
 
 def _rank(
@@ -64,8 +70,4 @@ def _rank(
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    try:
-        program(*arguments)
-    except BaseException:
-        traceback.print_exc()
-        raise
+    program(*arguments)

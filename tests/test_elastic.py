@@ -7,16 +7,16 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import elastic_rank
 import pytest
 import torch
 import yaml
+from forked_ranks import LOOPBACK, RankProcess, fork
 from test_checkpoints import tree
 
 from fslsage_rpc.comm.world import open_world
@@ -27,7 +27,6 @@ from fslsage_rpc.training.trainer import Trainer
 
 pytestmark = pytest.mark.waits
 
-PROGRAM = str(Path(__file__).with_name("elastic_rank.py"))
 SGD = {"optimizer": {"client": {"name": "sgd", "lr": 0.05}, "auxiliary": {"name": "sgd", "lr": 0.05}}}
 FOUR = {"clients": {"count": 4, "batch_size": 16}, "data": {"train_limit": 120}}
 END_SECONDS = 150
@@ -36,18 +35,26 @@ END_SECONDS = 150
 class ElasticJob:
     """Ranks of one run, each a process that nobody ends when another dies. A context: none outlives it."""
 
-    def __init__(self, ranks: int, keys: dict[str, Any], folder: Path):
+    def __init__(self, ranks: int, keys: dict[str, Any], folder: Path, **variables: str):
         self.folder = folder / "run"
         self._log = folder / "log"
+        self._log.touch()
         self._config = folder / "config.yaml"
         keys = {**keys, "transport": "rpc", "output": str(folder)}
         keys["clients"] = {"on_loss": "drop", **keys["clients"]}
         self._config.write_text(yaml.safe_dump(keys))
         self._ranks = ranks
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self._port = listener.getsockname()[1]
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
-        self._all: list[subprocess.Popen[bytes]] = []
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            port = listener.getsockname()[1]
+        self._variables = {
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": str(port),
+            **variables,
+        }
+        self.processes: dict[int, RankProcess] = {}
+        self._all: list[RankProcess] = []
 
     def __enter__(self) -> Self:
         return self
@@ -55,34 +62,26 @@ class ElasticJob:
     def __exit__(self, *error: object) -> None:
         for process in self._all:
             process.kill()
-            process.wait()
+            process.join()
 
     def start(self, fault: str = "-1:0:step:kill", ranks: Iterator[int] | None = None) -> Self:
         """Start these ranks, or all."""
         for rank in ranks or range(self._ranks):
-            environment = {
-                **os.environ,
-                "FAULT": fault,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self._ranks),
-                "LOCAL_WORLD_SIZE": str(self._ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self._port),
-            }
-            command = [sys.executable, PROGRAM, "train", str(self._config)]
-            with self._log.open("ab") as log:
-                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            variables = {**self._variables, "FAULT": fault}
+            process = fork(rank, variables, self._log, elastic_rank.main, ["train", str(self._config)])
             self.processes[rank] = process
             self._all.append(process)
         return self
 
     def wait(self, *ranks: int) -> list[int]:
         """The exit statuses of these ranks."""
-        try:
-            return [self.processes[rank].wait(END_SECONDS) for rank in ranks]
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"no end:\n{self.said}") from None
+        statuses = []
+        for rank in ranks:
+            self.processes[rank].join(END_SECONDS)
+            status = self.processes[rank].exitcode
+            assert status is not None, f"no end:\n{self.said}"
+            statuses.append(status)
+        return statuses
 
     def wait_until(self, text: str) -> None:
         """Until this has been said."""
@@ -188,7 +187,7 @@ def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, {"comm": {"timeout_seconds": 5}}, rounds=4)
     with ElasticJob(3, keys, tmp_path).start("2:2:averaging:stop") as job:
         job.wait_until("rank 2 is lost (no sign of life for 5 s)")
-        job.processes[2].send_signal(signal.SIGCONT)
+        os.kill(job.processes[2].pid, signal.SIGCONT)
         assert job.wait(0, 1) == [0, 0], job.said
         assert job.wait(2) == [1], job.said
     assert_equals_one_process(job, keys)
@@ -198,11 +197,10 @@ def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
     """Without optimizer state at the clients, what is back is exactly what would have been there."""
     keys = keys_of(tmp_path, SGD, rounds=60)
-    monkeypatch.setenv("PACE", "2")
-    with ElasticJob(3, keys, tmp_path).start("2:2:step:kill") as job:
+    with ElasticJob(3, keys, tmp_path, PACE="0.5").start("2:2:step:kill") as job:
         job.wait_until("is lost")
         job.start(ranks=iter([2]))
         assert job.wait(0, 1, 2) == [0, 0, 0], job.said
@@ -279,13 +277,10 @@ def test_wherever_a_rank_is_lost(fault: str, participation: float, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_rank_is_lost_while_the_server_fits_for_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_is_lost_while_the_server_fits_for_another(tmp_path: Path) -> None:
     """The fit ends when the generation that wanted it is over: not the first, whose RPC agent torch keeps."""
     keys = keys_of(tmp_path, rounds=4)
-    monkeypatch.setenv("SLOW_FIT", "1")
-    with ElasticJob(4, keys, tmp_path) as job:
+    with ElasticJob(4, keys, tmp_path, SLOW_FIT="1") as job:
         job.start("3:1:step:kill", iter([3]))
         job.start("1:2:step:kill", iter([0, 1, 2]))
         assert job.wait(0, 2) == [0, 0], job.said
