@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import fslsage_on_ranks
 from job_processes import end_job, members, survivors
 from test_checkpoints import assert_identical, assert_whole, finished, tree
 from user_input import mistake
@@ -139,8 +140,7 @@ def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) ->
         os.kill(members(f"{tmp_path}/")[1], signal.SIGKILL)
         assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
     assert "goes on from round" in log.read_text()
-    with started("train", config, "ranks=3", "name=whole", log=log) as launcher:
-        assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
+    fslsage_on_ranks(3, tmp_path, "train", config, "name=whole")
     assert_identical(finished(tmp_path / "whole"), finished(tmp_path / "run"))
 
 

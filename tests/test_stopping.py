@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: the run stops after the round under way, says so, and goes on as if it never had."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import fslsage_on_ranks
 from job_processes import end_job, members, outer_environment, survivors
 from small_run import ROUNDS, TREE, assert_equal_runs, lines
 
@@ -28,10 +30,9 @@ TORCHRUN += ["fslsage_rpc"]
 @contextmanager
 def started(tmp_path: Path, *overrides: str, command: list[str] = ALONE) -> Iterator[subprocess.Popen[str]]:
     """A run in a process group of its own, as a shell starts one; none of it outlives the test."""
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({**TREE, "output": str(tmp_path)}))
+    config = write(tmp_path)
     process = subprocess.Popen(
-        [*command, "train", str(config), *overrides],
+        [*command, "train", config, *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -42,7 +43,14 @@ def started(tmp_path: Path, *overrides: str, command: list[str] = ALONE) -> Iter
     try:
         yield process
     finally:
-        end_job(process, str(config))
+        end_job(process, config)
+
+
+def write(folder: Path) -> str:
+    """The run's configuration, which is to be made in this folder."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump({**TREE, "output": str(folder)}))
+    return str(config)
 
 
 def wait_for_rounds(folder: Path, rounds: int, process: subprocess.Popen[str]) -> None:
@@ -57,21 +65,28 @@ def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
-def finish(tmp_path: Path, name: str, transport: str = "rpc") -> None:
-    """Run to the end, from wherever it is."""
-    if transport == "local":
-        fslsage_rpc.train({**TREE, "output": str(tmp_path), "name": name})
-        return
-    with started(tmp_path, f"name={name}") as process:
-        _, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the run that nobody stops, by transport; each is made once."""
+
+    @functools.cache
+    def made(transport: str) -> Path:
+        folder = tmp_path_factory.mktemp(transport)
+        if transport == "rpc":
+            fslsage_on_ranks(3, folder, "train", write(folder))
+        else:
+            fslsage_rpc.train({**TREE, "output": str(folder)})
+        return folder / "run"
+
+    return made
 
 
 @pytest.mark.parametrize("transport", ["local", pytest.param("rpc", marks=pytest.mark.slow)])
-def test_sigterm_stops_after_the_round_and_the_run_goes_on(transport: str, tmp_path: Path) -> None:
-    keys = [f"transport={transport}", "name=stopped"]
-    folder = tmp_path / "stopped"
-    with started(tmp_path, *keys) as process:
+def test_sigterm_stops_after_the_round_and_the_run_goes_on(
+    transport: str, tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    with started(tmp_path, f"transport={transport}") as process:
         wait_for_rounds(folder, 2, process)
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=30)
@@ -86,10 +101,11 @@ def test_sigterm_stops_after_the_round_and_the_run_goes_on(transport: str, tmp_p
     assert (folder / "STOPPED").read_text() == f"goes on from {checkpoint}\n"
     assert not (folder / "summary.json").exists()
 
-    finish(tmp_path, "stopped", transport)
+    with started(tmp_path, f"transport={transport}") as process:
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
     assert not (folder / "STOPPED").exists()
-    finish(tmp_path, "whole", transport)
-    assert_equal_runs(tmp_path / "whole", folder)
+    assert_equal_runs(whole(transport), folder)
 
 
 @pytest.mark.slow
@@ -122,7 +138,9 @@ def test_a_signal_to_one_rank_stops_all(rank: int, under_torchrun: bool, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_under_torchrun_a_stopped_run_says_so_in_its_folder(number: signal.Signals, tmp_path: Path) -> None:
+def test_under_torchrun_a_stopped_run_says_so_in_its_folder(
+    number: signal.Signals, tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
     with started(tmp_path, command=TORCHRUN) as process:
         wait_for_rounds(tmp_path / "run", 2, process)
         process.send_signal(number)
@@ -132,9 +150,8 @@ def test_under_torchrun_a_stopped_run_says_so_in_its_folder(number: signal.Signa
     assert "exitcode" not in errors, "a rank failed"
     assert output.splitlines()[-1].startswith("stopped on request after round ")
     assert (tmp_path / "run" / "STOPPED").exists()
-    finish(tmp_path, "run")
-    finish(tmp_path, "whole")
-    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    fslsage_on_ranks(3, tmp_path, "train", str(tmp_path / "run.yaml"))
+    assert_equal_runs(whole("rpc"), tmp_path / "run")
 
 
 @pytest.mark.slow
