@@ -1,10 +1,11 @@
-"""The command line, with a fault in the first attempt of one rank, named by FAULT="rank:round:place:fault".
+"""The command line as a rank of a job with faults: FAULTS="rank:round:place:fault ...", one in each attempt.
 
 The round counts from 1, as the screen does. The rank goes to the place and waits there until the others have
-a sign of life from it and the manifest of the checkpoint of the round before, FAULT_AFTER, is there; then
-the fault happens: `kill` (SIGKILL), `stop` (SIGSTOP), `raise`, `cut` (its connections to other ranks break
-off), `mute` (they carry nothing any more; needs a network namespace and iptables). `absent` at any place is a
-rank that never starts; at `writing` that manifest, or the rank's part, is what is being written.
+a sign of life from it and the manifest of the checkpoint of the round before is there, in the run's folder in
+FAULT_FOLDER; then the attempt's fault happens, its moment in a file of that folder: `kill` (SIGKILL), `stop`
+(SIGSTOP), `raise`, `cut` (its connections to other ranks break off), `mute` (they carry nothing any more;
+needs a network namespace and iptables). `absent` at any place is a rank that never starts; at `writing` that
+manifest, or the rank's part, is what is being written.
 """
 
 import os
@@ -25,13 +26,17 @@ from fslsage_rpc.parties.alignment import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, Push
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.training.checkpoint_files import MANIFEST
 from fslsage_rpc.training.trainer import Trainer
 
 SIGN_OF_LIFE_SECONDS = 1.5
 CHECKPOINT_SECONDS = 30.0
-rank, round, place, fault = os.environ["FAULT"].split(":")
-first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-mine = os.environ["RANK"] == rank and first_attempt
+FOLDER = Path(os.environ["FAULT_FOLDER"])
+ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank, round, place, fault = [*os.environ["FAULTS"].split(), "none:0:none:none"][ATTEMPT].split(":")
+moment = FOLDER / f"fault-{ATTEMPT}"
+manifest = FOLDER / "run" / "checkpoints" / f"round-{int(round) - 1:06d}" / MANIFEST
+mine = os.environ["RANK"] == rank
 happened = False
 now = 0
 
@@ -49,7 +54,7 @@ def happen(where: str, wait: bool = True) -> None:
     happened = True
     if wait:
         wait_for_others()
-    Path(os.environ["FAULT_TIME"]).write_text(str(time.time()))
+    moment.write_text(str(time.time()))
     if fault == "raise":
         raise ZeroDivisionError("a fault for the test")
     if fault in ("cut", "mute"):
@@ -60,7 +65,7 @@ def happen(where: str, wait: bool = True) -> None:
 def wait_for_others() -> None:
     """Until they know where this rank is, and the round before is not lost with it."""
     time.sleep(SIGN_OF_LIFE_SECONDS)
-    wait_until(Path(os.environ["FAULT_AFTER"]).exists)
+    wait_until(manifest.exists)
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -128,8 +133,8 @@ def submit(self: RpcLink, request: Any, on_answer: Any) -> None:
 
 def all_reduce(self: RpcWorld, *arguments: Any) -> None:
     """In the all-reduce: the others come to it only after the fault."""
-    if now == int(round) and place == "all-reduce" and first_attempt:
-        wait_until(Path(os.environ["FAULT_AFTER"]).exists)
+    if now == int(round) and place == "all-reduce":
+        wait_until(manifest.exists)
         if mine:
             threading.Timer(SIGN_OF_LIFE_SECONDS, happen, ["all-reduce", False]).start()
         else:
@@ -141,9 +146,8 @@ def replace(source: str | Path, target: str | Path) -> None:
     """Writing: a file of the checkpoint of the round before, a client rank's part or the manifest, has been
     written and has yet to get its name; the round has begun.
     """
-    path = Path(target)
-    name = "manifest.json" if rank == "0" else f"rank-{rank}.pt"
-    if mine and place == "writing" and path == Path(os.environ["FAULT_AFTER"]).with_name(name):
+    name = MANIFEST if rank == "0" else f"rank-{rank}.pt"
+    if mine and place == "writing" and Path(target) == manifest.with_name(name):
         wait_until(lambda: now == int(round))
         time.sleep(SIGN_OF_LIFE_SECONDS)
         happen("writing", wait=False)
@@ -151,7 +155,7 @@ def replace(source: str | Path, target: str | Path) -> None:
 
 
 if mine and fault == "absent":
-    Path(os.environ["FAULT_TIME"]).write_text(str(time.time()))
+    moment.write_text(str(time.time()))
     time.sleep(3600)
 true_train_round, Trainer.train_round = Trainer.train_round, train_round  # type: ignore[method-assign]
 true_submit, RpcLink._submit = RpcLink._submit, submit  # type: ignore[method-assign]

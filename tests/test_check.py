@@ -162,14 +162,14 @@ def as_arguments(tmp_path: Path, config: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rounds=6"],
+        ["rounds=3"],
         [
             "rounds=3",
             "algorithm.alignment.epochs=1",
             "model.name=resnet18",
             "data.name=synthetic",
             "data.train_limit=800",
-            "data.test_limit=500",
+            "data.test_limit=128",
         ],
     ],
 )
