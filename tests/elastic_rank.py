@@ -1,4 +1,4 @@
-"""The command line as one rank, with a fault in a round, at a place: FAULT="rank:round:place:kind", or none.
+"""The command line as one rank, with a fault in a round, at a place: FAULT="rank:round:place:kind".
 
 Places: `step`, between two steps of a client; `averaging`, before the all-reduce; `closing`, after a trained
 round, before its line; `server`, on rank 0 as it waits for the round's requests. Kinds: kill, stop, raise.

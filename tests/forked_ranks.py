@@ -1,5 +1,6 @@
 """Ranks of a job as forks of one process that has imported torch already: they start at once, where those of
-torchrun take seconds. Nothing else is different; torchrun itself has tests of its own.
+torchrun take seconds. They end without the interpreter's own clean-up; nothing else is different. torchrun
+and the launchers have tests of their own.
 """
 
 import multiprocessing
@@ -39,9 +40,11 @@ def run_ranks(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     said = folder / f"said-{time.monotonic_ns()}"
-    processes = [fork(rank, variables, said, program, arguments) for rank in range(ranks)]
+    processes: list[RankProcess] = []
     deadline = time.monotonic() + timeout
     try:
+        for rank in range(ranks):
+            processes.append(fork(rank, variables, said, program, arguments))
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
         statuses = [process.exitcode for process in processes]
