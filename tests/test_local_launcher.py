@@ -28,7 +28,7 @@ import job
 pytestmark = pytest.mark.waits
 
 LOCAL = str(Path(__file__).parent.parent / "launch" / "local.sh")
-RUN_SECONDS = 90
+RUN_SECONDS = 180
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_ctrl_c_on_a_terminal_stops_the_job_which_goes_on_to_the_same_end(
 
 @pytest.mark.slow  # half a minute
 def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) -> None:
-    log, config = tmp_path / "log", write(tmp_path, rounds=60)
+    log, config = tmp_path / "log", write(tmp_path, rounds=40)
     with started("train", config, "ranks=3", log=log) as launcher:
         wait_until(lambda: rounds(tmp_path) >= 3, log)
         os.kill(members(f"{tmp_path}/")[1], signal.SIGKILL)

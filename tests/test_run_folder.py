@@ -101,6 +101,7 @@ def test_the_resolved_configuration_runs_again(run: Any, tmp_path: Path) -> None
             assert old[key] == new[key]
 
 
+@pytest.mark.slow
 def test_many_tiny_clients_leave_metrics_that_json_can_hold(tmp_path: Path) -> None:
     """Clients of 4 samples: some of their true gradients are exactly 0."""
     tiny = fslsage_rpc.train(

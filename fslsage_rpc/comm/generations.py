@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch.distributed import Store
 
 from fslsage_rpc.comm.connections import Patience
+from fslsage_rpc.comm.roll_call import FAILURE
 from fslsage_rpc.comm.watchdog import GRACE_SECONDS, claim_failure, connecting
 
 PERIOD_SECONDS = 0.25
@@ -214,7 +215,7 @@ class Generations:
             alarm.start()
             try:
                 self._store.set(f"beat/{self._number}", str(count))
-                if self._store.check(["failure"]) and not self._reported:
+                if self._store.check([FAILURE]) and not self._reported:
                     sys.stdout.flush()
                     os._exit(1)
                 self._look()

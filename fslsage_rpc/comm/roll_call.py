@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -14,6 +15,9 @@ from torch.distributed import Store
 from fslsage_rpc.errors import ConnectionLost
 
 PROC = Path("/proc")
+POLL_SECONDS = 0.1
+FAILURE = "failure"
+"""the store's key of the rank that says why the job ends"""
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,21 @@ def await_all(store: Store, keys: list[str], timeout: timedelta) -> None:
     """Wait until all ranks have started and set their keys, given by rank.
 
     Raises:
-        ConnectionLost: some did not, within the time-out.
+        ConnectionLost: some did not, within the time-out, or another rank has failed meanwhile.
     """
+    deadline = time.monotonic() + timeout.total_seconds()
     try:
-        store.wait(keys, timeout)
+        while not store.check(keys):
+            if store.check([FAILURE]):
+                raise ConnectionLost("another rank has failed while the ranks start")
+            if time.monotonic() > deadline:
+                absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+                raise ConnectionLost(
+                    f"rank{'s' if absent[1:] else ''} {', '.join(absent)} did not start within "
+                    f"{timeout.total_seconds():g} s"
+                )
+            time.sleep(POLL_SECONDS)
+    except ConnectionLost:
+        raise
     except RuntimeError:
-        try:
-            absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        except RuntimeError:
-            raise ConnectionLost("the job's store is gone while the ranks start") from None
-        raise ConnectionLost(
-            f"rank{'s' if absent[1:] else ''} {', '.join(absent)} did not start within "
-            f"{timeout.total_seconds():g} s"
-        ) from None
+        raise ConnectionLost("the job's store is gone while the ranks start") from None

@@ -12,7 +12,7 @@ from typing import NoReturn
 from torch.distributed import Store
 
 from fslsage_rpc.comm.connections import Patience
-from fslsage_rpc.comm.roll_call import Presence
+from fslsage_rpc.comm.roll_call import FAILURE, Presence
 
 PERIOD_SECONDS = 1.0
 CONNECTING_SECONDS = 30.0
@@ -36,7 +36,7 @@ def claim_failure(store: Store, rank: int) -> bool:
     Raises:
         RuntimeError: the store is gone.
     """
-    return store.compare_set("failure", "", str(rank)).decode() == str(rank)
+    return store.compare_set(FAILURE, "", str(rank)).decode() == str(rank)
 
 
 @contextmanager
@@ -218,7 +218,7 @@ class Watchdog:
     def _leave_if_claimed(self) -> None:
         """End silently where another rank reports a failure."""
         try:
-            claimed = self._store.check(["failure"])
+            claimed = self._store.check([FAILURE])
         except RuntimeError:
             return  # the thread, or the end of the grace, sees it
         if claimed:
