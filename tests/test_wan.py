@@ -27,6 +27,8 @@ from emulation.network import Counters, Network, queueing
 from emulation.ranks import INIT, job_status, rank_environment
 from emulation.traffic import HEADER_BYTES, Ledger, compare, summary
 
+pytestmark = pytest.mark.waits
+
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 JOB = ["--", "train", QUICKSTART]
