@@ -1,15 +1,23 @@
 """What lasts is allocated apart from what comes and goes; optimizers have their states from the start."""
 
 import ctypes
+import mmap
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.comm.memory import LASTING_BYTES, keep_large_blocks, lasting_blocks, one_heap
+from fslsage_rpc.comm.memory import (
+    LASTING_BYTES,
+    give_back_free_pages,
+    keep_large_blocks,
+    lasting_blocks,
+    one_heap,
+)
 from fslsage_rpc.config import OptimizerKeys
 from fslsage_rpc.parties.optimizers import OPTIMIZERS, ScheduledOptimizer
 
@@ -62,6 +70,28 @@ def look_at_blocks() -> None:
     del passing
     keep_large_blocks()  # as often as anybody likes
     assert mapped_bytes() == before
+
+
+def test_pages_between_blocks_that_stay_are_given_back() -> None:
+    mapped_bytes()  # or skip
+    in_a_process_of_its_own("leave_free_pages()")
+
+
+def leave_free_pages() -> None:
+    keep_large_blocks()
+    pairs = [(torch.ones(2**18), torch.ones(2**4)) for _ in range(64)]  # of floats: 1 MiB, and little
+    staying = [little for _, little in pairs]
+    before = resident_bytes()
+    del pairs
+    assert before - resident_bytes() < 2**20
+    give_back_free_pages()
+    assert before - resident_bytes() > 48 * 2**20
+    assert all(little.sum() == 2**4 for little in staying)
+
+
+def resident_bytes() -> int:
+    """The memory of this process that is there."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def test_threads_have_one_heap() -> None:

@@ -52,7 +52,16 @@ def lasting_blocks() -> Iterator[None]:
         yield
     finally:
         keep_large_blocks()
-        _call("malloc_trim", 0)
+        give_back_free_pages()
+
+
+def give_back_free_pages() -> None:
+    """Let the system have the heap's pages that hold nothing.
+
+    What stays, however small, lies where there was room when it came, and may split a place that the next
+    large block would have taken: then the heap grows, although much of it is free.
+    """
+    _call("malloc_trim", 0)
 
 
 def keep_large_blocks() -> None:

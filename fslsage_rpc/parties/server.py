@@ -1,5 +1,6 @@
 """The server: lanes that train the server model, and the alignment of each client's auxiliary model."""
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fslsage_rpc.comm.memory import give_back_free_pages
 from fslsage_rpc.measure.activity import Activity
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.requests import ByClient, DeviceLog
@@ -21,6 +23,11 @@ from fslsage_rpc.parties.streams import Place, current_place
 from fslsage_rpc.randomness import LocalStep
 
 Reply = Callable[[Answer], None]
+
+FITS_BETWEEN = 16
+"""fits of auxiliary models, after which memory that they leave free is given back: each takes large blocks
+for a while, and leaves small ones among them
+"""
 
 
 @dataclass
@@ -89,6 +96,7 @@ class Server:
         self._timeline = timeline
         self._failure: BaseException | None = None
         self._unfitted: set[int] = set()  # clients that are being aligned, from their turn on
+        self._fits_made = itertools.count(1)
         self._activity = Activity()
         self._on_device = DeviceLog()
         self._round = 0
@@ -358,6 +366,8 @@ class Server:
                 self._on_device.add(client, Align.kind, place, began, current_place(self._device))
                 queue, compute = started - waiting, clock() - started
                 reply(Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute))
+            if next(self._fits_made) % FITS_BETWEEN == 0:
+                give_back_free_pages()
             with self._changed:
                 self._unfitted.remove(client)
                 self._changed.notify_all()
