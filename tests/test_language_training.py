@@ -269,7 +269,7 @@ def test_a_small_model_learns_more_of_real_texts_than_how_frequent_tokens_are(
 ) -> None:
     config = Path(__file__).parent.parent / "configs" / "e2e_gpt2_tiny.yaml"
     keys = ["name=tiny", "ranks=3", f"output={tmp_path}", "device=cpu", "comm.transports=[uv]"]
-    keys += ["data.test_limit=100", "rounds=2"]
+    keys += ["data.test_limit=100"]
     keys += [f"data.root={e2e_root}", f"data.tokenizer={e2e_root / 'gpt2_tokenizer'}"]
     done = fslsage("train", config, *keys, seconds=550, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -279,7 +279,7 @@ def test_a_small_model_learns_more_of_real_texts_than_how_frequent_tokens_are(
     counts = Counter(n for text in task.vocabulary.encode(references) for n in (*text, task.vocabulary.end))
     entropy = -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
     assert entropy < 6
-    assert lines[-1]["test_loss"] < entropy
+    assert lines[-1]["test_loss"] < entropy - 1
     assert lines[-1]["test_loss"] < lines[0]["test_loss"] < math.log(task.classes)
     assert lines[0]["alignment"]["nmse_after"] < lines[0]["alignment"]["nmse_before"]
 

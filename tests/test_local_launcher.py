@@ -28,7 +28,7 @@ import job
 pytestmark = pytest.mark.waits
 
 LOCAL = str(Path(__file__).parent.parent / "launch" / "local.sh")
-RUN_SECONDS = 180
+RUN_SECONDS = 90
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) ->
     with started("train", config, "ranks=3", log=log) as launcher:
         wait_until(lambda: rounds(tmp_path) >= 3, log)
         os.kill(members(f"{tmp_path}/")[1], signal.SIGKILL)
-        assert launcher.wait(RUN_SECONDS) == 0, log.read_text()
+        assert launcher.wait(2 * RUN_SECONDS) == 0, log.read_text()  # two starts on a busy host
     assert "goes on from round" in log.read_text()
     fslsage_on_ranks(3, tmp_path, "train", config, "name=whole")
     assert_identical(finished(tmp_path / "whole"), finished(tmp_path / "run"))
