@@ -32,13 +32,7 @@ def run_ranks(
         That.
     """
     store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    variables = {
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
+    variables = {**job_variables(ranks, store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     said = folder / f"said-{time.monotonic_ns()}"
     processes: list[RankProcess] = []
     deadline = time.monotonic() + timeout
@@ -55,6 +49,16 @@ def run_ranks(
     output = said.read_text()
     assert statuses == [0] * ranks, f"{statuses}\n{output}"
     return output
+
+
+def job_variables(ranks: int, port: int) -> dict[str, str]:
+    """What every rank of a job on this host is told, its own number apart."""
+    return {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+    }
 
 
 def fork(

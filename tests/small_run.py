@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_equality import SECONDS
 
 ROUNDS = 12
@@ -19,6 +20,13 @@ TREE: dict[str, Any] = {
     "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 8}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
 }
+
+
+def write(folder: Path) -> str:
+    """Its configuration file; the run is made in the same folder."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump({**TREE, "output": str(folder)}))
+    return str(config)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

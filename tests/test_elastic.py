@@ -16,7 +16,7 @@ import elastic_rank
 import pytest
 import torch
 import yaml
-from forked_ranks import LOOPBACK, RankProcess, fork
+from forked_ranks import LOOPBACK, RankProcess, fork, job_variables
 from test_checkpoints import tree
 
 from fslsage_rpc.comm.world import open_world
@@ -46,13 +46,7 @@ class ElasticJob:
         self._ranks = ranks
         with socket.create_server((LOOPBACK, 0)) as listener:
             port = listener.getsockname()[1]
-        self._variables = {
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": LOOPBACK,
-            "MASTER_PORT": str(port),
-            **variables,
-        }
+        self._variables = {**job_variables(ranks, port), **variables}
         self.processes: dict[int, RankProcess] = {}
         self._all: list[RankProcess] = []
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 from debian import install
 from job_processes import end_job, members, outer_environment, survivors
-from small_run import TREE, assert_close_runs, lines
+from small_run import TREE, assert_close_runs, lines, write
 
 import fslsage_rpc
 
@@ -51,11 +50,10 @@ def run_faulty(
     """Train on a torchrun job, started `within` another command, with a fault in each attempt, restarted so
     often, or after all of them, and see each attempt gone.
     """
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump({**TREE, "output": str(tmp_path)}))
+    config = write(tmp_path)
     restarts = len(faults) if restarts is None else restarts
     command = [*within, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    command += [f"--max_restarts={restarts}", PROGRAM, "train", str(config), *overrides]
+    command += [f"--max_restarts={restarts}", PROGRAM, "train", config, *overrides]
     variables = {
         "FAULTS": " ".join(faults),
         "FAULT_FOLDER": str(tmp_path),
@@ -77,13 +75,13 @@ def run_faulty(
             moment = tmp_path / f"fault-{number}"
             wait_for(lambda moment=moment: moment.exists() or process.poll() is not None)
             assert moment.exists(), f"{fault} has not happened: {said.read_text()}"
-            struck = set(members(str(config)).values())
-            wait_for(lambda struck=struck: not struck.intersection(survivors(str(config))))
+            struck = set(members(config).values())
+            wait_for(lambda struck=struck: not struck.intersection(survivors(config)))
             seconds.append(time.time() - float(moment.read_text()))
         wait_for(lambda: process.poll() is not None)
-        assert survivors(str(config)) == []
+        assert survivors(config) == []
     finally:
-        end_job(process, str(config))
+        end_job(process, config)
     messages = [line for line in said.read_text().splitlines() if line.startswith("fslsage_rpc: ")]
     noise = [line for line in said.read_text().splitlines() if "tensorpipe" in line.lower()]
     assert [line for line in noise if line not in messages] == []
@@ -176,7 +174,8 @@ def test_a_silent_rank_and_a_cut_connection_are_named(tmp_path: Path, undisturbe
     ended = run_faulty(list(faults), tmp_path, "comm.timeout_seconds=5")
     for expected, message in zip(faults.values(), ended.messages, strict=True):
         assert re.fullmatch(expected, message)
-    assert max(ended.seconds) < 5 + END_SECONDS
+    assert max(ended.seconds[:2]) < 5 + END_SECONDS
+    assert ended.seconds[2] < END_SECONDS
     assert_went_on(ended, list(faults), tmp_path, undisturbed)
 
 

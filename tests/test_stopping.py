@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 from commands import fslsage_on_ranks
 from job_processes import end_job, members, outer_environment, survivors
-from small_run import ROUNDS, TREE, assert_equal_runs, lines
+from small_run import ROUNDS, TREE, assert_equal_runs, lines, write
 
 import fslsage_rpc
 from fslsage_rpc.stopping import INTERRUPTED, NOBODY_READS, STOPPED, StopRequest
@@ -44,13 +43,6 @@ def started(tmp_path: Path, *overrides: str, command: list[str] = ALONE) -> Iter
         yield process
     finally:
         end_job(process, config)
-
-
-def write(folder: Path) -> str:
-    """The run's configuration, which is to be made in this folder."""
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump({**TREE, "output": str(folder)}))
-    return str(config)
 
 
 def wait_for_rounds(folder: Path, rounds: int, process: subprocess.Popen[str]) -> None:

@@ -79,18 +79,20 @@ def await_all(store: Store, keys: list[str], timeout: timedelta) -> None:
         ConnectionLost: some did not, within the time-out, or another rank has failed meanwhile.
     """
     deadline = time.monotonic() + timeout.total_seconds()
+    while not _are_set(store, keys):
+        if _are_set(store, [FAILURE]):
+            raise ConnectionLost("another rank has failed while the ranks start")
+        if time.monotonic() > deadline:
+            absent = [str(rank) for rank, key in enumerate(keys) if not _are_set(store, [key])]
+            raise ConnectionLost(
+                f"rank{'s' if absent[1:] else ''} {', '.join(absent)} did not start within "
+                f"{timeout.total_seconds():g} s"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _are_set(store: Store, keys: list[str]) -> bool:
     try:
-        while not store.check(keys):
-            if store.check([FAILURE]):
-                raise ConnectionLost("another rank has failed while the ranks start")
-            if time.monotonic() > deadline:
-                absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-                raise ConnectionLost(
-                    f"rank{'s' if absent[1:] else ''} {', '.join(absent)} did not start within "
-                    f"{timeout.total_seconds():g} s"
-                )
-            time.sleep(POLL_SECONDS)
-    except ConnectionLost:
-        raise
+        return store.check(keys)
     except RuntimeError:
         raise ConnectionLost("the job's store is gone while the ranks start") from None
