@@ -13,15 +13,19 @@ cores.
 The jobs of all sizes are repeated in turn. Prints a line for each, and last, for each combination, medians
 over the repeats: of the seconds per client step over those of the fewest clients, and of what one more client
 adds to the memory of its rank and of the server: the slope between two large jobs (`MEMORY`), whose ranks all
-have as many steps open as may be, beside the bytes that must be kept for a client. For FSL-SAGE also whether
-that is what is asked for: flat within 10 %, and no more memory than must be kept and `OBJECTS`.
+have as many steps open as may be, beside the bytes that must be kept for a client, and what the objects that
+hold them take, where torch alone makes them. For FSL-SAGE also whether that is what is asked for: flat within
+10 %, and no more memory than these two and `PAGES`.
 """
 
 import argparse
+import copy
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fslsage_rpc.comm.memory import give_back_free_pages, keep_large_blocks
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree
@@ -60,8 +65,10 @@ MEMORY = {
 """
 FLAT = 0.10
 KIB, MIB = 2**10, 2**20
-OBJECTS = 128 * KIB
-"""of one client: Python's and torch's own, and the pages that blocks end in"""
+PAGES = 128 * KIB
+"""that the blocks of one client end in, and what jobs of one size differ by, over the clients between them"""
+WEIGHED = 512 * MIB
+"""of models and optimizers, to weigh the objects of one: they come in pages, which many share"""
 
 
 def local_epochs(model: str, clients: int) -> int:
@@ -97,7 +104,7 @@ def run_rank(config: Config) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     trainer.train_round(0)
     seconds = trainer.train_round(1)
-    peaks = world.gather(peak_bytes())
+    peaks = world.gather(status_bytes("VmHWM"))
     if peaks:
         steps = config.clients.count * BATCHES * config.clients.local_epochs
         step_seconds = seconds * CLIENT_RANKS / steps
@@ -105,9 +112,9 @@ def run_rank(config: Config) -> None:
     world.close()
 
 
-def peak_bytes() -> int:
-    """The highest resident memory of this process."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+def status_bytes(entry: str) -> int:
+    """Of this process, as Linux says; `VmHWM`: its highest resident memory."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if entry in line)
     return int(line.split()[1]) * 1024
 
 
@@ -133,6 +140,46 @@ def kept(config: Config) -> dict[str, float]:
 def trained(model: nn.Module) -> int:
     """Bytes of a model and of Adam's moments."""
     return module_bytes(model) + 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def objects(config: Config) -> dict[str, float]:
+    """Bytes of Python's and torch's own objects that hold what must be kept for one client (modules,
+    parameters, Adam's states), by party, where nothing but torch makes them. To be called in a new process.
+    """
+    split = Experiment.prepare(config).split
+    if config.algorithm.name == "fsl_sage":
+        return {"client": weigh(split.client, beside=split.auxiliary), "server": weigh(split.auxiliary)}
+    return {"client": weigh(split.client), "server": weigh(split.server)}
+
+
+def weigh(model: nn.Module, beside: nn.Module | None = None) -> float:
+    """What a copy of a model with its optimizer, and of one without beside it, take beyond their numbers."""
+    numbers = trained(model) + (module_bytes(beside) if beside else 0)
+    copies = WEIGHED // numbers
+
+    def more() -> list[Any]:
+        return [(with_adam(copy.deepcopy(model)), copy.deepcopy(beside)) for _ in range(copies)]
+
+    keep_large_blocks()  # all in one heap, none on pages of its own
+    held, before = more(), resident_bytes()  # the first take what was free
+    held += more()
+    return (resident_bytes() - before) / copies - numbers
+
+
+def with_adam(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and its optimizer after one step, without gradients."""
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model, optimizer
+
+
+def resident_bytes() -> int:
+    """The memory of this process that is in use."""
+    give_back_free_pages()
+    return status_bytes("VmRSS")
 
 
 def measure(algorithm: str, model: str, clients: int) -> dict[str, Any]:
@@ -172,15 +219,17 @@ def report(algorithm: str, model: str, times: int) -> list[str]:
     judged = algorithm == "fsl_sage"
     flat = verdict(max(abs(ratio - 1) for ratio in ratios) <= FLAT) if judged else ""
     beside = ", ".join(f"{count}: {ratio:.3f}" for count, ratio in zip(counts[1:], ratios, strict=True))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as new_process:
+        objects_of = new_process.submit(objects, configuration(algorithm, model, few)).result()
     lines = [
         f"{algorithm}, {model}: seconds per client step over those of {counts[0]} clients, {beside}{flat}"
     ]
     for party, where in (("client", "its rank"), ("server", "the server")):
-        needed = repeats[-1][many]["kept"][party]
-        enough = verdict(adds[party] <= needed + OBJECTS) if judged else ""
+        needed, holders = repeats[-1][many]["kept"][party], objects_of[party]
+        enough = verdict(adds[party] <= needed + holders + PAGES) if judged else ""
         lines.append(
             f"{algorithm}, {model}: one more client adds {adds[party] / MIB:.2f} MiB to {where}; "
-            f"{needed / MIB:.2f} MiB must be kept for it{enough}"
+            f"{needed / MIB:.2f} MiB must be kept for it, in objects that take {holders / MIB:.2f}{enough}"
         )
     return lines
 

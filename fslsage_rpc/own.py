@@ -3,14 +3,14 @@
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from fslsage_rpc.errors import InputError
 
 
-def is_own(name: str) -> bool:
-    """Does a configuration's name stand for something of the user's own?"""
-    return ":" in name
+def is_own(name: str | None) -> TypeGuard[str]:
+    """Does a configuration's name, if there is one, stand for something of the user's own?"""
+    return name is not None and ":" in name
 
 
 def import_own(key: str, name: str, expected: str) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ from fslsage_rpc.stopping import NOBODY_READS
 
 POLL_SECONDS = 0.05
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
-FIRST_WORD_SECONDS = 5.0
+FIRST_WORD_SECONDS = 15.0
 """how long another rank leaves it to rank 1 to report that there is no store to ask who reports"""
 
 

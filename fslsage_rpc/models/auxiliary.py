@@ -106,7 +106,7 @@ def build_auxiliary(
         InputError: there is no such auxiliary model.
     """
     until = _last_of_copy(keys, entry.auxiliary(cut))
-    if keys.kind is not None and is_own(keys.kind):
+    if is_own(keys.kind):
         traces = trace(model, opening(cut), sample_shape)
         smashed_shape = traces[False].shape(cut_nodes(model, traces, cut)[False])
         outputs_shape = traces[False].shape(traces[False].output)

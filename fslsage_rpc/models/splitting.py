@@ -105,8 +105,7 @@ def build(
         ).to(dtype)
     client, server, uncut = halves
     if entry.reorders and dtype == torch.float32 and autocast is None:
-        own = keys.auxiliary.kind is not None and is_own(keys.auxiliary.kind)
-        for part in (client, server, uncut, *([] if own else [auxiliary])):
+        for part in (client, server, uncut, *([] if is_own(keys.auxiliary.kind) else [auxiliary])):
             part.reorder_images(once=True, twice=entry.reorders_twice)
     if autocast is not None:
         client.compute_in(autocast, gives=autocast)

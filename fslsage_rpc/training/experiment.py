@@ -214,8 +214,7 @@ def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         keys = task.config.model.auxiliary
-        own = keys.kind is not None and is_own(keys.kind)
-        key, got = ("kind", keys.kind) if own else ("until", keys.until)
+        key, got = ("kind", keys.kind) if is_own(keys.kind) else ("until", keys.until)
         raise InputError(
             f"model.auxiliary.{key}: got {got!r}, whose layers cannot be differentiated twice, as alignment "
             f"does ({reason}); expected kind linear or mlp"
