@@ -6,11 +6,12 @@ Starts a server rank and two client ranks. In turn they run real rounds, over RP
 runs the arithmetic of its clients' rounds: the same clients, lanes and fits, in the same processes and with
 the same threads, but no transport, no order, no data preparation and no averaging. The floor is the CPU
 seconds of that arithmetic over the cores: what a round would take if nothing else cost anything and no core
-ever waited. One sample of FSL-SAGE is an alignment interval of two rounds. About four minutes on 2 cores.
+ever waited. One sample of FSL-SAGE is an alignment interval of two rounds. Four to ten minutes on 2 cores.
 
 Prints the medians, and last, one a line, the medians of the paired ratios floor / round.
 """
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -116,15 +117,20 @@ def compare(config: Config, world: World) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     """As one rank of a job; without one, start it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    overrides = parser.parse_args().overrides
     if "RANK" not in os.environ:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        command = [sys.executable, *launcher, str(Path(__file__)), *sys.argv[1:]]
+        command = [sys.executable, *launcher, str(Path(__file__)), *overrides]
         sys.exit(subprocess.run(command, env=environment).returncode)
     world: World | None = None
     ratios = {}
     for algorithm in ("fsl_sage", "splitfed_v1"):
-        config = configuration(algorithm, sys.argv[1:])
+        config = configuration(algorithm, overrides)
         world = world or open_world(config)
         floors, seconds = compare(config, world)
         if world.hosts_server:
