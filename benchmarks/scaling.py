@@ -7,7 +7,7 @@ from each rank the highest memory that it held in its rounds. A client step is o
 seconds are the client ranks' share of a round, over its steps. All rounds have the same number of steps, the
 fewer clients the more passes over the same two batches, so that what a round costs by itself (its barriers,
 the server's last step) counts for the same in all jobs. The round before it, which warms up and aligns, is
-not timed. Without arguments all four combinations, one after the other, each 7 to 11 minutes a repeat on 2
+not timed. Without arguments all four combinations, one after the other, each 7 to 14 minutes a repeat on 2
 cores.
 
 The jobs of all sizes are repeated in turn. Prints a line for each, and last, for each combination, medians
@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fslsage_rpc.check.machine import status_bytes
 from fslsage_rpc.comm.memory import give_back_free_pages, keep_large_blocks
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Config
@@ -112,12 +113,6 @@ def run_rank(config: Config) -> None:
     world.close()
 
 
-def status_bytes(entry: str) -> int:
-    """Of this process, as Linux says; `VmHWM`: its highest resident memory."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if entry in line)
-    return int(line.split()[1]) * 1024
-
-
 def kept(config: Config) -> dict[str, float]:
     """Bytes that must be kept for one client, at its rank and at the server: weights, Adam's two moments, and
     its data (images of one byte a number, and labels); alignment buffer and auxiliary state, or a replica.
@@ -179,7 +174,9 @@ def with_adam(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
 def resident_bytes() -> int:
     """The memory of this process that is in use."""
     give_back_free_pages()
-    return status_bytes("VmRSS")
+    resident = status_bytes("VmRSS")
+    assert resident is not None, "needs Linux"
+    return resident
 
 
 def measure(algorithm: str, model: str, clients: int) -> dict[str, Any]:

@@ -11,15 +11,12 @@ ever waited. One sample of FSL-SAGE is an alignment interval of two rounds. Four
 Prints the medians, and last, one a line, the medians of the paired ratios floor / round.
 """
 
-import argparse
 import os
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
+from rank_job import overrides_on_ranks
 
 from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.comm.world import World, open_world
@@ -117,16 +114,7 @@ def compare(config: Config, world: World) -> tuple[list[float], list[float]]:
 
 def main() -> None:
     """As one rank of a job; without one, start it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    overrides = parser.parse_args().overrides
-    if "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        command = [sys.executable, *launcher, str(Path(__file__)), *overrides]
-        sys.exit(subprocess.run(command, env=environment).returncode)
+    overrides = overrides_on_ranks(__file__, __doc__, RANKS)
     world: World | None = None
     ratios = {}
     for algorithm in ("fsl_sage", "splitfed_v1"):

@@ -9,16 +9,13 @@ turns with `dist.send` over Gloo and by the requests of the program, four of the
 Prints MiB/s of both, and last, one a line, the medians of the paired ratios RPC / dist.send.
 """
 
-import argparse
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rank_job import overrides_on_ranks
 from torch.distributed import rpc
 from torch.futures import Future
 
@@ -89,16 +86,7 @@ def compare(sends: bool, size: float) -> tuple[float, float, float]:
 
 def main() -> None:
     """As one rank of a job; without one, start it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    overrides = parser.parse_args().overrides
-    if "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        command = [sys.executable, *launcher, str(Path(__file__)), *overrides]
-        sys.exit(subprocess.run(command, env=environment).returncode)
+    overrides = overrides_on_ranks(__file__, __doc__, 2)
     world = open_world(from_tree({"ranks": 2, "device": "cpu"}, overrides))
     keep_large_blocks()  # as in every round
     sends = world.client_rank == 0

@@ -72,8 +72,8 @@ class Machine:
             core_ids=usable_cores(),
             threads=environment["threads"],
             memory_bytes=_available_memory(),
-            resident_bytes=_status("VmRSS"),
-            peak_bytes=_status("VmHWM"),
+            resident_bytes=status_bytes("VmRSS"),
+            peak_bytes=status_bytes("VmHWM"),
             gpu_free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
             versions=versions(),
         )
@@ -111,8 +111,12 @@ def existing_folder(output: str) -> Path:
     return folder
 
 
-def _status(key: str) -> int | None:
-    """Bytes of memory that the kernel says of this process."""
+def status_bytes(key: str) -> int | None:
+    """Bytes of memory that the kernel says of this process: `VmRSS` now, `VmHWM` at most so far.
+
+    Returns:
+        None where it does not say.
+    """
     with suppress(OSError):
         found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
         return int(found[1]) * KIB if found else None
