@@ -1,5 +1,6 @@
 """`fslsage`, or `python -m fslsage_rpc`."""
 
+import gc
 import sys
 
 from fslsage_rpc.stopping import INTERRUPTED, uninterrupted
@@ -17,6 +18,8 @@ def main() -> int:
         return run()
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        gc.freeze()  # or the interpreter ends with a second's search for garbage among torch's modules
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree, load
-from fslsage_rpc.errors import HostError, InputError
+from fslsage_rpc.errors import FIRST_WORD_SECONDS, HostError, InputError
 from fslsage_rpc.stopping import (
     INTERRUPTED,
     NOBODY_READS,
@@ -23,9 +23,6 @@ from fslsage_rpc.stopping import (
 )
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
-
-FIRST_WORD_SECONDS = 5.0
-"""how long another rank leaves it to rank 0 to report an input error"""
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,5 +1,8 @@
 """The kinds of error that the program tells its user about in one line."""
 
+FIRST_WORD_SECONDS = 15.0
+"""how long other ranks leave it to the first to report what all may have found: its end then ends them"""
+
 
 class InputError(ValueError):
     """The user's input is wrong: a key, a value or a file. Ends the program with exit status 2.

@@ -176,7 +176,7 @@ def test_a_second_signal_ends_the_job_at_once(form: list[str], tmp_path: Path) -
         wait_until((tmp_path / "run" / "partition.json").exists, log)
         time.sleep(2)
         launcher.terminate()
-        time.sleep(6)
+        time.sleep(8)
         assert launcher.poll() is None
         launcher.terminate()
         sent = time.monotonic()

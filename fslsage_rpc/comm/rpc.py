@@ -46,7 +46,7 @@ from fslsage_rpc.comm.rpc_link import (
 from fslsage_rpc.comm.watchdog import Watchdog, claim_failure, leave
 from fslsage_rpc.comm.world import World, interfaces, on_one_host, open_device, server_workers, usable_cores
 from fslsage_rpc.config import Comm, Config
-from fslsage_rpc.errors import ConnectionLost, InputError, TooFewClients
+from fslsage_rpc.errors import FIRST_WORD_SECONDS, ConnectionLost, InputError, TooFewClients
 from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
@@ -56,8 +56,6 @@ from fslsage_rpc.stopping import NOBODY_READS
 
 POLL_SECONDS = 0.05
 FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
-FIRST_WORD_SECONDS = 15.0
-"""how long another rank leaves it to rank 1 to report that there is no store to ask who reports"""
 
 
 class RpcWorld(World):
