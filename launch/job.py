@@ -23,10 +23,11 @@ from pathlib import Path
 
 import torch
 
+from fslsage_rpc.bench.run import checked_variants
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.training.experiment import check
+from fslsage_rpc.training.run import prepare
 
 COMMANDS = ("train", "bench", "check")
 
@@ -56,8 +57,11 @@ def describe(arguments: Sequence[str]) -> str:
     ranks = config.ranks if chosen else suitable_ranks(config, gpus(config), cores())
     if config.transport == "local":
         ranks = 1
-    if command != "check":  # which says all that is wrong itself
-        check(config, ranks)
+    # What ranks find wrong torchrun takes for a fault, and starts them again. `check` says all that is wrong itself.
+    if command == "train":
+        prepare(config, ranks, warn=lambda line: None)  # rank 0 shows it
+    elif command == "bench":
+        checked_variants(config, ranks)
     found = {
         "folder": Path(config.output) / config.name,
         "ranks": ranks,

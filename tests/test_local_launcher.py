@@ -52,6 +52,13 @@ def test_wrong_input_is_found_before_a_rank_starts(tmp_path: Path) -> None:
     assert "comm.interface: got 'nosuch'" in mistake(job.describe, ["train", config, "comm.interface=nosuch"])
     assert "clients.count: got 3" in mistake(job.describe, ["train", config, "ranks=5"])
     assert "ranks: got 'two'" in mistake(job.describe, ["train", config, "ranks=two"])
+    alone = ["model.name=resnet18", "clients.batch_size=1"]
+    assert "batch of 1" in mistake(job.describe, ["train", config, *alone])
+    variants = ["bench.variants={fedavg: [algorithm.name=fedavg]}", "bench.reference=fedavg", *alone]
+    assert "bench.variants.fedavg: clients.batch_size" in mistake(job.describe, ["bench", config, *variants])
+    assert job.describe(["train", config, "transport=local"])
+    fslsage_rpc.train(tree(tmp_path, name="run", rounds=1))
+    assert "seed: got 7" in mistake(job.describe, ["train", config, "transport=local", "seed=7"])
 
 
 def write(folder: Path, **keys: object) -> str:

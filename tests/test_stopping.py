@@ -16,6 +16,8 @@ from job_processes import end_job, members, outer_environment, survivors
 from small_run import ROUNDS, TREE, assert_equal_runs, lines, write
 
 import fslsage_rpc
+from fslsage_rpc.config import Config
+from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.stopping import INTERRUPTED, NOBODY_READS, STOPPED, StopRequest
 from fslsage_rpc.training.checkpoint_files import complete_folders
 
@@ -101,6 +103,18 @@ def test_sigterm_stops_after_the_round_and_the_run_goes_on(
         assert process.returncode == 0, errors
     assert not (folder / "STOPPED").exists()
     assert_equal_runs(whole(transport), folder)
+
+
+def test_a_run_that_was_gone_on_with_counts_its_rounds_from_the_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = {"wire_bytes": {}, "test_accuracy": None, "train_loss": 1.0, "round_seconds": 0.1}
+    screen = Screen(Config(rounds=50))
+    screen.show_resumed([{**line, "round": round} for round in range(12)], Path("before"))
+    screen.show_round({**line, "round": 12})
+    screen.show_stopped(Path("now"))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == "stopped on request after round 13 of 50; the same command goes on from now"
 
 
 @pytest.mark.slow

@@ -47,13 +47,7 @@ def bench(config: Config, screen: BenchScreen) -> Path:
     Raises:
         InputError: the variants cannot run here; found before ranks meet.
     """
-    variants = variant_configs(config)
-    for name, variant in variants.items():
-        try:
-            check(variant, job_ranks(config))
-            _check_rounds(variant, Experiment.prepare(variant).algorithm.interval)
-        except InputError as error:
-            raise type(error)(f"bench.variants.{name}: {error}") from None
+    variants = checked_variants(config, job_ranks(config))
     folder = Path(config.output) / config.name
     links = emulated_links()
     if is_first_rank(config):
@@ -66,6 +60,25 @@ def bench(config: Config, screen: BenchScreen) -> Path:
     except BaseException as error:
         world.fail(error)
     return folder
+
+
+def checked_variants(config: Config, ranks: int) -> dict[str, Config]:
+    """The configuration of every variant, by name.
+
+    Args:
+        ranks: of the job.
+
+    Raises:
+        InputError: one of them cannot run here.
+    """
+    variants = variant_configs(config)
+    for name, variant in variants.items():
+        try:
+            check(variant, ranks)
+            _check_rounds(variant, Experiment.prepare(variant).algorithm.interval)
+        except InputError as error:
+            raise type(error)(f"bench.variants.{name}: {error}") from None
+    return variants
 
 
 def _check_rounds(config: Config, interval: int) -> None:

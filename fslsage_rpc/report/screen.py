@@ -107,6 +107,7 @@ class Screen(ProgressScreen):
         self._go_to(lines)
 
     def _go_to(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._shown = len(lines)
         self._wire_bytes = sum(sum(line["wire_bytes"].values()) for line in lines)
         scored = [line["test_accuracy"] for line in lines if line["test_accuracy"] is not None]
         self._accuracy = scored[-1] if scored else None

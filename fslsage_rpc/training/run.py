@@ -1,6 +1,6 @@
 """One run from its configuration to its folder: check, prepare, train, write."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,9 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
         InputError: the configuration cannot run here; found before ranks meet.
         Stopped: on request, before its end.
     """
-    check(config, job_ranks(config))
+    warn = screen.warn if is_first_rank(config) else None
+    experiment, folder = prepare(config, job_ranks(config), warn)
     links = emulated_links()
-    folder = RunFolder(config, screen.warn) if is_first_rank(config) else None
-    experiment = Experiment.prepare(config)
-    if folder:
-        folder.check_partition(experiment.partition_summary)
     world = open_world(config)
     with (
         stop or nullcontext()
@@ -61,6 +58,26 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
     if stopped:
         raise stopped
     return Path(config.output) / config.name
+
+
+def prepare(
+    config: Config, ranks: int, warn: Callable[[str], None] | None
+) -> tuple[Experiment, RunFolder | None]:
+    """All that can be found wrong before ranks meet is found here.
+
+    Args:
+        ranks: of the job.
+        warn: shows one line; None on ranks that do not have the folder.
+
+    Raises:
+        InputError: the configuration cannot run here, or not in this folder.
+    """
+    check(config, ranks)
+    folder = RunFolder(config, warn) if warn else None
+    experiment = Experiment.prepare(config)
+    if folder:
+        folder.check_partition(experiment.partition_summary)
+    return experiment, folder
 
 
 def _train(
