@@ -64,6 +64,14 @@ def push(compute: float, turn: int = 0, server: float = 0.5) -> Step:
 TRIP = 0.1 + 0.1 + 0.5 + 0.1 + 0.1  # half a round trip and 10 bytes up, the server, 20 bytes down
 
 
+@pytest.mark.parametrize("clients", [34, 100])
+def test_a_rank_gets_through_more_clients_than_may_have_steps_open(clients: int) -> None:
+    alone = [[Step(1.0)] for _ in range(clients)]
+    assert simulate(*alone, ranks=2) == pytest.approx(clients / 2)
+    instant = [[exchange(1.0, server=0.0), Step(1.0)] for _ in range(clients)]
+    assert simulate(*instant, ranks=2, replicas=True, workers=clients) >= clients
+
+
 def test_a_client_alone_waits_for_every_answer() -> None:
     assert simulate([exchange(1.0), exchange(2.0, turn=1), Step(1.0)]) == pytest.approx(4.0 + 2 * TRIP)
 
@@ -179,6 +187,15 @@ def test_bytes_are_those_that_a_run_moves(name: str) -> None:
     assert predicted.paper_bytes == sum(line["paper_bytes"] for line in interval) / len(interval)
 
 
+def test_a_partition_file_says_how_many_samples_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "parts.json"
+    path.write_text("[[0, 1, 2], [3, 4, 5], [6, 7]]")
+    keys = {"data": {"partition": "file", "partition_file": str(path)}}
+    config = from_tree(merged(tree("fedavg"), keys))
+    scenario = Scenario(config, LINK, 1)
+    assert scenario.round(0).samples == 8 * config.clients.local_epochs
+
+
 def test_costs_are_per_sample_and_request() -> None:
     scenario = Scenario(from_tree(tree("fsl_sage", average_auxiliary="never")), LINK, client_ranks=2)
     samples = 1437
@@ -270,7 +287,9 @@ def test_the_command_calibrates_this_machine_and_says_that_it_predicts(
     ("arguments", "message"),
     [
         (["--clients", "ten"], "--clients: got 'ten', expected whole numbers from 1 on"),
-        (["--rtt", "20ms"], "--bandwidth, --rtt: got none, expected both, or --calibrate with a benchmark"),
+        (["--client-ranks", "2,4"], "--client-ranks: got '2,4', expected a whole number from 1 on"),
+        ([], "--bandwidth, --rtt: got none, expected both, or --calibrate with a benchmark"),
+        (["--rtt", "20ms"], "--bandwidth, --rtt: got one, expected both, or --calibrate with a benchmark"),
         (["--calibrate", "nowhere"], "--calibrate: got nowhere, expected the folder of a complete benchmark"),
     ],
 )
@@ -286,7 +305,11 @@ def test_a_wrong_plan_is_refused_in_one_line(
 
 def test_costs_of_this_machine_hold_no_transport_and_each_partys_own_seconds() -> None:
     config = from_tree(
-        {"device": "cpu", "clients": {"batch_size": 16}, "algorithm": {"alignment": {"epochs": 5}}}
+        {
+            "device": "cpu",
+            "clients": {"count": 8, "minimum": 3, "batch_size": 16},
+            "algorithm": {"alignment": {"epochs": 5}},
+        }
     )
     calibration = calibrate_here(config)
     for costs in calibration.costs.values():
@@ -310,6 +333,9 @@ def test_a_benchmark_calibrates_its_own_model_only(
     other = said(capsys, "plan", config, "model.name=resnet18", "--calibrate", folder)
     assert other.returncode == 2
     assert f"--calibrate: {folder} measured model.name=simple_conv, expected resnet18" in other.stderr
+    for key in ("algorithm.alignment.epochs", "data.tokens"):
+        other = said(capsys, "plan", config, f"{key}=77", "--calibrate", folder)
+        assert (other.returncode, f"{key}=" in other.stderr, "expected 77" in other.stderr) == (2, True, True)
     many = said(capsys, "plan", config, "--calibrate", folder, "--clients", "97")
     assert "--clients: got 97, expected at most 96, the training samples" in many.stderr
     (folder / "rounds" / "fsl_sage-0.jsonl").unlink()

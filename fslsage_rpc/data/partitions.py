@@ -103,7 +103,19 @@ def summary(parts: Partition, labels: np.ndarray, classes: int) -> list[dict[str
     ]
 
 
-def _from_file(path: Path, samples: int, clients: int) -> Partition:
+def divided(keys: Data, samples: int) -> int:
+    """How many of so many training samples are given to clients: all, or those that the partition file lists.
+
+    Raises:
+        InputError: the partition file is unusable.
+    """
+    if keys.partition != "file":
+        return samples
+    return sum(map(len, _lists(Path(str(keys.partition_file)))))
+
+
+def _lists(path: Path, clients: int | None = None) -> list[list[Any]]:
+    """What the partition file holds, whatever stands in its lists, for so many clients or any."""
     wrong = f"data.partition_file: got {path}"
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
@@ -113,12 +125,15 @@ def _from_file(path: Path, samples: int, clients: int) -> Partition:
         raise InputError(
             f"{wrong}, which is not valid JSON, expected one list of indices per client"
         ) from None
-    if (
-        not isinstance(lists, list)
-        or len(lists) != clients
-        or not all(isinstance(part, list) for part in lists)
-    ):
-        raise InputError(f"{wrong}, expected a list of {clients} lists (clients.count) of sample indices")
+    are_lists = isinstance(lists, list) and bool(lists) and all(isinstance(part, list) for part in lists)
+    if not are_lists or len(lists) != (clients or len(lists)):
+        count = f"{clients} lists (clients.count)" if clients else "lists"
+        raise InputError(f"{wrong}, expected a list of {count} of sample indices")
+    return lists
+
+
+def _from_file(path: Path, samples: int, clients: int) -> Partition:
+    wrong, lists = f"data.partition_file: got {path}", _lists(path, clients)
     used: set[int] = set()
     for client, part in enumerate(lists):
         if not part:

@@ -12,7 +12,7 @@ from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.bench.statistics import BenchRun
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import load
+from fslsage_rpc.configuration import changed_keys, load, to_tree
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
@@ -23,6 +23,12 @@ from fslsage_rpc.tasks import open_task
 APPROXIMATIONS = 20
 LARGEST = 1e18
 """seconds or bytes"""
+WORK = ("data.name", "data.tokens", "data.vocabulary", "precision", "tf32", "graphs", "device")
+WORK_OF_ALIGNMENT = (
+    *(f"algorithm.alignment.{key}" for key in ("solver", "epochs", "batch_size", "tolerance")),
+    "algorithm.measure_drift",
+)
+"""keys that change what a step or an alignment costs, beside those of the model"""
 
 
 @dataclass(frozen=True)
@@ -38,21 +44,22 @@ class Calibration:
     """of the one machine that all ranks were on, over the threads of an operation; infinite for several"""
 
 
-def read_calibration(folder: Path) -> Calibration:
-    """What the folder of a benchmark says; of several variants of one algorithm, the first one.
+def read_calibration(folder: Path, planned: Config | None = None) -> Calibration:
+    """What the folder of a benchmark says; of each algorithm's variants, the first one (that did the
+    same work as is planned).
 
     Raises:
-        InputError: it is not the folder of a complete benchmark over a real transport.
+        InputError: it is not the folder of a complete benchmark over a real transport, or of other work.
     """
     try:
-        return _read(folder)
+        return _read(folder, planned)
     except InputError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise InputError(f"--calibrate: got {folder}, expected the folder of a complete benchmark") from None
 
 
-def _read(folder: Path) -> Calibration:
+def _read(folder: Path, planned: Config | None) -> Calibration:
     environment = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["environment"]
     _check_figures([environment["link_speeds"], environment["ranks"]])
     speeds = [LinkSpeed(**speed) for each in environment["link_speeds"] for speed in each.values()]
@@ -67,17 +74,34 @@ def _read(folder: Path) -> Calibration:
     one_machine = len({rank["host"] for rank in ranks}) == 1
     cores = ranks[0]["cores"] / ranks[0]["threads"] if one_machine else math.inf
     costs: dict[str, Costs] = {}
+    other_work: list[str] = []
     for name, variant in variant_configs(config).items():
         known = variant.algorithm.name in ALGORITHMS  # the simulation knows when these make requests
         if known and variant.algorithm.name not in costs:
+            if planned and (other := _other_work(variant, planned)):
+                other_work.append(f"--calibrate: {folder} measured {other}")
+                continue
             scenario = Scenario(variant, link, len(ranks) - 1, cores)
             lines = _measured_lines(folder, name, config, scenario)
             measured = measure_costs(lines, scenario)
             _check_figures(list(vars(measured).values()))
             costs[variant.algorithm.name] = on_cores_of_their_own(measured, scenario, workers)
+    if not costs and other_work:
+        raise InputError(other_work[0])
     if not costs:
         raise InputError(f"--calibrate: got {folder}, expected a benchmark of one of {', '.join(ALGORITHMS)}")
     return Calibration(config, costs, link, workers, cores)
+
+
+def _other_work(measured: Config, planned: Config) -> str | None:
+    """What makes seconds per sample or pass of one mean nothing for the other; None where nothing does."""
+    for key, (was, is_now) in changed_keys(to_tree(measured), to_tree(planned)).items():
+        if key == "device" and "auto" in (was, is_now):
+            continue  # whatever the calibration ran on
+        aligned = key in WORK_OF_ALIGNMENT and measured.algorithm.name == "fsl_sage"
+        if key.startswith("model.") or key in WORK or aligned:
+            return f"{key}={was}, expected {is_now} as planned"
+    return None
 
 
 def _check_figures(tree: Any, least: float = 0.0) -> None:

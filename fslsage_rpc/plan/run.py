@@ -12,8 +12,9 @@ from rich.table import Table
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.comm.world import choose_device, open_world, server_workers
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import changed_keys, from_tree, to_tree
+from fslsage_rpc.configuration import from_tree, to_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
+from fslsage_rpc.data.partitions import divided
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.own import is_own
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
@@ -55,12 +56,12 @@ def plan(
     """
     if calibration is None:
         if bandwidth is None or rtt is None:
-            raise InputError("--bandwidth, --rtt: got none, expected both, or --calibrate with a benchmark")
+            got = "none" if bandwidth is rtt else "one"
+            raise InputError(f"--bandwidth, --rtt: got {got}, expected both, or --calibrate with a benchmark")
         measured = calibrate_here(config)
     else:
-        measured = read_calibration(Path(calibration))
-        _check_same(config, measured, calibration)
-    samples = open_task(config).train_samples
+        measured = read_calibration(Path(calibration), config)
+    samples = divided(config.data, open_task(config).train_samples)
     if max(clients) > samples:
         raise InputError(f"--clients: got {max(clients)}, expected at most {samples}, the training samples")
     link = link_speed(measured.link, bandwidth, rtt)
@@ -98,15 +99,22 @@ def calibrate_here(config: Config) -> Calibration:
     keys = [
         *("transport=local", "rounds=2", "trace=false", "evaluation.every=1000", "data.test_limit=1"),
         *("stop.paper_gib=null", "stop.accuracy=null"),
-        *("clients.count=2", "clients.participation=1.0", "data.partition=iid"),
+        *("clients.count=2", "clients.minimum=1", "clients.participation=1.0", "clients.on_loss=fail"),
+        "data.partition=iid",
         f"data.train_limit={samples}",
         *([] if config.algorithm.align_every is None else ["algorithm.align_every=1"]),
     ]
     costs: dict[str, Costs] = {}
     for name in ALGORITHMS:
         variant = from_tree(to_tree(config), [*keys, f"algorithm.name={name}"])
-        check(variant, ranks=1)
-        lines = _train_here(variant)
+        try:
+            check(variant, ranks=1)
+            lines = _train_here(variant)
+        except InputError as error:
+            if name == config.algorithm.name:
+                raise
+            print(f"{name} is not predicted: {error}")
+            continue
         here = measure_costs(lines[1:], Scenario(variant, NO_LINK, client_ranks=1))
         costs[name] = replace(here, sending=0.0, handling=0.0)  # a call of the server, which holds its work
     workers = server_workers(choose_device(config.device, 0))
@@ -119,16 +127,6 @@ def _train_here(config: Config) -> list[Line]:
     trainer = Trainer(Experiment.prepare(config), open_world(config))
     trainer.train(lambda line, _: lines.append(line))
     return lines
-
-
-def _check_same(config: Config, measured: Calibration, calibration: str) -> None:
-    """Seconds per sample mean nothing for another model, data, precision or device."""
-    now, then = to_tree(config), to_tree(measured.config)
-    for key, (was, is_now) in changed_keys(then, now).items():
-        if key == "device" and "auto" in (was, is_now):
-            continue  # whatever the calibration ran on
-        if key.startswith("model.") or key in ("data.name", "precision", "device"):
-            raise InputError(f"--calibrate: {calibration} measured {key}={was}, expected {is_now} as planned")
 
 
 def _quantity(option: str, text: str, units: dict[str, float], example: str) -> float:
@@ -158,8 +156,9 @@ def _show(rows: Sequence[tuple[str, int, Prediction]], link: LinkSpeed, calibrat
     console.print(table)
     rates = [rate * 8 / 1e6 for rate in (link.up_bytes_per_second, link.down_bytes_per_second)]
     console.print(
-        f"Predicted for links of {rates[0]:,.0f} mbit up, {rates[1]:,.0f} mbit down and "
+        f"Predicted for links of {rates[0]:,.4g} mbit up, {rates[1]:,.4g} mbit down and "
         f"{1000 * link.round_trip_seconds:g} ms round trip, from costs measured on {calibration}; "
         "for clients of equal size and server.order: round_robin.",
         soft_wrap=True,
+        markup=False,
     )

@@ -8,6 +8,7 @@ import torch
 from fslsage_rpc.algorithms import create
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.data.partitions import divided
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.plan.wire import Connection
 from fslsage_rpc.tasks import open_task
@@ -41,7 +42,7 @@ class Scenario:
         self.config, self.link, self.client_ranks = config, link, client_ranks
         self.shared_cores = shared_cores
         task, clients = open_task(config), config.clients
-        samples, count = task.train_samples, clients.count
+        samples, count = divided(config.data, task.train_samples), clients.count
         shares = [samples * (i + 1) // count - samples * i // count for i in range(count)]
         self.federation = Federation(
             shares, clients.participation, clients.batch_size, clients.local_epochs, config.seed

@@ -142,6 +142,8 @@ class RoundSimulation:
                 return
             if step.kind == "turn":
                 self._turns[progress.rank].begin(progress.client, step.turn)
+            elif step.kind is None:
+                self._turns[progress.rank].leave(progress.client)
             self._rank_busy[progress.rank] = False
             self._compute(progress.rank)
 
