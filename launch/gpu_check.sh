@@ -8,12 +8,12 @@
 # it images are synthetic. Nothing needs to be installed but torch, torchvision, pyyaml, rich and pytest. Without a
 # GPU the tests are skipped by name, and the measurement is a tiny one on the CPU, named so in its files.
 set -euo pipefail
+folder=${1:+$(realpath -m "$1")} data=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.."
-folder=${1:-docs/results}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 echo "== tests that need a GPU, and those of what they rest on"
 python3 -m pytest -p no:cacheprovider -vv --durations=10 tests/test_cuda.py tests/test_placement.py
 
 echo "== samples per second"
-python3 benchmarks/gpu_speed.py "$folder" ${2:+--data "$2"}
+python3 benchmarks/gpu_speed.py "${folder:-docs/results}" ${data:+--data "$data"}

@@ -19,6 +19,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -35,10 +36,12 @@ COMMANDS = ("train", "bench", "check")
 def main(arguments: Sequence[str]) -> int:
     """Print the assignments; the exit status is in the module's description."""
     try:
-        print(describe(arguments))
+        with redirect_stdout(sys.stderr):  # of the user's own code
+            found = describe(arguments)
     except InputError as error:
         print(f"fslsage_rpc: {error}", file=sys.stderr, flush=True)
         return 2
+    print(found)
     return 0
 
 
@@ -57,11 +60,11 @@ def describe(arguments: Sequence[str]) -> str:
     ranks = config.ranks if chosen else suitable_ranks(config, gpus(config), cores())
     if config.transport == "local":
         ranks = 1
-    # What ranks find wrong torchrun takes for a fault, and starts them again. `check` says all that is wrong itself.
-    if command == "train":
-        prepare(config, ranks, warn=lambda line: None)  # rank 0 shows it
-    elif command == "bench":
+    # What ranks find wrong torchrun takes for a fault: it starts them again.
+    if command == "bench":
         checked_variants(config, ranks)
+    else:
+        prepare(config, ranks, warn=(lambda line: None) if command == "train" else None)  # rank 0 shows it
     found = {
         "folder": Path(config.output) / config.name,
         "ranks": ranks,

@@ -51,7 +51,7 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads=$(($(nproc) / ranks))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
-rm -f "$folder/STOPPED"
+if [ "$1" = train ]; then rm -f "$folder/STOPPED"; fi
 
 restarts=0
 start_rank() {

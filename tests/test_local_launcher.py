@@ -56,9 +56,24 @@ def test_wrong_input_is_found_before_a_rank_starts(tmp_path: Path) -> None:
     assert "batch of 1" in mistake(job.describe, ["train", config, *alone])
     variants = ["bench.variants={fedavg: [algorithm.name=fedavg]}", "bench.reference=fedavg", *alone]
     assert "bench.variants.fedavg: clients.batch_size" in mistake(job.describe, ["bench", config, *variants])
-    assert job.describe(["train", config, "transport=local"])
+    assert "batch of 1" in mistake(job.describe, ["check", config, *alone])
     fslsage_rpc.train(tree(tmp_path, name="run", rounds=1))
     assert "seed: got 7" in mistake(job.describe, ["train", config, "transport=local", "seed=7"])
+
+
+def test_what_the_users_code_prints_is_no_word_of_the_launchers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loud.py").write_text(
+        "import torch\n\n\ndef net(num_classes):\n    print('exit 3')\n    return torch.nn.Sequential("
+        "torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.Linear(8, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = ["model={name: loud:net, cut: '1'}", "model.auxiliary.kind=linear"]
+    assert job.main(["train", write(tmp_path), *keys, "ranks=2"]) == 0
+    said = capsys.readouterr()
+    assert "exit 3" in said.err
+    assert all("=" in line for line in said.out.splitlines())
 
 
 def write(folder: Path, **keys: object) -> str:
