@@ -1,9 +1,11 @@
 """The command line as one rank, with a fault in a round, at a place: FAULT="rank:round:place:kind".
 
 Places: `step`, between two steps of a client; `averaging`, before the all-reduce; `closing`, after a trained
-round, before its line; `server`, on rank 0 as it waits for the round's requests. Kinds: kill, stop, raise.
+round, before its line; `server`, on rank 0 as it waits for the round's requests; `start` (round -1), before
+the parties are built. Kinds: kill, stop, raise.
 PACE: seconds to wait before each round of the generation after the first loss. SLOW_FIT: a client whose
-auxiliary model takes the server 2 s more to fit.
+auxiliary model takes the server 2 s more to fit. SLOW_PART: a rank that takes 2 s more to write its part of a
+checkpoint.
 """
 
 import os
@@ -16,11 +18,14 @@ from typing import Any
 from fslsage_rpc import cli  # first: it sets what torch logs
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.randomness import LocalStep
+from fslsage_rpc.training import checkpoints
 from fslsage_rpc.training.trainer import Trainer
 
 true_train_round, true_batches = Trainer.train_round, Client.batches
 true_average_clients, true_close_round = Trainer._average_clients, Trainer._close_round
 true_wait, true_fit = Server.wait, Server._fit
+true_init, true_write_part = Trainer.__init__, checkpoints.write_part
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 current = -1
 done = False
@@ -69,10 +74,21 @@ def wait(self: Server) -> None:
     true_wait(self)
 
 
-def fit(self: Server, client: int, targets: Any) -> Any:
-    if str(client) == os.environ.get("SLOW_FIT"):
+def fit(self: Server, at: LocalStep, targets: Any) -> Any:
+    if str(at.client) == os.environ.get("SLOW_FIT"):
         time.sleep(2)
-    return true_fit(self, client, targets)
+    return true_fit(self, at, targets)
+
+
+def init(self: Trainer, *arguments: Any) -> None:
+    fault("start")
+    true_init(self, *arguments)
+
+
+def write_part(*arguments: Any) -> Any:
+    if os.environ["RANK"] == os.environ.get("SLOW_PART"):
+        time.sleep(2)
+    return true_write_part(*arguments)
 
 
 def main(*arguments: str) -> None:
@@ -80,4 +96,5 @@ def main(*arguments: str) -> None:
     Trainer.train_round, Client.batches = train_round, batches  # type: ignore[method-assign]
     Trainer._average_clients, Trainer._close_round = average_clients, close_round  # type: ignore[method-assign]
     Server.wait, Server._fit = wait, fit  # type: ignore[method-assign]
+    Trainer.__init__, checkpoints.write_part = init, write_part  # type: ignore[method-assign]
     sys.exit(cli.main(arguments))

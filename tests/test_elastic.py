@@ -22,6 +22,7 @@ from test_checkpoints import tree
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.training.checkpoint_files import complete_folders
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
 
@@ -290,3 +291,35 @@ def test_each_algorithm_goes_on(change: dict[str, Any], tmp_path: Path) -> None:
     with ElasticJob(3, keys, tmp_path).start("1:2:step:kill") as job:
         assert job.wait(0, 2) == [0, 0], job.said
     assert_equals_one_process(job, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_ranks_that_die_together_are_one_loss(tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, rounds=3)
+    with ElasticJob(4, keys, tmp_path) as job:
+        for rank in (2, 3):
+            job.start(f"{rank}:1:averaging:kill", iter([rank]))
+        job.start(ranks=iter([0, 1]))
+        assert job.wait(0, 1) == [0, 0], job.said
+    assert sorted(event["rank"] for event in job.events) == [2, 3]
+    assert all(event["seconds"] < 20 for event in job.events)  # less than a silence takes to be noticed
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_that_is_lost_before_the_first_round_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    with ElasticJob(3, keys_of(tmp_path), tmp_path).start("2:-1:start:kill") as job:
+        assert job.wait(0, 1) == [1, 1], job.said
+    messages = [line for line in job.said.splitlines() if line.startswith("fslsage_rpc: ")]
+    died = "its process has died, or its connection to rank 0"
+    assert messages == [f"fslsage_rpc: rank 2 was lost ({died}) in the start: the run ends"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_last_checkpoint_waits_for_every_rank_that_has_a_part(tmp_path: Path) -> None:
+    with ElasticJob(3, keys_of(tmp_path, rounds=2), tmp_path, SLOW_PART="1").start() as job:
+        assert job.wait(0, 1, 2) == [0, 0, 0], job.said
+    assert complete_folders(job.folder / "checkpoints")[0].name == "round-000002"

@@ -32,6 +32,7 @@ from fslsage_rpc.training.run_folder import (
     rank_environment,
     versions,
     write_whole,
+    writing,
 )
 from fslsage_rpc.training.trainer import Trainer
 
@@ -113,7 +114,8 @@ def _bench(
             _train(trainer, run, links[-1], screen)
             runs.append(run)
             if world.hosts_server:
-                _write_rounds(folder, run)
+                with writing(config.output, folder):
+                    _write_rounds(folder, run)
                 screen.end_run(run)
             del trainer
             gc.collect()
@@ -139,9 +141,10 @@ def _bench(
                 for name, record in summarise(runs, config.bench).items()
             },
         }
-        write_whole(folder / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
-        write_whole(folder / "bench.json", json.dumps(result, indent=2) + "\n")
-        write_whole(folder / "bench.md", markdown(config.name, result))
+        with writing(config.output, folder):
+            write_whole(folder / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
+            write_whole(folder / "bench.json", json.dumps(result, indent=2) + "\n")
+            write_whole(folder / "bench.md", markdown(config.name, result))
         screen.show(config.name, result, folder)
 
 

@@ -41,9 +41,8 @@ class BenchScreen(ProgressScreen):
         if targets:
             self._show_rows("to the target accuracy", tables.TARGET_HEADERS, targets)
         self._console.print(tables.links_line(result), soft_wrap=True)
-        self._console.print(
-            f"Ratios are to {result['reference']}. Results: {folder}/bench.md", soft_wrap=True
-        )
+        where = f"Ratios are to {result['reference']}. Results: {folder}/bench.md"
+        self._console.print(where, soft_wrap=True, markup=False)
 
     def _show_variants(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """One column per variant, as many side by side as the terminal is wide."""

@@ -11,7 +11,7 @@ HEADERS = (
     *("wire MiB", "bound", "efficiency"),
 )
 REQUEST_HEADERS = ("variant", "request", "a round", "trip ms", "queue ms", "compute ms", "wire ms", "MiB/s")
-TARGET_HEADERS = ("variant", "target accuracy", "rounds", "training clock", "wire MiB", "modelled MiB")
+TARGET_HEADERS = ("variant", "target accuracy", "rounds", "training clock", "wire MiB, all", "modelled MiB")
 COMPUTE = ("data", "forward_backward", "estimate")
 WAIT = ("upload_wait", "gradient_wait", "drain_wait")
 REQUEST_PARTS = ("round_trip", "queue", "compute", "wire")

@@ -4,8 +4,8 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import FOLDER_NAME, from_tree, to_tree
 from fslsage_rpc.errors import InputError
 
-SHARED = ("name", "ranks", "transport", "device", "output", "resume", "trace", "stop", "bench")
-SHARED_COMM = ("averaging", "interface", "transports", "timeout_seconds")
+SHARED = ("name", "ranks", "transport", "device", "tf32", "output", "resume", "trace", "stop", "bench")
+SHARED_COMM = ("averaging", "interface", "transports", "device_maps", "timeout_seconds")
 """what belongs to the processes, not to a variant"""
 
 

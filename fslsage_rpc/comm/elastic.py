@@ -7,6 +7,7 @@ the main thread gets an error wherever it is, and comes to `accept_loss` and `re
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -34,6 +35,8 @@ from fslsage_rpc.parties.server import Server
 
 NEWS_SECONDS = 3.0
 """how long an error that does not look like a loss waits for news of one"""
+MEETING_SECONDS = 30.0
+"""how long a member may give no sign of life while ranks form a generation: nothing else tells of its end"""
 LEAVING_SECONDS = 10.0
 """how long rank 0, which hosts the store, waits for the others to leave at the end"""
 
@@ -79,9 +82,9 @@ class ElasticWorld(RpcWorld):
     def _reference(self) -> NamedServer:
         return NamedServer()
 
-    def admit(self) -> None:
+    def admit(self, before: Callable[[], None]) -> None:
         if self.rank == 0:
-            self._generations.admit()
+            self._generations.admit(before)
             if self._generations.is_over(self.generation):
                 raise ConnectionLost("another rank joins")
 
@@ -94,6 +97,8 @@ class ElasticWorld(RpcWorld):
             raise error
 
     def regroup(self) -> None:
+        with suppress(RuntimeError):  # rank 0 is gone, and the store with it
+            self._beside.set(f"left/{self.rank}", "")  # what it has not given by now never comes
         self._leave()
         self._enter_next()
 
@@ -102,9 +107,13 @@ class ElasticWorld(RpcWorld):
         return [Change(rank, reason, seconds) for rank, reason in self._generations.take_changes()]
 
     def gather_beside(self, name: str, value: Any) -> list[Any] | None:
-        generation = self.generation
-        own = dist.PrefixStore(f"generation/{generation}", self._side_store)
-        return self._gather_in_store(own, name, value, lambda: self._generations.is_over(generation))
+        members, numbers, own = self._members, self._numbers, self._beside
+
+        def never(rank: int) -> bool:
+            lost = not self._generations.has(numbers[rank], members[numbers[rank]])
+            return lost or own.check([f"left/{rank}"])
+
+        return self._gather_in_store(own, name, value, never)
 
     def fail(self, error: BaseException) -> NoReturn:
         if isinstance(error, RunOver):
@@ -130,6 +139,13 @@ class ElasticWorld(RpcWorld):
 
     def _explain_loss(self, reason: str) -> str:
         here = Presence.here(self.number, self.device)
+        self._generations.await_next(self.generation, NEWS_SECONDS)
+        if self.number != 0:
+            time.sleep(NEWS_SECONDS)  # if it was a rank, rank 0 says which: its claim ends this process
+        lost = {number: why for number, why in self._generations.take_changes() if why}
+        if lost:
+            who = ", ".join(f"rank {number} was lost ({why})" for number, why in lost.items())
+            return f"{who} in {self.activity()}: the run ends"
         return f"{here} lost a connection in {self.activity()}, and no rank that was lost: {reason}"
 
     def close(self) -> None:
@@ -191,21 +207,36 @@ class ElasticWorld(RpcWorld):
             except RuntimeError as error:
                 if self._generations.run_over():
                     raise RunOver from error
-                if self._generations.await_next(self.generation, self._timeout_seconds) is None:
+                followed = self._await_successor()
+                if not followed or self.generation == 0:  # nothing is trained that would be lost
                     raise ConnectionLost(first_line(error)) from error
                 self._leave()
             else:
                 self._formed = time.monotonic()
                 return
 
+    def _await_successor(self) -> bool:
+        """Wait for a generation without whoever was lost while this one formed, until silence would tell."""
+        deadline = time.monotonic() + self._timeout_seconds + LEAVING_SECONDS
+        while time.monotonic() < deadline:
+            if self.number == 0:
+                self._generations.lose_silent(MEETING_SECONDS)
+            if self._generations.await_next(self.generation, seconds=1.0):
+                return True
+        return False
+
     def _form(self, generation: Generation) -> None:
+        self._members = generation.members
         self._numbers = sorted(generation.members)
+        self._beside = dist.PrefixStore(f"beside/{generation.number}", self._side_store)
         self._take_place(self._numbers.index(self.number), len(self._numbers))
         # A connection of its own, to be cut with the others: forming groups waits on it for a rank that dies.
         store = dist.PrefixStore(f"generation/{generation.number}", self._job.clone())
         store.set(f"device/{self.rank}", str(self.device))
         keys = [f"device/{rank}" for rank in range(self.size)]
         while not store.check(keys):
+            if self.number == 0:
+                self._generations.lose_silent(MEETING_SECONDS)
             if self._generations.is_over(generation.number) or self._generations.run_over():
                 raise ConnectionLost("a rank was lost while the ranks met")
             time.sleep(POLL_SECONDS)

@@ -23,6 +23,8 @@ from fslsage_rpc.comm.watchdog import GRACE_SECONDS, claim_failure, connecting
 PERIOD_SECONDS = 0.25
 FRESH_SECONDS = 3.0
 """a newcomer that gave its last sign of life longer ago is not let in"""
+SETTLING_SECONDS = 0.5
+"""how long a loss waits for others: what ends one process often ends several"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Generations:
         self._newest: Generation | None = None
         self._entered = -1
         self._losses: dict[int, str] = {}
+        self._lost_since = float("inf")
         self._newcomers: dict[int, tuple[str, bytes, float]] = {}  # identity, last beat, when it came
         self._former: set[str] = set()  # a process that was stopped and goes on is no newcomer
         self._changes: list[tuple[int, str | None]] = []
@@ -157,6 +160,10 @@ class Generations:
         """Is there a later one?"""
         return self._newest is not None and self._newest.number > generation
 
+    def has(self, number: int, identity: str) -> bool:
+        """Is this process in the newest generation?"""
+        return self._newest is not None and self._newest.members.get(number) == identity
+
     def lose(self, number: int, generation: int, reason: str) -> None:
         """On rank 0, from any thread: a member of that generation is lost."""
         with self._changed:
@@ -164,20 +171,38 @@ class Generations:
                 self._losses.setdefault(number, reason)
         self._wake.set()
 
-    def admit(self) -> None:
-        """On rank 0: begin a generation with those who wait to join, if there are any."""
-        now = time.monotonic()
+    def lose_silent(self, seconds: float) -> None:
+        """On rank 0: the members that have given no sign of life for so long are lost."""
+        now, newest = time.monotonic(), self._newest
+        for number, (_, came) in list(self._beats.items()):
+            if newest and now - came > seconds:
+                self.lose(number, newest.number, f"no sign of life for {seconds:g} s while the ranks met")
+
+    def admit(self, before: Callable[[], None]) -> None:
+        """On rank 0: begin a generation with those who wait to join, if there are any.
+
+        Args:
+            before: what has to be done first, if so.
+        """
+        if not self._fresh():
+            return
+        before()
         with self._changed:
-            fresh = {
-                number: identity
-                for number, (identity, _, came) in self._newcomers.items()
-                if now - came < FRESH_SECONDS
-            }
+            fresh = self._fresh()
             if fresh and self._newest and not self._losses:
                 self._changes += [(number, None) for number in fresh]
                 self._newcomers = {}
                 members = {**self._newest.members, **fresh}
                 self._begin(Generation(self._newest.number + 1, dict(sorted(members.items()))))
+
+    def _fresh(self) -> dict[int, str]:
+        """The identities of newcomers that are alive, by number."""
+        now = time.monotonic()
+        return {
+            number: identity
+            for number, (identity, _, came) in list(self._newcomers.items())
+            if now - came < FRESH_SECONDS
+        }
 
     def take_changes(self) -> list[tuple[int, str | None]]:
         """On rank 0: the numbers of those lost, each with the reason, and of those that have joined, since
@@ -264,7 +289,11 @@ class Generations:
             if identity not in self._former:
                 self._watch_newcomer(number, identity)
         lost = {number: why for number, why in self._losses.items() if number in newest.members}
-        self._losses = {}
+        if lost and self._lost_since == float("inf"):
+            self._lost_since = time.monotonic()
+        if lost and time.monotonic() - self._lost_since < SETTLING_SECONDS:
+            return
+        self._losses, self._lost_since = {}, float("inf")
         if lost:
             lost = {number: self._store.get(f"left/{number}").decode() or why for number, why in lost.items()}
             self._changes += lost.items()
@@ -325,11 +354,15 @@ class Generations:
 
     def _begin(self, generation: Generation) -> None:
         """A new generation, which ends the one before."""
+        stay = self._newest.members.items() & generation.members.items() if self._newest else set()
+        before = {number for number, _ in stay}
         self._newest = generation
         self.began = time.monotonic()
         if self._number == 0:
             if not generation.too_few:
                 self._store.set("generation", generation.encoded())
-            self._beats = {number: (b"", time.monotonic()) for number in generation.members if number}
+            now = time.monotonic()
+            known = {number: self._beats[number] for number in self._beats if number in before}
+            self._beats = {n: known.get(n, (b"", now)) for n in generation.members if n}
         self._cut()
         self._changed.notify_all()

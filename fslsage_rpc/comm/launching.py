@@ -110,7 +110,9 @@ class LocalRanks:
         if not failures:
             return 0
         rank, first = next(iter(failures.items()))
-        if first in (2, STOPPED, NOBODY_READS):
+        if 2 in failures.values():  # the rank that has said so; others that saw it may have ended first
+            return 2
+        if first in (STOPPED, NOBODY_READS):
             return first
         if self._signalled:
             return 128 + self._signalled

@@ -214,19 +214,20 @@ class RpcWorld(World):
         return self._gather_in_store(self._side_store, name, value)
 
     def _gather_in_store(
-        self, store: dist.Store, name: str, value: Any, given_up: Callable[[], bool] | None = None
+        self, store: dist.Store, name: str, value: Any, never: Callable[[int], bool] | None = None
     ) -> list[Any] | None:
-        """`gather` through the store; None on rank 0 too, when it is given up."""
+        """`gather` through the store; None on rank 0 too, where a rank's value will never come."""
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         with peers_may_be_lost():
             store.set(keys[self.rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
             if self.rank != 0:
                 return None
-            if given_up is None:
+            if never is None:
                 store.wait(keys, FOREVER)
             else:
                 while not store.check(keys):
-                    if given_up():
+                    gone = [key for rank, key in enumerate(keys) if never(rank)]
+                    if not all(store.check([key]) for key in gone):  # what came before it was gone counts
                         return None
                     time.sleep(POLL_SECONDS)
             values = [pickle.loads(store.get(key)) for key in keys]
@@ -315,9 +316,9 @@ class RpcWorld(World):
         self._dissolve_pools()
 
     def _dissolve_pools(self) -> None:
-        for pool in self._pools.values():
+        while self._pools:  # what still runs in one may start another
+            _, pool = self._pools.popitem()
             pool.shutdown(cancel_futures=True)
-        self._pools = {}
 
     def _worker(self, rank: int) -> str:
         """The name of a rank's RPC worker."""

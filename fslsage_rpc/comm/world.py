@@ -120,9 +120,12 @@ class World(ABC):
         speeds = self.gather((self.client_rank, mine)) or []
         return {rank: speed for rank, speed in speeds if speed is not None}
 
-    def admit(self) -> None:  # noqa: B027 (most worlds stay as they are)
+    def admit(self, before: Callable[[], None]) -> None:  # noqa: B027 (most worlds stay as they are)
         """Called by all ranks between two rounds: where ranks wait to join, those here meet anew with them
         (`accept_loss`, `regroup`), so this or a later collective fails.
+
+        Args:
+            before: done on rank 0 first, if any wait.
         """
 
     def accept_loss(self, error: BaseException) -> None:

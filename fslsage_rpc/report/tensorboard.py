@@ -30,6 +30,10 @@ class TensorBoard:
             self._writer.add_scalar(name, value, line["round"])
         self._writer.flush()
 
+    def give_up(self) -> None:
+        """Write nothing more."""
+        self._writer = None
+
     def close(self) -> None:
         """Close the event file."""
         if self._writer is not None:

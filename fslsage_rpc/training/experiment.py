@@ -223,13 +223,20 @@ def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:
 
 def _check_alignment_batches(config: Config, federation: Federation, algorithm: Algorithm) -> None:
     """BatchNorm cannot normalise one sample, so no alignment may leave one over."""
-    if algorithm.auxiliary != "aligned":
+    if algorithm.auxiliary != "aligned" or config.algorithm.align_every is None:
         return
     keys = config.algorithm.alignment
+    may_be_absent = config.clients.on_loss == "drop"  # and align when they are back, in whatever round
     for client, sizes in enumerate(federation.batch_sizes):
         uploaded = sum(sizes[:: config.algorithm.upload_every])
-        for earlier in range(config.rounds):  # rounds that it took part in before; then its first upload
+        earlier = 0  # rounds that it took part in before; then its first upload
+        for round in range(config.rounds):
+            if not may_be_absent and client not in federation.participants(round):
+                continue
             samples = min(earlier * uploaded + sizes[0], keys.buffer_size)
+            earlier += 1
+            if not may_be_absent and not algorithm.aligns(client, round):
+                continue
             if samples % keys.batch_size == 1:
                 raise InputError(
                     f"algorithm.alignment.batch_size: got {keys.batch_size}, expected one that leaves no "

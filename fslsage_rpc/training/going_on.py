@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fslsage_rpc.comm.world import Change, World
+from fslsage_rpc.errors import TooFewClients
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.training.assembly import dealt_out, hosted_clients
 from fslsage_rpc.training.checkpoint_files import Damaged, Manifest, RankState, State, read_manifest
@@ -64,24 +65,24 @@ def from_memory(
     memory = checkpoints.memory
     remembered = world.gather((world.home, sorted(memory)))
     news: tuple[int, list[Event], list[int]] | None = None
-    away: dict[int, State] = {}
     if folder and remembered:
         rounds = max(set.intersection(*(set(known) for _, known in remembered if known)))
         newcomers = [home for home, known in remembered if not known]
         folder.go_back(rounds)
+        away: dict[int, State] = {}
         for change in world.take_changes():
             event = _event(change, rounds, list(dealt_out(experiment, world, change.rank - 1)))
             folder.add_event(event)
             if change.reason is not None:
                 away |= _last_states(checkpoints, event["clients"])
+        if known := memory.get(rounds):
+            known.clients |= away  # at once: another rank may be lost before all of this is done
         screen.show_changes(folder.rounds, folder.events, rounds)
         news = rounds, folder.events, newcomers
     rounds, events, newcomers = world.broadcast(news)
     experiment.federation.follow(events)
     mine = memory.get(rounds)
     state = mine and snapshot(mine)
-    if state:
-        state.clients |= away
     if newcomers and rounds:
         returning = _send_back(experiment, world, state, newcomers, rounds)
         if state is None:
@@ -100,7 +101,11 @@ def _send_back(
     returning = None
     if peers:
         assert state is not None
-        peer = next(one for one in peers if one is not None)
+        peer = next((one for one in peers if one is not None), None)
+        if peer is None:
+            raise TooFewClients(
+                "only ranks that have just joined are left: the run ends at its last checkpoint"
+            )
         clients = [id for home in homes for id in dealt_out(experiment, world, home)]
         returning = {id: returning_state(id, peer, state.clients.get(id), state) for id in clients}
     return world.broadcast(returning)

@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ class RunFolder:
             self._write("partition.json", _json(partition))
             if not going_on:
                 shutil.rmtree(self.path / EVENTS, ignore_errors=True)
-        self._tensorboard = TensorBoard(self.path / EVENTS, going_on.rounds if going_on else 0)
+            self._tensorboard = TensorBoard(self.path / EVENTS, going_on.rounds if going_on else 0)
 
     def add_before(self, events: list[dict[str, Any]]) -> None:
         """Add lines of events before the first round; written as the folder is started."""
@@ -146,10 +146,7 @@ class RunFolder:
     def add_round(self, line: dict[str, Any]) -> None:
         """Append a round's line to `metrics.jsonl`; where that fails the training goes on."""
         self._add(line)
-        try:
-            self._tensorboard.add_round(line)
-        except OSError as error:
-            self.warn(said(error, self.path / EVENTS))
+        self._try(lambda: self._tensorboard.add_round(line))
 
     def add_event(self, line: dict[str, Any]) -> None:
         """Append an event's line."""
@@ -166,8 +163,16 @@ class RunFolder:
         if len(kept) < len(lines):
             with self._writing():
                 self._metrics.begin(encoded(kept))
-            self._tensorboard.close()
-            self._tensorboard = TensorBoard(self.path / EVENTS, rounds)
+                self._try(self._tensorboard.close)
+                self._tensorboard = TensorBoard(self.path / EVENTS, rounds)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """TensorBoard's events are worth a warning, no more: its writer ends with the first error."""
+        try:
+            write()
+        except OSError as error:
+            self.warn(f"{said(error, self.path / EVENTS)}: no more events are written there")
+            self._tensorboard.give_up()
 
     def _add(self, line: dict[str, Any]) -> None:
         try:
@@ -200,7 +205,7 @@ class RunFolder:
         Raises:
             InputError: the folder cannot be written to.
         """
-        self._tensorboard.close()
+        self._try(self._tensorboard.close)
         with self._writing():
             self._metrics.extent()
             self._metrics.sync()
@@ -266,16 +271,23 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         write_durably(self.path / name, text.encode())
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Say in one line that the folder cannot be written to."""
-        try:
-            yield
-        except OSError as error:
-            output = self._config["output"]
-            raise InputError(
-                f"output: got {output!r}, where {self.path} cannot be written ({error.strerror})"
-            ) from None
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self._config["output"], self.path)
+
+
+@contextmanager
+def writing(output: str, folder: Path) -> Iterator[None]:
+    """Say in one line that the folder cannot be written to.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"output: got {output!r}, where {folder} cannot be written ({error.strerror})"
+        ) from None
 
 
 def checkpoints_folder(config: Config) -> Path:

@@ -107,7 +107,7 @@ class Trainer:
             return False
         stops = False
         for round in range(self._first_round, self._config.rounds):
-            self.world.admit()
+            self.world.admit(checkpoints.complete if checkpoints else lambda: None)
             seconds = self.train_round(round)
             if checkpoints:
                 checkpoints.complete()  # a lost rank costs one checkpoint at most
