@@ -154,8 +154,8 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
 def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     clients = _counts("--clients", options.clients or str(config.clients.count))
-    ranks = _counts("--client-ranks", options.client_ranks)[0] if options.client_ranks else None
-    cores = _counts("--shared-cores", options.shared_cores)[0] if options.shared_cores else None
+    ranks = _count("--client-ranks", options.client_ranks) if options.client_ranks else None
+    cores = _count("--shared-cores", options.shared_cores) if options.shared_cores else None
     with uninterrupted():
         from fslsage_rpc.plan.run import plan
 
@@ -168,6 +168,12 @@ def _counts(option: str, text: str) -> list[int]:
     if min(counts) < 1:
         raise InputError(f"{option}: got {text!r}, expected whole numbers from 1 on, as 10,100")
     return counts
+
+
+def _count(option: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{option}: got {text!r}, expected a whole number from 1 on")
+    return int(text)
 
 
 def _needs_ranks(config: Config) -> bool:
@@ -233,8 +239,8 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     with uninterrupted():
         from fslsage_rpc.training.evaluation import evaluate_run
 
-    (beams,) = _counts("--beams", options.beams)
-    limit = None if options.bleu in (None, "all") else _counts("--bleu", options.bleu)[0]
+    beams = _count("--beams", options.beams)
+    limit = None if options.bleu in (None, "all") else _count("--bleu", options.bleu)
     score = evaluate_run(options.run)
     metrics = "".join(f"  test {name} {value:.4f}" for name, value in score.metrics.items())
     print(f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}{metrics}")
@@ -251,7 +257,7 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
     with uninterrupted():
         from fslsage_rpc.generation.texts import generate, language_run
 
-    (beams,) = _counts("--beams", options.beams)
+    beams = _count("--beams", options.beams)
     if _needs_ranks(load(Path(options.run) / "config.yaml")):
         language_run(options.run)
         from fslsage_rpc.comm.launching import launch

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from user_input import mistake
 
 from fslsage_rpc.config import Alignment, Auxiliary, Model, OptimizerKeys
+from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.models.splitting import build
@@ -22,6 +24,7 @@ from fslsage_rpc.parties.alignment import (
     cut_layer_gradient,
 )
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.training.experiment import Experiment
 
 
 def smashed(shape: tuple[int, ...], samples: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,3 +161,22 @@ def test_agreement_with_gradients_that_are_all_zero_has_no_scale() -> None:
     assert agreement.read() is None
     agreement.add(torch.zeros(2, 3), torch.ones(2, 3))
     assert agreement.read() == {"nmse": 2.0, "cosine": 0.0}
+
+
+def test_only_the_rounds_in_which_a_client_aligns_must_leave_no_batch_of_one() -> None:
+    def check(participation: float, batch_size: int) -> None:
+        alignment = {"batch_size": batch_size, "buffer_size": 1000}
+        Experiment.prepare(
+            from_tree(
+                {
+                    "rounds": 30,
+                    "model": {"name": "resnet18"},
+                    "clients": {"count": 2, "batch_size": 33, "participation": participation},
+                    "data": {"name": "synthetic", "partition": "iid", "train_limit": 396},
+                    "algorithm": {"upload_every": 5, "align_every": 10, "alignment": alignment},
+                }
+            )
+        )
+
+    check(1.0, 10)  # it aligns on 33, 693 and 1000 samples; on 231 it would in round 3
+    assert "client 0 aligns on 33" in mistake(check, 1.0, 32)

@@ -44,6 +44,11 @@ def estimate(tmp_path: Path, *changes: dict[str, Any], **keys: Any) -> tuple[Exp
     return experiment, Estimate(experiment)
 
 
+def test_a_server_that_shares_a_clients_gpu_is_not_in_the_way_of_nccl() -> None:
+    shared = next(line for line in warnings(on_gpu("a", "1"), on_gpu("a", "1")) if "share" in line)
+    assert shared == "ranks 0, 1 share one GPU of a: they take turns on it"
+
+
 def test_what_autograd_keeps_is_counted_once() -> None:
     x = torch.ones(8, 3, dtype=torch.float32)
     weights = torch.ones(3, 5, requires_grad=True)
@@ -56,6 +61,12 @@ def test_activations_per_sample_leave_out_what_does_not_grow_with_the_batch(tmp_
     linear = torch.nn.Linear(64, 7).double()
     found = memory._activations(lambda x, y: linear(x.flatten(1)).exp())
     assert found == Activations(kept=8 * (64 + 7), largest=8 * 64)
+
+
+def test_activations_are_counted_where_larger_batches_have_another_order_in_memory(tmp_path: Path) -> None:
+    keys = {"data": {"name": "synthetic", "train_limit": 96}, "model": {"name": "resnet56", "cut": "layer2"}}
+    _, memory = estimate(tmp_path, keys, precision="fp32")
+    assert memory._whole.kept > memory._client.kept > 0
 
 
 @pytest.mark.parametrize(
@@ -242,7 +253,10 @@ FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB
             warnings(rank(), rank(host="b", loopback=True, addresses=["127.0.1.1"])),
             ["127.0.1.1", "comm.interface"],
         ),
-        (warnings(rank(), on_gpu("a", "1"), on_gpu("a", "1")), ["ranks 1, 2", "share one GPU of a"]),
+        (
+            warnings(rank(), on_gpu("a", "1"), on_gpu("a", "1")),
+            ["ranks 1, 2", "share one GPU of a", "NCCL refuses that"],
+        ),
         (warnings(rank(), on_gpu("a", "1"), on_gpu("a", "2")), ["Gloo", "GPUs"]),
         (
             warnings(

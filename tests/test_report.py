@@ -316,6 +316,10 @@ REFUSALS = {
         lambda path: write_bench(path / "x", phases=1),
         "variants.wide.phases is int, expected a mapping",
     ),
+    "number for bytes by kind": (
+        lambda path: write_bench(path / "x", wire_bytes=5),
+        "variants.wide.wire_bytes is int, expected a mapping",
+    ),
 }
 
 

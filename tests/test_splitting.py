@@ -366,12 +366,22 @@ def test_every_family_of_torchvisions_classifiers_can_be_cut(name: str) -> None:
             assert halves.server.eval()(z).shape == (3, 10)
 
 
-def test_check_prints_the_cuts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_the_cuts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = write(tmp_path, "precision: bf16\n")
     assert main(["check", str(config), "--cuts"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["cut", "smashed", "data"]
     assert ["pool2", "64x2x2", "512", "104,128"] in [line.split()[:4] for line in lines]
+    (tmp_path / "pair.py").write_text(
+        "import torch\n\n\nclass Pair(torch.nn.Module):\n    def __init__(self, num_classes):\n"
+        "        super().__init__()\n        self.fc = torch.nn.Linear(64, num_classes)\n\n"
+        "    def forward(self, x):\n        y = self.fc(x.flatten(1))\n        return y, y\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["check", str(config), "model.name=pair:Pair", "--cuts"]) == 2
+    assert "model.name: got 'pair:Pair', which can be cut nowhere" in capsys.readouterr().err
     assert main(["check", "--cuts"]) == 2
     assert "check --cuts" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import torch
 
 from fslsage_rpc.config import Config
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.tasks import open_task
 
@@ -17,6 +18,11 @@ def cut_lines(config: Config) -> list[str]:
     task = open_task(config)
     with torch.device("meta"):
         cuts = list_cuts(config.model, task.classes, task.sample_shape)
+    if not cuts:
+        raise InputError(
+            f"model.name: got {config.model.name!r}, which can be cut nowhere: no module's output is one "
+            "tensor with weights before and behind it, on the way to one tensor"
+        )
     element_bytes = task.precision.smashed.itemsize
     head = (
         "cut",

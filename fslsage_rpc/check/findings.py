@@ -89,15 +89,16 @@ class Run:
             name: sum(p.nbytes for p in half.parameters() if not p.requires_grad)
             for name, half in halves.items()
         }
+        whole_bytes = {name: trained_bytes[name] + frozen_bytes[name] for name in halves}
         return cls(
             parameters={name: sum(p.numel() for p in half.parameters()) for name, half in halves.items()},
-            bytes={name: trained_bytes[name] + frozen_bytes[name] for name in halves},
+            bytes=whole_bytes,
             trained={name: sum(p.numel() for p in trainable(half)) for name, half in halves.items()},
             trained_bytes=trained_bytes,
             smashed_bytes=sizes.smashed,
             paper_bytes=paper,
             interval=experiment.algorithm.interval,
-            disk_bytes=kept * estimate.checkpoint_bytes() + sizes.client + sizes.server,
+            disk_bytes=kept * estimate.checkpoint_bytes() + whole_bytes["client"] + whole_bytes["server"],
         )
 
 
@@ -176,9 +177,10 @@ class Findings:
                 shared[each.machine.gpu].append(rank)
         for place, ranks in shared.items():
             if len(ranks) > 1:
+                two_average = len([rank for rank in ranks if rank > 0]) > 1
                 found.append(
-                    f"ranks {_listed(ranks)} share one GPU of {place.host}: they take turns on it, and "
-                    "NCCL refuses that"
+                    f"ranks {_listed(ranks)} share one GPU of {place.host}: they take turns on it"
+                    + (", and NCCL refuses that" if two_average else "")
                 )
         with_gpu = [each for each in self.ranks[1:] if each.machine.gpu.gpu is not None]
         if with_gpu and self.world["averaging"] == "gloo":
@@ -222,9 +224,10 @@ class Findings:
                 )
         on_gpu: Counter[Any] = Counter()
         free: dict[Any, int] = {}
-        for each in self.ranks:
+        for rank, each in enumerate(self.ranks):
             if each.machine.gpu_free_bytes is not None and each.memory is not None:
-                on_gpu[each.machine.gpu] += each.memory.total - each.memory.of_host
+                own = each.memory.total - each.memory.of_host
+                on_gpu[each.machine.gpu] += own + self._frozen_bytes(rank)
                 free[each.machine.gpu] = each.machine.gpu_free_bytes
         return found + [
             f"{place.host}: its GPU {place.gpu} would have to hold about {size(wanted)}, and it has "
@@ -232,6 +235,13 @@ class Findings:
             for place, wanted in on_gpu.items()
             if wanted > free[place]
         ]
+
+    def _frozen_bytes(self, rank: int) -> int:
+        """Of the frozen weights, which a rank has once, of the halves that it computes with."""
+        if self.run is None:
+            return 0
+        frozen = {half: self.run.bytes[half] - self.run.trained_bytes[half] for half in self.run.bytes}
+        return sum(frozen.values()) - (frozen["server"] if rank > 0 else 0)
 
     def _about_output(self) -> list[str]:
         output, found = self.config.output, []

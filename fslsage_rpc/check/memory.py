@@ -224,16 +224,22 @@ class Estimate:
         return sum(tensor[0].nbytes for tensor in train.tensors)
 
     def _activations(self, compute: Callable[[Tensor, Tensor], Tensor]) -> Activations:
-        """Counted on batches of 2 and of 4 samples: what is the same for both (weights) is not per sample."""
+        """Counted on a batch and one of twice as many samples: what is the same for both (weights) is not per
+        sample.
+        """
+        samples, few, more = 2, self._kept(compute, 2), self._kept(compute, 4)
+        while len(few) != len(more):  # from some size on images are reordered in memory (`Segment.reorders`)
+            samples, few, more = 2 * samples, more, self._kept(compute, 4 * samples)
+        growth = [(twice - once) // samples for once, twice in zip(few, more, strict=True)]
+        return Activations(sum(growth), max(growth))
+
+    def _kept(self, compute: Callable[[Tensor, Tensor], Tensor], samples: int) -> list[int]:
+        """The bytes of each tensor that is kept for the backward pass of so many samples."""
         train = self.experiment.train
         assert train is not None
-        counted = []
-        for samples in (2, 4):
-            first = train.subset(torch.arange(samples) % len(train.labels))
-            ((x, y),) = self.experiment.task.batches(first, samples, CPU).in_order()
-            counted.append(_saved_by(partial(compute, x, y)))
-        growth = [(more - few) // 2 for few, more in zip(*counted, strict=True)]
-        return Activations(sum(growth), max(growth))
+        first = train.subset(torch.arange(samples) % len(train.labels))
+        ((x, y),) = self.experiment.task.batches(first, samples, CPU).in_order()
+        return _saved_by(partial(compute, x, y))
 
 
 def _held(data: Samples) -> int:

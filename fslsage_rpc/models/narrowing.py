@@ -89,6 +89,8 @@ def _adapt(layer: nn.Module, x: Tensor, multiplier: float) -> None:
             fresh = nn.BatchNorm2d(layer.num_features)
         case nn.LayerNorm():
             # Subclasses (torchvision's LayerNorm2d) normalise the channels of [B, C, H, W].
+            if len(layer.normalized_shape) > 1:
+                raise TypeError("it has a LayerNorm over several dimensions")
             layer.normalized_shape = (x.shape[-1 if type(layer) is nn.LayerNorm else 1],)
             fresh = nn.LayerNorm(layer.normalized_shape)
         case _:

@@ -153,7 +153,7 @@ class Screen(ProgressScreen):
         """The table that a run ends in."""
         self._progress.stop()
         self._console.print(summary_table(self._name, summary))
-        self._console.print(f"Run folder: {folder}", soft_wrap=True)
+        self._console.print(f"Run folder: {folder}", soft_wrap=True, markup=False)
 
     def _fields(self) -> dict[str, Any]:
         """What the bar says at its end."""

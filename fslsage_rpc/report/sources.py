@@ -222,6 +222,9 @@ def _read_bench(folder: Path) -> Bench:
 def _read_variant(name: str, tree: Any) -> Variant:
     def mapping(*keys: str) -> dict[str, float | None]:
         found = _find(tree, name, *keys)
+        if not isinstance(found, dict | None):
+            where = ".".join(("variants", name, *keys))
+            raise ValueError(f"{where} is {type(found).__name__}, expected a mapping")
         return {key: _number(tree, name, *keys, key) for key in found or {}}
 
     def spread(key: str) -> Spread:
