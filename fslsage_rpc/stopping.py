@@ -49,10 +49,16 @@ class StopRequest:
     def __init__(self, say: Callable[[str], None] | None = None):
         self._say = say
         self._first: float | None = None
+        self._patience: threading.Timer | None = None
 
     def __call__(self) -> bool:
         """Has a stop been asked for?"""
         return self._first is not None
+
+    def obeyed(self) -> None:
+        """The run has stopped: that it takes its time need not be said any more."""
+        if self._patience:
+            self._patience.cancel()
 
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
@@ -69,6 +75,7 @@ class StopRequest:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._outer_descriptor)
         self._writer.close()
+        self.obeyed()
 
     def _listen(self) -> None:
         with self._reader:
@@ -79,12 +86,12 @@ class StopRequest:
     def _take(self, number: int) -> None:
         now = time.monotonic()
         if self._first is None:
-            self._first = now
             if self._say:
                 text = f"{signal.Signals(number).name}: stops after this round; once more ends it at once"
-                patience = threading.Timer(INSISTENCE_SECONDS, self._say, [text])
-                patience.daemon = True
-                patience.start()
+                self._patience = threading.Timer(INSISTENCE_SECONDS, self._say, [text])
+                self._patience.daemon = True
+                self._patience.start()
+            self._first = now
         elif now - self._first > INSISTENCE_SECONDS:
             os._exit(128 + number)  # files appear whole or not at all
 

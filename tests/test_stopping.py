@@ -16,6 +16,7 @@ from job_processes import end_job, members, outer_environment, survivors
 from small_run import ROUNDS, TREE, assert_equal_runs, lines, write
 
 import fslsage_rpc
+from fslsage_rpc import stopping
 from fslsage_rpc.config import Config
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.stopping import INTERRUPTED, NOBODY_READS, STOPPED, StopRequest
@@ -218,6 +219,18 @@ def test_a_request_is_noted_also_while_the_main_thread_runs_no_python() -> None:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)  # the first one's echo
         time.sleep(0.1)
+
+
+def test_a_run_that_has_stopped_does_not_ask_for_patience_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "INSISTENCE_SECONDS", 1.0)
+    said: list[str] = []
+    with StopRequest(said.append) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stop():
+            time.sleep(0.01)
+        stop.obeyed()
+        time.sleep(1.5)
+    assert said == []
 
 
 PROGRAM = """

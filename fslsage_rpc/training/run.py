@@ -142,6 +142,8 @@ def _train(
                 checkpoints.complete()  # or given up, where it lacks the part of a rank that was lost
             world.regroup()
     if stops:
+        if stop:
+            stop.obeyed()
         return _stopped(world, checkpoints, folder, screen)
     if folder:
         if trainer.trace:
