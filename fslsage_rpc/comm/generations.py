@@ -62,7 +62,7 @@ class Generations:
 
     Attributes:
         identity: of this process.
-        began: when the newest generation did, by `time.monotonic`.
+        began: when rank 0 knew of what the newest generation is for, by `time.monotonic`.
 
     Args:
         size: processes that the job was started with.
@@ -293,6 +293,7 @@ class Generations:
             self._lost_since = time.monotonic()
         if lost and time.monotonic() - self._lost_since < SETTLING_SECONDS:
             return
+        since = self._lost_since
         self._losses, self._lost_since = {}, float("inf")
         if lost:
             lost = {number: self._store.get(f"left/{number}").decode() or why for number, why in lost.items()}
@@ -304,6 +305,7 @@ class Generations:
                 reasons = ", ".join(f"rank {number} is lost: {why}" for number, why in lost.items())
                 too_few = f"{too_few} ({reasons})"
             self._begin(Generation(newest.number + 1, left, too_few))
+            self.began = since
 
     def _watch_newcomer(self, number: int, identity: str) -> None:
         key = f"beat/{number}"
