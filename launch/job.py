@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 
-from fslsage_rpc.bench.run import checked_variants
+from fslsage_rpc.bench.run import check_folder, checked_variants
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.run import prepare
+from fslsage_rpc.training.run_folder import writing
 
 COMMANDS = ("train", "bench", "check")
 
@@ -60,13 +61,16 @@ def describe(arguments: Sequence[str]) -> str:
     ranks = config.ranks if chosen else suitable_ranks(config, gpus(config), cores())
     if config.transport == "local":
         ranks = 1
+    folder = Path(config.output) / config.name
     # What ranks find wrong torchrun takes for a fault: it starts them again.
     if command == "bench":
         checked_variants(config, ranks)
+        with writing(config.output, folder):
+            check_folder(folder)
     else:
         prepare(config, ranks, warn=(lambda line: None) if command == "train" else None)  # rank 0 shows it
     found = {
-        "folder": Path(config.output) / config.name,
+        "folder": folder,
         "ranks": ranks,
         "on_loss": config.clients.on_loss,
         "free_port": free_port(),

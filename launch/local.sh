@@ -104,5 +104,5 @@ wait "$main" || status=$?
 wait_for 15 "${started[@]}" # the other ranks see that rank 0 has left
 kill -KILL "${started[@]}" 2>/dev/null || true
 wait_for 5 "${started[@]}" # it takes a moment to end a process
-if [ -e "$folder/STOPPED" ]; then status=75; fi
+if [ "$1" = train ] && [ -e "$folder/STOPPED" ]; then status=75; fi
 exit "$status"

@@ -64,7 +64,10 @@ def job_variables(ranks: int, port: int) -> dict[str, str]:
 def fork(
     rank: int, variables: dict[str, str], said: Path, program: Callable[..., None], arguments: Sequence[str]
 ) -> RankProcess:
-    """Start one rank: it calls the function, with these variables beside RANK, and adds to what is said."""
+    """Start one rank: it calls the function, with these variables beside RANK and this process's, and adds to
+    what is said.
+    """
+    variables = {**os.environ, **variables}  # as they are now: the process that forks has older ones
     process = CONTEXT.Process(target=_rank, args=(rank, variables, said, program, arguments))
     process.start()
     return process
@@ -73,6 +76,7 @@ def fork(
 def _rank(
     rank: int, variables: dict[str, str], said: Path, program: Callable[..., None], arguments: Sequence[str]
 ) -> None:
+    os.environ.clear()
     os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

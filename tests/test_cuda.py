@@ -103,7 +103,7 @@ def staged(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 def graphed(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     """By device map, with captured steps; what cannot be captured is an error."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONWARNINGS", "error:graphs")
+        patch.setenv("GRAPHS_OR_ERROR", "1")
         with_graphs = [{**tree, "graphs": "auto"} for tree in trees]
         return train_on_ranks(2, with_graphs, tmp_path_factory.mktemp("jobs") / "graphed")
 

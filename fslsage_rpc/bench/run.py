@@ -168,6 +168,20 @@ def _speed_records(links: Mapping[int, LinkSpeed]) -> dict[str, dict[str, float]
     }
 
 
+def check_folder(folder: Path) -> None:
+    """See that a benchmark may be written there.
+
+    Raises:
+        InputError: it holds a training run.
+        OSError: it cannot be looked at.
+    """
+    check_place(folder)
+    if (folder / "metrics.jsonl").exists():
+        raise InputError(
+            f"name: got {folder.name!r}, where {folder} holds a training run; choose another name"
+        )
+
+
 def _make(folder: Path) -> None:
     """The folder, without what an earlier benchmark left in it.
 
@@ -175,11 +189,7 @@ def _make(folder: Path) -> None:
         InputError: it cannot be made, or holds a training run.
     """
     try:
-        check_place(folder)
-        if (folder / "metrics.jsonl").exists():
-            raise InputError(
-                f"name: got {folder.name!r}, where {folder} holds a training run; choose another name"
-            )
+        check_folder(folder)
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "rounds", ignore_errors=True)

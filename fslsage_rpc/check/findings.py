@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
@@ -69,6 +69,8 @@ class Run:
     """rounds of an alignment interval; 1 for an algorithm without alignments"""
     disk_bytes: int
     """of the run folder's checkpoints and model at their largest"""
+    frozen_bytes: dict[str, int] = field(default_factory=dict)
+    """of the frozen weights that a client's rank and the server's have, each once"""
 
     @classmethod
     def of(cls, experiment: Experiment, estimate: Estimate) -> "Run":
@@ -89,6 +91,8 @@ class Run:
             name: sum(p.nbytes for p in half.parameters() if not p.requires_grad)
             for name, half in halves.items()
         }
+        frozen = sum(frozen_bytes.values())
+        unseen = 0 if experiment.algorithm.client_holds_whole_model else frozen_bytes["server"]
         whole_bytes = {name: trained_bytes[name] + frozen_bytes[name] for name in halves}
         return cls(
             parameters={name: sum(p.numel() for p in half.parameters()) for name, half in halves.items()},
@@ -99,6 +103,7 @@ class Run:
             paper_bytes=paper,
             interval=experiment.algorithm.interval,
             disk_bytes=kept * estimate.checkpoint_bytes() + whole_bytes["client"] + whole_bytes["server"],
+            frozen_bytes={"client": frozen - unseen, "server": frozen},
         )
 
 
@@ -227,7 +232,8 @@ class Findings:
         for rank, each in enumerate(self.ranks):
             if each.machine.gpu_free_bytes is not None and each.memory is not None:
                 own = each.memory.total - each.memory.of_host
-                on_gpu[each.machine.gpu] += own + self._frozen_bytes(rank)
+                frozen = self.run.frozen_bytes if self.run else {}
+                on_gpu[each.machine.gpu] += own + frozen.get("client" if rank else "server", 0)
                 free[each.machine.gpu] = each.machine.gpu_free_bytes
         return found + [
             f"{place.host}: its GPU {place.gpu} would have to hold about {size(wanted)}, and it has "
@@ -235,13 +241,6 @@ class Findings:
             for place, wanted in on_gpu.items()
             if wanted > free[place]
         ]
-
-    def _frozen_bytes(self, rank: int) -> int:
-        """Of the frozen weights, which a rank has once, of the halves that it computes with."""
-        if self.run is None:
-            return 0
-        frozen = {half: self.run.bytes[half] - self.run.trained_bytes[half] for half in self.run.bytes}
-        return sum(frozen.values()) - (frozen["server"] if rank > 0 else 0)
 
     def _about_output(self) -> list[str]:
         output, found = self.config.output, []

@@ -228,8 +228,11 @@ class Estimate:
         sample.
         """
         samples, few, more = 2, self._kept(compute, 2), self._kept(compute, 4)
-        while len(few) != len(more):  # from some size on images are reordered in memory (`Segment.reorders`)
+        # From some size on images are reordered in memory (`Segment.reorders`).
+        while len(few) != len(more) and samples < self._batch:
             samples, few, more = 2 * samples, more, self._kept(compute, 4 * samples)
+        if len(few) != len(more):  # a model of the user's own that keeps more tensors of more samples
+            return Activations((sum(more) - sum(few)) // samples, max(more) // (2 * samples))
         growth = [(twice - once) // samples for once, twice in zip(few, more, strict=True)]
         return Activations(sum(growth), max(growth))
 

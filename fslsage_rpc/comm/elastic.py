@@ -139,12 +139,16 @@ class ElasticWorld(RpcWorld):
 
     def _explain_loss(self, reason: str) -> str:
         here = Presence.here(self.number, self.device)
+        if not hasattr(self, "_generations"):
+            return reason  # the store was not to be reached
         self._generations.await_next(self.generation, NEWS_SECONDS)
         if self.number != 0:
-            time.sleep(NEWS_SECONDS)  # if it was a rank, rank 0 says which: its claim ends this process
-        lost = {number: why for number, why in self._generations.take_changes() if why}
+            time.sleep(NEWS_SECONDS)  # rank 0 knows why; when it says so, its claim ends this process
+        reasons = dict(self._generations.take_changes())
+        members = getattr(self, "_members", {})
+        lost = [n for n, identity in members.items() if not self._generations.has(n, identity)]
         if lost:
-            who = ", ".join(f"rank {number} was lost ({why})" for number, why in lost.items())
+            who = ", ".join(f"rank {n} was lost" + (f" ({reasons[n]})" if n in reasons else "") for n in lost)
             return f"{who} in {self.activity()}: the run ends"
         return f"{here} lost a connection in {self.activity()}, and no rank that was lost: {reason}"
 
@@ -202,27 +206,27 @@ class ElasticWorld(RpcWorld):
                 raise TooFewClients(generation.too_few)
             self.generation = generation.number
             self._generations.enter(generation)
-            try:
-                self._form(generation)
-            except RuntimeError as error:
-                if self._generations.run_over():
-                    raise RunOver from error
-                followed = self._await_successor()
-                if not followed or self.generation == 0:  # nothing is trained that would be lost
-                    raise ConnectionLost(first_line(error)) from error
-                self._leave()
-            else:
-                self._formed = time.monotonic()
-                return
+            with self._generations.impatience(MEETING_SECONDS):
+                try:
+                    self._form(generation)
+                except RuntimeError as error:
+                    if self._generations.run_over():
+                        raise RunOver from error
+                    followed = self._await_successor()
+                    if not followed or self.generation == 0:  # nothing is trained that would be lost
+                        raise ConnectionLost(first_line(error)) from error
+                    self._leave()
+                else:
+                    self._formed = time.monotonic()
+                    return
 
     def _await_successor(self) -> bool:
         """Wait for a generation without whoever was lost while this one formed, until silence would tell."""
         deadline = time.monotonic() + self._timeout_seconds + LEAVING_SECONDS
         while time.monotonic() < deadline:
-            if self.number == 0:
-                self._generations.lose_silent(MEETING_SECONDS)
             if self._generations.await_next(self.generation, seconds=1.0):
                 return True
+            time.sleep(POLL_SECONDS)
         return False
 
     def _form(self, generation: Generation) -> None:
@@ -235,8 +239,6 @@ class ElasticWorld(RpcWorld):
         store.set(f"device/{self.rank}", str(self.device))
         keys = [f"device/{rank}" for rank in range(self.size)]
         while not store.check(keys):
-            if self.number == 0:
-                self._generations.lose_silent(MEETING_SECONDS)
             if self._generations.is_over(generation.number) or self._generations.run_over():
                 raise ConnectionLost("a rank was lost while the ranks met")
             time.sleep(POLL_SECONDS)

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 
 from torch.distributed import Store
@@ -85,7 +85,7 @@ class Generations:
         self._number = number
         self._size = size
         self._cut = cut
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = self._silence_seconds = timeout_seconds
         self._too_few = too_few
         self._patience = Patience(timeout_seconds + GRACE_SECONDS)
         # Per rank watched: the last sign of life, and when it came.
@@ -171,12 +171,14 @@ class Generations:
                 self._losses.setdefault(number, reason)
         self._wake.set()
 
-    def lose_silent(self, seconds: float) -> None:
-        """On rank 0: the members that have given no sign of life for so long are lost."""
-        now, newest = time.monotonic(), self._newest
-        for number, (_, came) in list(self._beats.items()):
-            if newest and now - came > seconds:
-                self.lose(number, newest.number, f"no sign of life for {seconds:g} s while the ranks met")
+    @contextmanager
+    def impatience(self, seconds: float) -> Iterator[None]:
+        """Until the end of the context, rank 0 takes members for lost after this silence at the latest."""
+        self._silence_seconds = min(seconds, self._timeout_seconds)
+        try:
+            yield
+        finally:
+            self._silence_seconds = self._timeout_seconds
 
     def admit(self, before: Callable[[], None]) -> None:
         """On rank 0: begin a generation with those who wait to join, if there are any.
@@ -254,13 +256,14 @@ class Generations:
 
     def _look_for_silence(self) -> None:
         beats = self._beats
+        limit = self._timeout_seconds if self._number else self._silence_seconds
         for number, (last, came) in beats.items():
             key = f"beat/{number}"
             beat = self._store.get(key) if self._store.check([key]) else b""
             if beat != last:
                 beats[number] = beat, time.monotonic()
-            elif time.monotonic() - came > self._timeout_seconds:
-                why = f"no sign of life for {self._timeout_seconds:g} s"
+            elif time.monotonic() - came > limit:
+                why = f"no sign of life for {limit:g} s"
                 if self._number != 0:
                     self._end(f"rank 0: {why}")
                 elif self._newest:

@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Calibration:
     """lanes that the server executes at the same time, and fits likewise"""
     shared_cores: float
     """of the one machine that all ranks were on, over the threads of an operation; infinite for several"""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """algorithms without costs, and why"""
 
 
 def read_calibration(folder: Path, planned: Config | None = None) -> Calibration:
@@ -74,23 +76,25 @@ def _read(folder: Path, planned: Config | None) -> Calibration:
     one_machine = len({rank["host"] for rank in ranks}) == 1
     cores = ranks[0]["cores"] / ranks[0]["threads"] if one_machine else math.inf
     costs: dict[str, Costs] = {}
-    other_work: list[str] = []
+    other_work: dict[str, str] = {}
     for name, variant in variant_configs(config).items():
         known = variant.algorithm.name in ALGORITHMS  # the simulation knows when these make requests
         if known and variant.algorithm.name not in costs:
             if planned and (other := _other_work(variant, planned)):
-                other_work.append(f"--calibrate: {folder} measured {other}")
+                other_work.setdefault(variant.algorithm.name, f"{folder} measured {other}")
                 continue
             scenario = Scenario(variant, link, len(ranks) - 1, cores)
             lines = _measured_lines(folder, name, config, scenario)
             measured = measure_costs(lines, scenario)
             _check_figures(list(vars(measured).values()))
             costs[variant.algorithm.name] = on_cores_of_their_own(measured, scenario, workers)
-    if not costs and other_work:
-        raise InputError(other_work[0])
+    left_out = {name: why for name, why in other_work.items() if name not in costs}
+    if planned and left_out and (not costs or planned.algorithm.name in left_out):
+        why = left_out.get(planned.algorithm.name) or next(iter(left_out.values()))
+        raise InputError(f"--calibrate: {why}")
     if not costs:
         raise InputError(f"--calibrate: got {folder}, expected a benchmark of one of {', '.join(ALGORITHMS)}")
-    return Calibration(config, costs, link, workers, cores)
+    return Calibration(config, costs, link, workers, cores, left_out)
 
 
 def _other_work(measured: Config, planned: Config) -> str | None:

@@ -73,6 +73,8 @@ def plan(
             scenario = Scenario(from_tree(to_tree(config), keys), link, ranks, cores)
             rows.append((name, count, predict(scenario, measured.costs[name], measured.server_workers)))
     _show(rows, link, calibration or "this machine, in one process")
+    for name, why in measured.left_out.items():
+        print(f"{name} is not predicted: {why}")
     if is_own(config.algorithm.name):
         print(
             f"{config.algorithm.name} is not predicted: the order of its requests is known only by running."
@@ -105,6 +107,7 @@ def calibrate_here(config: Config) -> Calibration:
         *([] if config.algorithm.align_every is None else ["algorithm.align_every=1"]),
     ]
     costs: dict[str, Costs] = {}
+    left_out: dict[str, str] = {}
     for name in ALGORITHMS:
         variant = from_tree(to_tree(config), [*keys, f"algorithm.name={name}"])
         try:
@@ -113,12 +116,14 @@ def calibrate_here(config: Config) -> Calibration:
         except InputError as error:
             if name == config.algorithm.name:
                 raise
-            print(f"{name} is not predicted: {error}")
+            left_out[name] = str(error)
             continue
         here = measure_costs(lines[1:], Scenario(variant, NO_LINK, client_ranks=1))
         costs[name] = replace(here, sending=0.0, handling=0.0)  # a call of the server, which holds its work
+    if not costs:
+        raise InputError(next(iter(left_out.values())))
     workers = server_workers(choose_device(config.device, 0))
-    return Calibration(config, costs, NO_LINK, workers, math.inf)
+    return Calibration(config, costs, NO_LINK, workers, math.inf, left_out)
 
 
 def _train_here(config: Config) -> list[Line]:
@@ -155,8 +160,9 @@ def _show(rows: Sequence[tuple[str, int, Prediction]], link: LinkSpeed, calibrat
     console = SteadyCursorConsole(highlight=False)
     console.print(table)
     rates = [rate * 8 / 1e6 for rate in (link.up_bytes_per_second, link.down_bytes_per_second)]
+    up, down = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates)
     console.print(
-        f"Predicted for links of {rates[0]:,.4g} mbit up, {rates[1]:,.4g} mbit down and "
+        f"Predicted for links of {up} mbit up, {down} mbit down and "
         f"{1000 * link.round_trip_seconds:g} ms round trip, from costs measured on {calibration}; "
         "for clients of equal size and server.order: round_robin.",
         soft_wrap=True,

@@ -14,13 +14,18 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, first_round: int):
+        self._folder = folder
+        self._first_round = first_round
         self._writer = None
+
+    def open(self) -> None:
+        """Begin an event file."""
         if find_spec("tensorboard") is None:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensorboard's own imports
             from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(str(folder), purge_step=first_round or None)
+        self._writer = SummaryWriter(str(self._folder), purge_step=self._first_round or None)
 
     def add_round(self, line: dict[str, Any]) -> None:
         """Write one metrics line: scalars under their keys, nested ones under `section/key`."""

@@ -113,7 +113,7 @@ class RunFolder:
             self._write("partition.json", _json(partition))
             if not going_on:
                 shutil.rmtree(self.path / EVENTS, ignore_errors=True)
-            self._tensorboard = TensorBoard(self.path / EVENTS, going_on.rounds if going_on else 0)
+        self._open_events(going_on.rounds if going_on else 0)
 
     def add_before(self, events: list[dict[str, Any]]) -> None:
         """Add lines of events before the first round; written as the folder is started."""
@@ -163,8 +163,12 @@ class RunFolder:
         if len(kept) < len(lines):
             with self._writing():
                 self._metrics.begin(encoded(kept))
-                self._try(self._tensorboard.close)
-                self._tensorboard = TensorBoard(self.path / EVENTS, rounds)
+            self._try(self._tensorboard.close)
+            self._open_events(rounds)
+
+    def _open_events(self, first_round: int) -> None:
+        self._tensorboard = TensorBoard(self.path / EVENTS, first_round)
+        self._try(self._tensorboard.open)
 
     def _try(self, write: Callable[[], None]) -> None:
         """TensorBoard's events are worth a warning, no more: its writer ends with the first error."""
