@@ -32,6 +32,7 @@ from fslsage_rpc.config import Alignment, Auxiliary, Model, OptimizerKeys
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.models.segment import Segment
 from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit, Target
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -122,7 +123,10 @@ def objective_of(model: nn.Module) -> Callable[..., Tensor]:
 def stacked(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
     """All clients in one call, their weights stacked; Adam works element by element, so it is the same."""
     parameters, buffers = stack_module_state([fit.model for fit in fits])
-    step = vmap(grad(objective_of(copy.deepcopy(fits[0].model).to("meta"))))
+    model = copy.deepcopy(fits[0].model).to("meta")
+    if isinstance(model, Segment):
+        model.reorder_images(once=False, twice=False)  # which vmap refuses
+    step = vmap(grad(objective_of(model)))
     optimizer = ScheduledOptimizer(OptimizerKeys(), parameters.values())
     batches = [
         tuple(torch.stack(parts) for parts in zip(*same, strict=True)) for same in zip(*targets, strict=True)

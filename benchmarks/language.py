@@ -57,7 +57,7 @@ def main() -> None:
         last = rounds[-1]
         seconds = last["elapsed_seconds"] / len(rounds)
         wire = sum(sum(line["wire_bytes"].values()) for line in rounds) / 2**20
-        losses = ", ".join(f"{line['test_loss']:.2f}" for line in rounds)
+        losses = ", ".join(f"{line['test_loss']:.2f}" for line in rounds if line["test_loss"] is not None)
         lines.append(
             f"| {algorithm} | {losses} | {last['test_perplexity']:.1f} | {last['test_accuracy']:.3f} "
             f"| {seconds:.1f} | {wire:.0f} |"

@@ -182,7 +182,8 @@ def predictions_table(places: Sequence[Measured]) -> str:
             record = one.result["variants"][name]
             own, loopback = error(one.by_itself, one, name), error(one.by_loopback, one, name)
             errors["own"].append(own)
-            errors["loopback"].append(loopback)
+            if one.place is not LOOPBACK:  # which that benchmark predicts of itself
+                errors["loopback"].append(loopback)
             rows.append(
                 [
                     one.place.title,
@@ -203,13 +204,15 @@ def predictions_table(places: Sequence[Measured]) -> str:
 def described(result: Result) -> str:
     """Versions, machine, and links as asked and measured."""
     environment = result["environment"]
-    rank = environment["ranks"][0]
+    rank, transports = environment["ranks"][0], environment["rpc_transports"]
+    if not isinstance(transports, str):
+        transports = ", ".join(transports)
     links = environment.get("links", {}).get("clients", {})
     measured = [f"client rank {rank}: {as_measured(link['measured'])}" for rank, link in links.items()]
     return "; ".join(
         [
             f"torch {environment['versions']['torch']}, {rank['cores']} cores ({rank['device_name']}), "
-            f"{rank['threads']} thread per rank, RPC over {', '.join(environment['rpc_transports'])}",
+            f"{rank['threads']} thread per rank, RPC over {transports}",
             *measured,
         ]
     )

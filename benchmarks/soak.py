@@ -35,10 +35,10 @@ from typing import Any
 import torch
 from watched_job import RANKS, Job
 
+from fslsage_rpc.configuration import load
 from fslsage_rpc.training.checkpoint_files import complete_folders, read_manifest
 from fslsage_rpc.training.checkpoints import read_state
 
-CLIENTS = 4
 SAMPLE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 0.5
 """a kill comes at most so long after a round's line: somewhere in the next round, or the one after"""
@@ -131,7 +131,8 @@ def compare(undisturbed: Path, disturbed: Path) -> list[Check]:
 
 def _last_state(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(complete_folders(folder / "checkpoints")[0])
-    return vars(read_state(manifest, range(CLIENTS), server=True))
+    clients = range(load(folder / "config.yaml").clients.count)
+    return vars(read_state(manifest, clients, server=True))
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -302,6 +303,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all of the runs")
     options = parser.parse_args()
+    if options.part != "memory" and not plan_kills(options.rounds, options.between, options.seed):
+        parser.error("--rounds: so few that no rank would be killed; more, or less --between")
     output, overrides = options.folder.absolute(), options.overrides
     holds = True
     if options.part in ("all", "kills"):

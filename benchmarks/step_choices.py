@@ -65,9 +65,14 @@ def joint_client_step(split: SplitModel, x: Tensor, y: Tensor) -> list[Tensor]:
     return gradients(split.client)
 
 
-def passes(model: nn.Module, reordered: bool, input: Tensor, y: Tensor) -> None:
-    """Forward, and backward to the input and to the weights that are trained."""
-    input = input.detach().requires_grad_()
+def image_passes(model: nn.Module, reordered: bool, input: Tensor, y: Tensor) -> None:
+    """Forward, and backward to the weights: images need no gradient."""
+    passes(model, reordered, input, y, to_input=False)
+
+
+def passes(model: nn.Module, reordered: bool, input: Tensor, y: Tensor, to_input: bool = True) -> None:
+    """Forward, and backward to the weights that are trained and to the input."""
+    input = input.detach().requires_grad_(to_input)
     outputs = model(input.contiguous(memory_format=torch.channels_last) if reordered else input)
     loss = F.cross_entropy(outputs, y) if outputs.dim() == 2 else outputs.contiguous().sum()
     loss.backward()
@@ -87,10 +92,10 @@ def compare_orders(case: str, split: SplitModel, x: Tensor, z: Tensor, y: Tensor
     """Of images in memory, for each party."""
     estimating = copy.deepcopy(split.auxiliary).requires_grad_(False)
     for party, part, input, work in (
-        ("client", split.client, x, passes),
+        ("client", split.client, x, image_passes),
         ("estimate", estimating, z, passes),
         ("server", split.server, z, passes),
-        ("whole model", split.uncut, x, passes),
+        ("whole model", split.uncut, x, image_passes),
         ("fit", split.auxiliary, z, fit_passes),
     ):
         with differentiated_twice(work is fit_passes):

@@ -16,7 +16,8 @@ import threading
 
 def main(command: list[str]) -> None:
     """Start the command and wait for it."""
-    rank = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    # A session of its own, as every launcher gives a rank: by it, too, the clients give way to the server.
+    rank = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=_obey, args=(rank,), daemon=True).start()
     status = rank.wait()
     os._exit(status if status >= 0 else 128 - status)
