@@ -164,5 +164,4 @@ true_replace, os.replace = os.replace, replace
 before(Client, "backward", "computing")
 before(Server, "submit", "serving")
 before(AuxiliaryFit, "fit", "fitting")
-before(Server, "average", "averaging")
 sys.exit(cli.main())
