@@ -164,19 +164,19 @@ def test_agreement_with_gradients_that_are_all_zero_has_no_scale() -> None:
 
 
 def test_only_the_rounds_in_which_a_client_aligns_must_leave_no_batch_of_one() -> None:
-    def check(participation: float, batch_size: int) -> None:
+    def check(batch_size: int) -> None:
         alignment = {"batch_size": batch_size, "buffer_size": 1000}
         Experiment.prepare(
             from_tree(
                 {
                     "rounds": 30,
                     "model": {"name": "resnet18"},
-                    "clients": {"count": 2, "batch_size": 33, "participation": participation},
+                    "clients": {"count": 2, "batch_size": 33},
                     "data": {"name": "synthetic", "partition": "iid", "train_limit": 396},
                     "algorithm": {"upload_every": 5, "align_every": 10, "alignment": alignment},
                 }
             )
         )
 
-    check(1.0, 10)  # it aligns on 33, 693 and 1000 samples; on 231 it would in round 3
-    assert "client 0 aligns on 33" in mistake(check, 1.0, 32)
+    check(10)  # it aligns on 33, 693 and 1000 samples; on 231 it would in round 3
+    assert "client 0 aligns on 33" in mistake(check, 32)

@@ -212,22 +212,16 @@ class ElasticWorld(RpcWorld):
                 except RuntimeError as error:
                     if self._generations.run_over():
                         raise RunOver from error
-                    followed = self._await_successor()
+                    patience = (
+                        self._timeout_seconds + LEAVING_SECONDS
+                    )  # until silence would tell who was lost
+                    followed = self._generations.await_next(self.generation, patience)
                     if not followed or self.generation == 0:  # nothing is trained that would be lost
                         raise ConnectionLost(first_line(error)) from error
                     self._leave()
                 else:
                     self._formed = time.monotonic()
                     return
-
-    def _await_successor(self) -> bool:
-        """Wait for a generation without whoever was lost while this one formed, until silence would tell."""
-        deadline = time.monotonic() + self._timeout_seconds + LEAVING_SECONDS
-        while time.monotonic() < deadline:
-            if self._generations.await_next(self.generation, seconds=1.0):
-                return True
-            time.sleep(POLL_SECONDS)
-        return False
 
     def _form(self, generation: Generation) -> None:
         self._members = generation.members

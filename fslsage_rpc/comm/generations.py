@@ -359,15 +359,16 @@ class Generations:
 
     def _begin(self, generation: Generation) -> None:
         """A new generation, which ends the one before."""
-        stay = self._newest.members.items() & generation.members.items() if self._newest else set()
-        before = {number for number, _ in stay}
+        before = self._newest.members if self._newest else {}
         self._newest = generation
         self.began = time.monotonic()
         if self._number == 0:
             if not generation.too_few:
                 self._store.set("generation", generation.encoded())
-            now = time.monotonic()
-            known = {number: self._beats[number] for number in self._beats if number in before}
-            self._beats = {n: known.get(n, (b"", now)) for n in generation.members if n}
+            self._beats = {
+                number: self._beats[number] if before.get(number) == identity else (b"", self.began)
+                for number, identity in generation.members.items()
+                if number
+            }
         self._cut()
         self._changed.notify_all()
