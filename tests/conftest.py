@@ -29,7 +29,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def toy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with e2e/ and tokenizer/ of toy_language.py."""
-    from toy_language import write_data, write_tokenizer
+    from support.toy_language import write_data, write_tokenizer
 
     root = tmp_path_factory.mktemp("toy")
     write_data(root)

@@ -5,12 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from batch_norm_model import CUT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from user_input import mistake
 
 from fslsage_rpc.config import Alignment, Auxiliary, Model, OptimizerKeys
 from fslsage_rpc.configuration import from_tree
@@ -25,6 +23,8 @@ from fslsage_rpc.parties.alignment import (
 )
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.training.experiment import Experiment
+from support.batch_norm_model import CUT
+from support.user_input import mistake
 
 
 def smashed(shape: tuple[int, ...], samples: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +56,9 @@ def make_fit(auxiliary: nn.Module, epochs: int = 20, batch_size: int = 8, **keys
 
 
 @pytest.mark.parametrize(
-    "model", [Model(), Model(name="batch_norm_model:residual", cut=CUT)], ids=["simple_conv", "batch norm"]
+    "model",
+    [Model(), Model(name="support.batch_norm_model:residual", cut=CUT)],
+    ids=["simple_conv", "batch norm"],
 )
 def test_alignment_lowers_its_objective_and_leaves_the_server_as_it_was(model: Model) -> None:
     split = build(model, 10, (3, 32, 32), 0, torch.float64)

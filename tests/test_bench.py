@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import fslsage_on_ranks, said
-from user_input import mistake
 
 from fslsage_rpc.bench.statistics import BenchRun, quartiles, summarise
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config import Bench
 from fslsage_rpc.configuration import from_tree
+from support.commands import fslsage_on_ranks, said
+from support.trees import BENCH
+from support.user_input import mistake
 
 
 def line(seconds: float, elapsed: float = 0.0, accuracy: float | None = None) -> dict[str, Any]:
@@ -124,30 +125,10 @@ def test_variants_that_cannot_be_are_refused(keys: dict[str, Any], message: str)
     assert mistake(variant_configs, from_tree(bench_tree(**keys))).startswith(message)
 
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "rounds": 4,
-    "ranks": 2,
-    "device": "cpu",
-    "clients": {"count": 2, "batch_size": 16},
-    "data": {"train_limit": 96, "test_limit": 20, "partition": "iid"},
-    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
-    "comm": {"transports": ["uv"], "timeout_seconds": 60},
-    "bench": {
-        "variants": {
-            "fsl_sage": [],
-            "splitfed_v1": ["algorithm.name=splitfed_v1"],
-            "fedavg": ["algorithm.name=fedavg"],
-        },
-        "target_accuracy": 0.01,
-    },
-}
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "output": str(tmp_path / "runs")}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**BENCH, "output": str(tmp_path / "runs")}, sort_keys=False))
     return path
 
 
@@ -199,7 +180,7 @@ def test_wrong_input_is_one_line_before_anything_is_run(
 def test_a_benchmark_runs_all_rounds_whatever_stop_says_in_one_process_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = {**SMALL, "transport": "local", "output": str(tmp_path), "stop": {"accuracy": 0.01}}
+    keys = {**BENCH, "transport": "local", "output": str(tmp_path), "stop": {"accuracy": 0.01}}
     keys["clients"] = {"count": 3, "batch_size": 16, "participation": 0.3}
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump(keys, sort_keys=False))

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from rank_program import train_locally
 
 from fslsage_rpc.config import Model
 from fslsage_rpc.configuration import from_tree
@@ -15,6 +14,7 @@ from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.training.evaluation import evaluate_run
 from fslsage_rpc.training.experiment import Experiment
+from support.rank_program import train_locally
 
 BF16 = PRECISIONS["bf16"]
 

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from commands import fslsage, fslsage_on_ranks
-from test_checkpoints import tree
-from user_input import mistake
 
 import fslsage_rpc
 from fslsage_rpc.algorithms import ALGORITHMS
@@ -30,9 +27,12 @@ from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 from fslsage_rpc.training.checkpoint_files import complete_folders
 from fslsage_rpc.training.experiment import Experiment
+from support.commands import fslsage, fslsage_on_ranks
+from support.trees import tree
+from support.user_input import mistake
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
-PEAKS = Path(__file__).with_name("peak_program.py")
+PEAKS = Path(__file__).with_name("support") / "peak_program.py"
 GIB = 2**30
 
 

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import resource
-import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batch_norm_model import CUT
-from rank_program import run_on_ranks
-from test_equality import SECONDS
 from torch import nn
-from trees import Tree, merged
-from user_input import DEFAULTS, mistake
 
 import fslsage_rpc
 from fslsage_rpc.config import OptimizerKeys, SchedulerKeys
@@ -43,8 +37,13 @@ from fslsage_rpc.training.checkpoint_files import (
 from fslsage_rpc.training.metrics_file import MetricsFile
 from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
+from support.batch_norm_model import CUT
+from support.equality import assert_equal, assert_identical, assert_whole
+from support.rank_program import run_on_ranks
+from support.run_folders import copied, everything, finished
+from support.trees import CLIENTS, Tree, tree
+from support.user_input import DEFAULTS, mistake
 
-CLIENTS = 3
 ABSENT = {"clients": {"count": CLIENTS, "batch_size": 16, "participation": 0.5}}  # 2 of 3 in each round
 WARM = {"algorithm": {"name": "fsl_sage", "warm_start": True}, **ABSENT}
 COSINE = {"name": "CosineAnnealingLR", "arguments": {"T_max": 20}}
@@ -55,7 +54,7 @@ CASES: dict[str, list[Tree]] = {
     "fsl_sage, warm, absent, falling": [WARM, STEPS, ROUNDS],
     "fsl_sage, batch norm": [
         {
-            "model": {"name": "batch_norm_model:residual", "cut": CUT},
+            "model": {"name": "support.batch_norm_model:residual", "cut": CUT},
             "data": {"partition": "iid", "train_limit": 60},
         }
     ],
@@ -64,74 +63,6 @@ CASES: dict[str, list[Tree]] = {
     "cse_fsl": [{"algorithm": {"name": "cse_fsl"}}, ABSENT, ROUNDS],
     "fedavg": [{"algorithm": {"name": "fedavg"}}, ABSENT],
 }
-
-
-def tree(output: Path, *changes: Tree, **keys: Any) -> Tree:
-    """A small run at fp64, of clients of unequal size."""
-    result: Tree = {
-        "rounds": 6,
-        "transport": "local",
-        "precision": "fp64",
-        "device": "cpu",
-        "output": str(output),
-        "clients": {"count": CLIENTS, "batch_size": 16},
-        "data": {"train_limit": 100, "test_limit": 60, "alpha": 3.0},
-        "algorithm": {
-            "upload_every": 2,
-            "align_every": 2,
-            "alignment": {"epochs": 2, "batch_size": 25, "buffer_size": 60},
-        },
-        "evaluation": {"every": 3},
-        "comm": {"transports": ["uv"], "timeout_seconds": 60},
-    }
-    for change in (*changes, keys):
-        result = merged(result, change)
-    return result
-
-
-def everything(run: Run) -> dict[str, Any]:
-    """The leaves of all parties' state in the newest checkpoint, by name."""
-    manifest = read_manifest(complete_folders(run.folder / "checkpoints")[0])
-    return dict(leaves("", vars(manifest.read(range(CLIENTS), server=True))))
-
-
-def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, below in items:
-            yield from leaves(f"{name}/{key}", below)
-    else:
-        yield name, value
-
-
-def assert_identical(a: Run, b: Run) -> None:
-    """Bit for bit: every party's state, the model, and the figures that are not seconds."""
-    expected, found = everything(a), everything(b)
-    assert expected.keys() == found.keys()
-    assert sum(isinstance(value, torch.Tensor) for value in expected.values()) > 20
-    for name, value in expected.items():
-        same = torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name]
-        assert same, name
-    models = [torch.load(run.folder / "model.pt", weights_only=True) for run in (a, b)]
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    for mine, its in zip(a.rounds, b.rounds, strict=True):
-        assert {k: v for k, v in mine.items() if k not in SECONDS} == {
-            k: v for k, v in its.items() if k not in SECONDS
-        }
-    for key in ("rounds", "test_accuracy", "test_loss", "wire_bytes", "wire_bytes_per_client"):
-        assert a.summary[key] == b.summary[key], key
-
-
-def assert_whole(run: Run) -> None:
-    """One line for each round, and a clock and a ledger that add up."""
-    assert [line["round"] for line in run.rounds] == list(range(run.summary["rounds"]))
-    for each, total in (("round_seconds", "elapsed_seconds"), ("paper_bytes", "paper_bytes_total")):
-        sums = np.cumsum([line[each] for line in run.rounds])
-        assert [line[total] for line in run.rounds] == pytest.approx(sums)
-    assert run.summary["training_seconds"] == run.rounds[-1]["elapsed_seconds"]
-    assert [line["wire_bytes"]["initial_broadcast"] > 0 for line in run.rounds] == [True] + [False] * (
-        len(run.rounds) - 1
-    )
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +86,6 @@ def halves(output: Path) -> dict[str, Run]:
         case: fslsage_rpc.train(tree(output, *changes, name=f"half-{number}", rounds=3))
         for number, (case, changes) in enumerate(CASES.items())
     }
-
-
-def copied(run: Run, output: Path) -> Path:
-    """The run's folder, elsewhere."""
-    return shutil.copytree(run.folder, output / run.folder.name)
 
 
 # Going on
@@ -228,23 +154,6 @@ def test_over_rpc_too_three_rounds_and_three_more_are_six(tmp_path: Path) -> Non
         assert f"goes on from round 3 ({folder}/checkpoints/round-000003)" in said
         assert_identical(*(finished(tmp_path / keys["name"]) for keys in (one, other)))
         assert_whole(finished(folder))
-
-
-def finished(folder: Path) -> Run:
-    """A run that has ended, from its folder."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Run(folder, lines, json.loads((folder / "summary.json").read_text()))
-
-
-def assert_equal(expected: dict[str, Any], found: dict[str, Any]) -> None:
-    """To 1e-10."""
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        if isinstance(value, torch.Tensor):
-            difference = (value.double() - found[name].double()).norm()
-            assert difference <= 1e-10 * value.double().norm(), name
-        elif "client_bytes" not in name:  # averaging moves bytes between ranks
-            assert value == found[name] or value == pytest.approx(found[name], rel=1e-12), name
 
 
 class CutOff(Exception):

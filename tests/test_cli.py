@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import fslsage, said
 
 import fslsage_rpc
 from fslsage_rpc import InputError
 from fslsage_rpc.training.experiment import check
+from support.commands import fslsage, said
 
 SMALL = {
     "name": "small",

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from user_input import leaves, write
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import changed_keys, from_tree, load, read_yaml, to_tree
+from support.user_input import leaves, write
 
 
 def changes(config: Config) -> dict[str, Any]:

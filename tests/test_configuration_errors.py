@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from user_input import DEFAULTS, NULLABLE, leaves, mistake, write
 
 from fslsage_rpc.configuration import from_tree, load, to_tree
+from support.user_input import DEFAULTS, NULLABLE, leaves, mistake, write
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from user_input import DEFAULTS, NULLABLE, leaves, one_line, write
 
 from fslsage_rpc.configuration import from_tree, load, to_tree
 from fslsage_rpc.errors import InputError
+from support.user_input import DEFAULTS, NULLABLE, leaves, one_line, write
 
 SECTIONS = sorted({part for key in DEFAULTS for part in key.split(".")})
 SCALARS = (

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from rank_program import Outcome, run_job, train_locally, train_on_ranks
-from unequal_clients import unequal_clients
 
 from fslsage_rpc.comm.local import LocalWorld
 from fslsage_rpc.comm.placement import SHARED_GPUS
@@ -23,6 +21,8 @@ from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.parties.streams import WorkQueue, current_place
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
+from support.rank_program import Outcome, run_job, train_locally, train_on_ranks
+from support.unequal_clients import unequal_clients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -318,7 +318,7 @@ def test_tf32_is_off_unless_asked_for() -> None:
 
 
 def test_masks_on_a_gpu_are_keyed_and_their_steps_not_captured(tmp_path: Path) -> None:
-    model = {"name": "random_models:wet", "cut": "between", "auxiliary": {"until": None}}
+    model = {"name": "support.random_models:wet", "cut": "between", "auxiliary": {"until": None}}
     split, whole = (
         train_locally(tree(tmp_path, algorithm, model=model, graphs="auto"))
         for algorithm in ("splitfed_v1", "fedavg")

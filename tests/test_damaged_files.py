@@ -12,11 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report_folders import write_bench, write_run
-from test_bench import SMALL as BENCH
-from test_checkpoints import tree
-from test_datasets import idx, write_mnist
-from user_input import one_line
 
 import fslsage_rpc
 from fslsage_rpc.cli import main
@@ -31,6 +26,10 @@ from fslsage_rpc.report.sources import read
 from fslsage_rpc.training.checkpoint_files import FOLDER
 from fslsage_rpc.training.evaluation import Score, evaluate_run
 from fslsage_rpc.training.run_folder import RunFolder
+from support.image_files import idx, write_mnist
+from support.report_folders import write_bench, write_run
+from support.trees import BENCH, tree
+from support.user_input import one_line
 
 Damage = Callable[[bytes], bytes | None]
 """from what a file held to what it holds; None: it is gone"""

@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from rank_program import Outcome, train_locally
-from recorded_graphs import Recorder, recorder
-from test_equality import SECONDS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
-from user_input import mistake, write
 
 from fslsage_rpc.cli import main
 from fslsage_rpc.comm.world import open_world
@@ -28,6 +24,10 @@ from fslsage_rpc.parties.client import Client
 from fslsage_rpc.randomness import LocalStep
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
+from support.equality import SECONDS
+from support.rank_program import Outcome, train_locally
+from support.recorded_graphs import Recorder, recorder
+from support.user_input import mistake, write
 
 __all__ = ["recorder"]  # a fixture
 
@@ -42,7 +42,7 @@ def tree(name: str, cut: str, algorithm: str, **more: Any) -> dict[str, Any]:
         "device": "cpu",
         "clients": {"count": 3, "batch_size": 16},
         "data": {"train_limit": 96, "test_limit": 30, "partition": "iid"},
-        "model": {"name": f"random_models:{name}", "cut": cut, "auxiliary": {"until": until}},
+        "model": {"name": f"support.random_models:{name}", "cut": cut, "auxiliary": {"until": until}},
         "algorithm": {
             "name": algorithm,
             "upload_every": 1,
@@ -262,14 +262,14 @@ def test_steps_of_models_that_draw_masks_are_not_captured(recorder: Recorder) ->
 def test_other_draws_are_refused_in_the_reproducible_orders(name: str) -> None:
     message = mistake(Experiment.prepare, from_tree(tree(name, "1", "fsl_sage")))
     assert message == (
-        f"model.name: got 'random_models:{name}', which in training draws random numbers that no seed "
-        "determines (the server half, in 3.1), expected one whose random layers are nn.Dropout or "
-        "torchvision's StochasticDepth, or server.order: arrival (it is round_robin)"
+        f"model.name: got 'support.random_models:{name}', which in training draws random numbers "
+        "that no seed determines (the server half, in 3.1), expected one whose random layers are nn.Dropout "
+        "or torchvision's StochasticDepth, or server.order: arrival (it is round_robin)"
     )
 
 
 def test_a_model_is_looked_at_and_left_as_it_was() -> None:
-    halves = build(Model(name="random_models:functional", cut="1"), 10, (1, 8, 8), 0, torch.float32)
+    halves = build(Model(name="support.random_models:functional", cut="1"), 10, (1, 8, 8), 0, torch.float32)
     before = copy.deepcopy(halves.server.state_dict())
     states = torch.get_rng_state(), random.getstate()
     assert unkeyed_draws(halves, (1, 8, 8), auxiliary=True) == "the server half, in 3.1"
@@ -277,12 +277,12 @@ def test_a_model_is_looked_at_and_left_as_it_was() -> None:
     assert states[1] == random.getstate()
     for name, tensor in halves.server.state_dict().items():
         assert torch.equal(tensor, before[name])
-    still = build(Model(name="random_models:nothing", cut="1"), 10, (1, 8, 8), 0, torch.float32)
+    still = build(Model(name="support.random_models:nothing", cut="1"), 10, (1, 8, 8), 0, torch.float32)
     assert unkeyed_draws(still, (1, 8, 8), auxiliary=True) is None
 
 
 def test_such_a_run_ends_with_status_2_or_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write(tmp_path, 'model: {name: "random_models:functional", cut: "1"}')
+    config = write(tmp_path, 'model: {name: "support.random_models:functional", cut: "1"}')
     arguments = [
         *("train", str(config), "transport=local", "rounds=1", f"output={tmp_path}", "clients.batch_size=8"),
         *("data.train_limit=60", "data.test_limit=20", "data.partition=iid"),
@@ -292,6 +292,6 @@ def test_such_a_run_ends_with_status_2_or_warns(tmp_path: Path, capsys: pytest.C
     assert main([*arguments, "server.order=arrival"]) == 0
     said = "".join(capsys.readouterr())
     assert (
-        "warning: model.name: random_models:functional draws random numbers that no seed determines "
+        "warning: model.name: support.random_models:functional draws random numbers that no seed determines "
         "(the server half, in 3.1): runs differ" in said
     )

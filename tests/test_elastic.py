@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import elastic_rank
 import pytest
 import torch
 import yaml
-from forked_ranks import LOOPBACK, RankProcess, fork, job_variables
-from test_checkpoints import tree
 
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
@@ -25,6 +22,9 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.checkpoint_files import complete_folders
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
+from support import elastic_rank
+from support.forked_ranks import LOOPBACK, RankProcess, fork, job_variables
+from support.trees import tree
 
 pytestmark = pytest.mark.waits
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from batch_norm_model import CUT, SMASHED_SAMPLE
-from rank_program import Outcome, train_locally, train_on_ranks
+
+from support.batch_norm_model import CUT, SMASHED_SAMPLE
+from support.equality import OWN_COLLECTIVES, SECONDS, assert_same
+from support.rank_program import Outcome, train_locally, train_on_ranks
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for three jobs
-SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
 BATCH_NORM = "batch_norm"
 MODELS = {
     "simple_conv": {"name": "simple_conv"},
-    BATCH_NORM: {"name": "batch_norm_model:residual", "cut": CUT},
+    BATCH_NORM: {"name": "support.batch_norm_model:residual", "cut": CUT},
 }
-OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
 
 
 def tree(partition_file: Path, algorithm: str, order: str, model: str = "simple_conv") -> dict[str, Any]:
@@ -57,7 +57,7 @@ def in_bf16(tree: dict[str, Any]) -> dict[str, Any]:
 
 def with_dropout(tree: dict[str, Any], name: str, cut: str, until: str | None) -> dict[str, Any]:
     """A model that draws masks."""
-    model = {"name": f"random_models:{name}", "cut": cut, "auxiliary": {"until": until}}
+    model = {"name": f"support.random_models:{name}", "cut": cut, "auxiliary": {"until": until}}
     return {**tree, "rounds": 2, "model": model}
 
 
@@ -103,25 +103,6 @@ def jobs(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) 
         "3 ranks": train_on_ranks(3, trees[:-1], folder / "3"),
         "3 ranks again": train_on_ranks(3, trees[:-2], folder / "3 again"),
     }
-
-
-def assert_same(a: Outcome, b: Outcome) -> None:
-    assert a.tensors.keys() == b.tensors.keys()
-    for name, expected in a.tensors.items():
-        difference = (b.tensors[name].double() - expected.double()).norm()
-        assert difference <= 1e-10 * expected.double().norm(), name
-    assert len(a.lines) == len(b.lines) > 0
-    for expected, line in zip(a.lines, b.lines, strict=True):
-        for key in ("train_loss", "test_loss", "test_accuracy"):
-            assert line[key] == (expected[key] and pytest.approx(expected[key], rel=1e-9)), key
-        for key in ("alignment", "drift"):
-            assert line[key] == (expected[key] and pytest.approx(expected[key], rel=1e-6)), key
-        for key in ("round", "paper_bytes", "paper_bytes_total", "participants"):
-            assert line[key] == expected[key], key
-        by_rpc = [
-            {k: v for k, v in x["wire_bytes"].items() if k != OWN_COLLECTIVES} for x in (expected, line)
-        ]
-        assert by_rpc[0] == by_rpc[1]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])

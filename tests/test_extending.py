@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import fslsage
-from report_folders import write_run
 from torch import Tensor, nn
 from torch.nn import functional as F
-from user_input import mistake
 
 import fslsage_rpc
 from fslsage_rpc.algorithms import Algorithm, create, find
@@ -32,6 +29,9 @@ from fslsage_rpc.parties.requests import ClientStep, Push
 from fslsage_rpc.tasks import Task, open_task
 from fslsage_rpc.tasks.images import ImageTask
 from fslsage_rpc.training.experiment import Experiment, check
+from support.commands import fslsage
+from support.report_folders import write_run
+from support.user_input import mistake
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
 HERE = "test_extending"

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from debian import install
-from job_processes import end_job, members, outer_environment, survivors
-from small_run import TREE, assert_close_runs, lines, write
 
 import fslsage_rpc
+from support.debian import install
+from support.equality import assert_close_runs
+from support.job_processes import end_job, members, outer_environment, survivors
+from support.run_folders import lines
+from support.small_run import TREE, write
 
 pytestmark = pytest.mark.waits
 
-PROGRAM = str(Path(__file__).with_name("faulty_rank.py"))
+PROGRAM = str(Path(__file__).with_name("support") / "faulty_rank.py")
 END_SECONDS = 45
 """from the fault until all ranks are gone; torchrun itself leaves a stopped process 30 s"""
 START_SECONDS = 60

@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import fslsage
 from torch import Tensor
-from toy_language import pairs, toy_tree
-from user_input import mistake
 
 import fslsage_rpc
 from fslsage_rpc import cli
@@ -21,6 +18,9 @@ from fslsage_rpc.data import e2e
 from fslsage_rpc.generation import texts
 from fslsage_rpc.generation.beam_search import write_on
 from fslsage_rpc.generation.texts import bleu, generate, language_run, prompts
+from support.commands import fslsage
+from support.toy_language import pairs, toy_tree
+from support.user_input import mistake
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import fslsage
 from torch import Tensor, nn
-from toy_language import Tree, toy_config, toy_tree
-from user_input import mistake
 
 import fslsage_rpc.configuration
 from fslsage_rpc.data.e2e import IGNORED
@@ -27,6 +24,9 @@ from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit, cut_lay
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.tasks import Task, open_task
 from fslsage_rpc.training.experiment import check
+from support.commands import fslsage
+from support.toy_language import Tree, toy_config, toy_tree
+from support.user_input import mistake
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -11,12 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from batch_norm_model import CUT
-from rank_program import Outcome, train_locally
-from rank_program import train as train_in
-from recorded_graphs import Recorder, recorder
 from torch import nn
-from unequal_clients import unequal_clients
 
 from fslsage_rpc.comm.local import LocalWorld
 from fslsage_rpc.config import Alignment, Config, OptimizerKeys, SchedulerKeys
@@ -31,6 +26,11 @@ from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.training.assembly import build_server
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
+from support.batch_norm_model import CUT
+from support.rank_program import Outcome, train_locally
+from support.rank_program import train as train_in
+from support.recorded_graphs import Recorder, recorder
+from support.unequal_clients import unequal_clients
 
 __all__ = ["recorder"]
 pytestmark = pytest.mark.filterwarnings("error:graphs")  # that something could not be captured
@@ -75,7 +75,7 @@ def test_captured_steps_change_no_number(algorithm: str, tmp_path: Path, recorde
 
 @pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_running_statistics_and_a_warm_start_too(precision: str, tmp_path: Path, recorder: Recorder) -> None:
-    model = {"name": "batch_norm_model:residual", "cut": CUT}
+    model = {"name": "support.batch_norm_model:residual", "cut": CUT}
     changes: dict[str, Any] = {"precision": precision, "model": model, "rounds": 2}
     keys = [tree(tmp_path, "fsl_sage", graphs, **changes) for graphs in ("never", "auto")]
     for each in keys:

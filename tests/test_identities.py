@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from batch_norm_model import CUT
-from rank_program import Outcome, train, train_locally
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +15,8 @@ from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.data.datasets import SPECS
 from fslsage_rpc.models.splitting import build
 from fslsage_rpc.training.experiment import Experiment
+from support.batch_norm_model import CUT
+from support.rank_program import Outcome, train, train_locally
 
 
 def tree(algorithm: dict[str, Any], optimizer: str = "adam", **more: Any) -> dict[str, Any]:
@@ -38,9 +38,9 @@ def assert_equal(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("model", ["simple_conv", "batch_norm_model:residual"])
+@pytest.mark.parametrize("model", ["simple_conv", "support.batch_norm_model:residual"])
 def test_splitfed_v1_is_fedavg(model: str, optimizer: str) -> None:
-    cut = CUT if model == "batch_norm_model:residual" else None
+    cut = CUT if model == "support.batch_norm_model:residual" else None
     keys = tree({}, optimizer, model={"name": model, "cut": cut}, rounds=2 if cut else 3)
     split, whole = (
         train_locally({**keys, "algorithm": {"name": name}}) for name in ("splitfed_v1", "fedavg")

@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_language import NAMES, Tree, pairs, toy_config, write_csv, write_data
-from user_input import mistake, one_line
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.data import e2e
@@ -19,6 +17,8 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.tasks.language import LanguageTask
 from fslsage_rpc.training.experiment import Experiment, check
+from support.toy_language import NAMES, Tree, pairs, toy_config, write_csv, write_data
+from support.user_input import mistake, one_line
 
 pytest.importorskip("transformers")
 

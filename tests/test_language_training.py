@@ -8,14 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import fslsage
-from rank_program import Outcome, train_locally, train_on_ranks
-from test_checkpoints import assert_identical, everything
-from test_equality import OWN_COLLECTIVES, assert_same
 from torch import nn
 from torch.nn import functional as F
-from toy_language import pairs, toy_config, toy_tree
-from trees import Tree, merged
 
 import fslsage_rpc
 from fslsage_rpc.comm.world import open_world
@@ -26,6 +20,12 @@ from fslsage_rpc.notebook import Run
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
+from support.commands import fslsage
+from support.equality import OWN_COLLECTIVES, assert_identical, assert_same
+from support.rank_program import Outcome, train_locally, train_on_ranks
+from support.run_folders import everything
+from support.toy_language import pairs, toy_config, toy_tree
+from support.trees import Tree, merged
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import fslsage_on_ranks
-from job_processes import end_job, members, survivors
-from test_checkpoints import assert_identical, assert_whole, finished, tree
-from user_input import mistake
 
 import fslsage_rpc
 from fslsage_rpc.config import Clients, Config
+from support.commands import fslsage_on_ranks
+from support.equality import assert_identical, assert_whole
+from support.job_processes import end_job, members, survivors
+from support.run_folders import finished
+from support.trees import tree
+from support.user_input import mistake
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 

@@ -11,13 +11,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from user_input import mistake
 
 from fslsage_rpc.config import Auxiliary, Model
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.models.splitting import SplitModel, build, has_batch_norm
 from fslsage_rpc.models.zoo import ZOO, ParameterFreeShortcut
 from fslsage_rpc.randomness import keyed_seed
+from support.user_input import mistake
 
 CIFAR = (3, 32, 32)
 CUTS = {

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from user_input import mistake
 
 from fslsage_rpc.config import Data
 from fslsage_rpc.data.datasets import load
 from fslsage_rpc.data.partitions import Partition, dirichlet, partition, summary
+from support.user_input import mistake
 
 DIGIT_LABELS = load(Data(), train=True).labels.numpy()
 ALPHAS = [1e-300, 1e-8, 0.01, 0.1, 1.0, 100.0, 1e308]

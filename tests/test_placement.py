@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import run_ranks
 from torch import nn
 from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 
@@ -20,6 +19,7 @@ from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.requests import Answer
 from fslsage_rpc.parties.streams import WorkQueue, current_place
+from support.forked_ranks import run_ranks
 
 CPU = torch.device("cpu")
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)

@@ -7,11 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import fslsage_on_ranks, said
-from rank_program import train_locally
-from test_bench import SMALL as BENCH
-from trees import merged
-from user_input import mistake
 
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
@@ -22,6 +17,10 @@ from fslsage_rpc.plan.run import calibrate_here, link_speed
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 from fslsage_rpc.plan.wire import INITIAL_WINDOW_BYTES, Connection
+from support.commands import fslsage_on_ranks, said
+from support.rank_program import train_locally
+from support.trees import BENCH, merged
+from support.user_input import mistake
 
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_checkpoints import assert_identical, copied, tree
-from user_input import mistake
 
 import fslsage_rpc
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.training.checkpoint_files import complete_folders
+from support.equality import assert_identical
+from support.run_folders import copied
+from support.trees import tree
+from support.user_input import mistake
 
 pytestmark = pytest.mark.slow  # needs root
 MIB = 2**20

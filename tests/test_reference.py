@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_program import train_locally
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fslsage_rpc.config import Data, Model
 from fslsage_rpc.data.datasets import load
 from fslsage_rpc.models.splitting import build
+from support.rank_program import train_locally
 
 BATCH, UPLOAD_EVERY, EPOCHS, BUFFER, ALIGN_BATCH, LR = 16, 2, 3, 40, 25, 3e-3
 PARTS = [list(range(0, 70)), list(range(70, 115)), list(range(115, 149))]

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from report_folders import line, write_bench, write_run
 
 import fslsage_rpc
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.cli import main
+from support.report_folders import line, write_bench, write_run
 
 pytest.importorskip("matplotlib")
 from matplotlib import image

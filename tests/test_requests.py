@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from rank_program import train_locally, train_on_ranks
 
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes, by_kind
+from support.rank_program import train_locally, train_on_ranks
 
 
 def test_times_add_up_by_client_and_kind_and_start_again() -> None:

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from rank_program import train_locally
 from torch import nn
-from user_input import mistake
 
 from fslsage_rpc.config import OptimizerKeys, SchedulerKeys
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer, check_scheduler
+from support.rank_program import train_locally
+from support.user_input import mistake
 
 
 def halving(per: str) -> dict[str, Any]:

@@ -19,9 +19,6 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checkpoints import tree
-from test_datasets import write_mnist
-from user_input import mistake, write
 
 import fslsage_rpc
 from fslsage_rpc.comm.sockets import listeners
@@ -38,6 +35,9 @@ from fslsage_rpc.training.checkpoint_files import (
 )
 from fslsage_rpc.training.evaluation import evaluate_run
 from fslsage_rpc.training.run_folder import RunFolder
+from support.image_files import write_mnist
+from support.trees import tree
+from support.user_input import mistake, write
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from debian import install
-from job_processes import members
-from slurm_cluster import HOSTS, Cluster, cluster, why_not
-from test_checkpoints import assert_identical, assert_whole, finished, tree
 
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.stopping import STOPPED
+from support.debian import install
+from support.equality import assert_identical, assert_whole
+from support.job_processes import members
+from support.run_folders import finished
+from support.slurm_cluster import HOSTS, Cluster, cluster, why_not
+from support.trees import tree
 
 SCRIPT = str(Path(__file__).parent.parent / "launch" / "slurm.sbatch")
 JOB_SECONDS = 300

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import list_models
 from torchvision.ops import StochasticDepth
-from user_input import mistake, write
 
 from fslsage_rpc.cli import main
 from fslsage_rpc.config import Auxiliary, Model
@@ -25,6 +24,7 @@ from fslsage_rpc.models.zoo import make
 from fslsage_rpc.notebook import train
 from fslsage_rpc.parties.alignment import cut_layer_gradient, untouched_statistics
 from fslsage_rpc.training.experiment import Experiment
+from support.user_input import mistake, write
 
 IMAGES = (3, 64, 64)
 LABELS = torch.tensor([0, 3])

@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import fslsage_on_ranks
-from job_processes import end_job, members, outer_environment, survivors
-from small_run import ROUNDS, TREE, assert_equal_runs, lines, write
 
 import fslsage_rpc
 from fslsage_rpc import stopping
@@ -21,6 +18,11 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.stopping import INTERRUPTED, NOBODY_READS, STOPPED, StopRequest
 from fslsage_rpc.training.checkpoint_files import complete_folders
+from support.commands import fslsage_on_ranks
+from support.equality import assert_equal_runs
+from support.job_processes import end_job, members, outer_environment, survivors
+from support.run_folders import lines
+from support.small_run import ROUNDS, TREE, write
 
 pytestmark = pytest.mark.waits
 A_LONG_ROUND = "algorithm.alignment.epochs=1000000"

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import fslsage_on_ranks
 
 import fslsage_rpc
 from fslsage_rpc.measure.clock import clock
 from fslsage_rpc.measure.trace import Arrow, ClockOffset, Span, TraceFile, estimate_offset
+from support.commands import fslsage_on_ranks
 
 KEYS: dict[str, Any] = {
     "name": "traced",

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from debian import install
-from user_input import mistake, write
 
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.run_folder import emulated_links
+from support.debian import install
+from support.user_input import mistake, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from rank_program import train_locally
 
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.training.experiment import Experiment
+from support.rank_program import train_locally
 
 
 def tree(name: str, rounds: int, **keys: Any) -> dict[str, Any]:

@@ -4,10 +4,9 @@ import csv
 import itertools
 from pathlib import Path
 
-from trees import Tree, merged
-
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree
+from support.trees import Tree, merged
 
 NAMES = ("Aromi", "Café Élan", "The Über Inn", "東京 Ramen")
 FOODS = ("Italian", "crêpes", "noodles")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked_ranks import run_ranks
 
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
@@ -25,6 +24,7 @@ from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.run import _train as train_run
 from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
+from support.forked_ranks import run_ranks
 
 Tensors = dict[str, torch.Tensor]
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked_ranks import run_ranks
-from job_processes import outer_environment
 
 from fslsage_rpc.cli import main
+from support.forked_ranks import run_ranks
+from support.job_processes import outer_environment
 
 
 def fslsage(

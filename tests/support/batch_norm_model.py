@@ -1,4 +1,4 @@
-"""A residual network with BatchNorm that is small enough for tests, `batch_norm_model:residual`."""
+"""A residual network with BatchNorm that is small enough for tests, `support.batch_norm_model:residual`."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Models that draw random numbers in training, named in configurations as `random_models:FUNCTION`."""
+"""Models that draw random numbers in training, for configurations: `support.random_models:FUNCTION`."""
 
 import random
 from collections.abc import Callable

@@ -1,0 +1,99 @@
+"""Assertions that two trainings, or two runs, are the same."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fslsage_rpc.notebook import Run
+from support.rank_program import Outcome
+from support.run_folders import everything, lines
+from support.small_run import ROUNDS
+
+SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
+OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
+
+
+def assert_same(a: Outcome, b: Outcome) -> None:
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, expected in a.tensors.items():
+        difference = (b.tensors[name].double() - expected.double()).norm()
+        assert difference <= 1e-10 * expected.double().norm(), name
+    assert len(a.lines) == len(b.lines) > 0
+    for expected, line in zip(a.lines, b.lines, strict=True):
+        for key in ("train_loss", "test_loss", "test_accuracy"):
+            assert line[key] == (expected[key] and pytest.approx(expected[key], rel=1e-9)), key
+        for key in ("alignment", "drift"):
+            assert line[key] == (expected[key] and pytest.approx(expected[key], rel=1e-6)), key
+        for key in ("round", "paper_bytes", "paper_bytes_total", "participants"):
+            assert line[key] == expected[key], key
+        by_rpc = [
+            {k: v for k, v in x["wire_bytes"].items() if k != OWN_COLLECTIVES} for x in (expected, line)
+        ]
+        assert by_rpc[0] == by_rpc[1]
+
+
+def assert_identical(a: Run, b: Run) -> None:
+    """Bit for bit: every party's state, the model, and the figures that are not seconds."""
+    expected, found = everything(a), everything(b)
+    assert expected.keys() == found.keys()
+    assert sum(isinstance(value, torch.Tensor) for value in expected.values()) > 20
+    for name, value in expected.items():
+        same = torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name]
+        assert same, name
+    models = [torch.load(run.folder / "model.pt", weights_only=True) for run in (a, b)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    for mine, its in zip(a.rounds, b.rounds, strict=True):
+        assert {k: v for k, v in mine.items() if k not in SECONDS} == {
+            k: v for k, v in its.items() if k not in SECONDS
+        }
+    for key in ("rounds", "test_accuracy", "test_loss", "wire_bytes", "wire_bytes_per_client"):
+        assert a.summary[key] == b.summary[key], key
+
+
+def assert_whole(run: Run) -> None:
+    """One line for each round, and a clock and a ledger that add up."""
+    assert [line["round"] for line in run.rounds] == list(range(run.summary["rounds"]))
+    for each, total in (("round_seconds", "elapsed_seconds"), ("paper_bytes", "paper_bytes_total")):
+        sums = np.cumsum([line[each] for line in run.rounds])
+        assert [line[total] for line in run.rounds] == pytest.approx(sums)
+    assert run.summary["training_seconds"] == run.rounds[-1]["elapsed_seconds"]
+    assert [line["wire_bytes"]["initial_broadcast"] > 0 for line in run.rounds] == [True] + [False] * (
+        len(run.rounds) - 1
+    )
+
+
+def assert_equal(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """To 1e-10."""
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            difference = (value.double() - found[name].double()).norm()
+            assert difference <= 1e-10 * value.double().norm(), name
+        elif "client_bytes" not in name:  # averaging moves bytes between ranks
+            assert value == found[name] or value == pytest.approx(found[name], rel=1e-12), name
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    """On the same number of ranks: to the last bit, but for seconds; one line for each round."""
+    mine, its = lines(a), lines(b)
+    assert [line["round"] for line in its] == list(range(ROUNDS))
+    for one, other in zip(mine, its, strict=True):
+        assert {k: v for k, v in one.items() if k not in SECONDS} == {
+            k: v for k, v in other.items() if k not in SECONDS
+        }
+    models = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def assert_close_runs(a: Path, b: Path) -> None:
+    """On different numbers of ranks: to the rounding of a sum."""
+    mine, its = lines(a), lines(b)
+    assert [line["round"] for line in its] == list(range(ROUNDS))
+    for key in ("train_loss", "test_loss", "test_accuracy"):
+        assert [line[key] for line in its] == pytest.approx([line[key] for line in mine], rel=1e-10)
+    models = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
+    for name, weights in models[0].items():
+        torch.testing.assert_close(models[1][name], weights, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,25 @@
+"""A small run at fp64, and when two of them are the same."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROUNDS = 12
+TREE: dict[str, Any] = {
+    "rounds": ROUNDS,
+    "ranks": 3,
+    "device": "cpu",
+    "precision": "fp64",
+    "clients": {"count": 3, "batch_size": 16},
+    "data": {"train_limit": 120, "test_limit": 50, "partition": "iid"},
+    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 8}},
+    "comm": {"transports": ["uv"], "timeout_seconds": 60},
+}
+
+
+def write(folder: Path) -> str:
+    """Its configuration file; the run is made in the same folder."""
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump({**TREE, "output": str(folder)}))
+    return str(config)
