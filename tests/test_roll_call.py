@@ -5,8 +5,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
-from fslsage_rpc.comm.roll_call import await_all
-from fslsage_rpc.comm.watchdog import claim_failure
+from fslsage_rpc.comm.roll_call import await_all, claim_failure
 from fslsage_rpc.errors import ConnectionLost
 
 KEYS = ["here/0", "here/1", "here/2"]

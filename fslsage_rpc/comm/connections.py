@@ -1,15 +1,13 @@
-"""This process's own connections: how long each may be without any answer, and cutting them.
+"""This process's own connections, and how long each may be without any answer.
 
-Both are ways out of a call or collective that waits for a peer that it cannot reach. Gloo's collectives have
-no other: aborting a group does not wake those who wait in it, and a time-out would take a slow rank for a
-dead one. Once a socket is given up or shut down they fail as they do when the peer dies.
+It is the way out of a call or collective that waits for a peer that it cannot reach: these then fail as they
+do when the peer dies. A time-out would take a slow rank for a dead one.
 """
 
 import os
 import socket
 import stat
 import sys
-from collections.abc import Collection
 from contextlib import suppress
 
 OPEN_FILES = "/dev/fd"  # Linux and macOS
@@ -61,19 +59,3 @@ class Patience:
                     for option in self._options:
                         connection.setsockopt(*option)
         self._asked = set(now)
-
-
-def cut(spared: Collection[int], port: int) -> None:
-    """Shut down all TCP connections of this process; whoever reads or writes there gets an error.
-
-    Args:
-        spared: of `open_sockets`, those to leave alone.
-        port: connections accepted at this port of ours are left alone: those of the store's host.
-    """
-    for identity, descriptor in open_sockets().items():
-        if identity not in spared:
-            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                internet = connection.family in (socket.AF_INET, socket.AF_INET6)
-                if internet and connection.getsockname()[1] != port:
-                    connection.getpeername()  # fails for a listening socket: Gloo aborts if that is shut down
-                    connection.shutdown(socket.SHUT_RDWR)

@@ -18,23 +18,21 @@ import torch.distributed as dist
 from torch.distributed import autograd, rpc
 from torch.futures import Future
 
-from fslsage_rpc.comm.connections import cut, open_sockets
-from fslsage_rpc.comm.generations import Generation, Generations
+from fslsage_rpc.comm.connections import open_sockets
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.placement import device_maps
-from fslsage_rpc.comm.roll_call import Presence, await_all
+from fslsage_rpc.comm.regroup import NEWS_SECONDS, Generation, Regroup, cut
+from fslsage_rpc.comm.roll_call import await_all
 from fslsage_rpc.comm.rpc import POLL_SECONDS, RpcWorld, first_line
 from fslsage_rpc.comm.rpc_link import SERVER, NamedServer, offer
-from fslsage_rpc.comm.watchdog import leave
+from fslsage_rpc.comm.signs_of_life import GRACE_SECONDS, leave
 from fslsage_rpc.comm.world import Change
 from fslsage_rpc.config import Config
 from fslsage_rpc.errors import ConnectionLost, InputError, RunOver, TooFewClients
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.parties.server import Server
 
-NEWS_SECONDS = 3.0
-"""how long an error that does not look like a loss waits for news of one"""
 MEETING_SECONDS = 30.0
 """how long a member may give no sign of life while ranks form a generation: nothing else tells of its end"""
 LEAVING_SECONDS = 10.0
@@ -60,11 +58,10 @@ class ElasticWorld(RpcWorld):
         self._timeout_seconds = config.comm.timeout_seconds
         self._server: Server | None = None
         self.generation = -1
-        self._generations = Generations(
-            store.clone(), self.number, self.size, config.comm.timeout_seconds, self._cut, self._too_few
-        )
+        self._generations = Regroup(self.size, self._cut, self._too_few)
+        self._signs = self._signs_of_life(config, self._generations)
         self._spared = open_sockets().keys()
-        self._generations.start()
+        self._signs.start()
         if self.number == 0:
             await_all(store, [f"here/{number}" for number in range(self.size)], timeout)
             self._generations.first()
@@ -117,14 +114,11 @@ class ElasticWorld(RpcWorld):
 
     def fail(self, error: BaseException) -> NoReturn:
         if isinstance(error, RunOver):
-            print(
-                f"fslsage_rpc: rank {self.number} came too late: the run has ended",
-                file=sys.stderr,
-                flush=True,
-            )
+            late = f"fslsage_rpc: rank {self.number} came too late: the run has ended"
+            print(late, file=sys.stderr, flush=True)
             leave(0, hosts_store=False)
         own = not isinstance(error, InputError | KeyboardInterrupt | ConnectionLost)
-        if self.number != 0 and own and hasattr(self, "_generations"):
+        if self.number != 0 and own and self._signs:
             with suppress(RuntimeError):
                 if self._job.check(["generation"]):  # the others may go on
                     before, message, status = self._last_words(error)
@@ -134,23 +128,10 @@ class ElasticWorld(RpcWorld):
                     leave(status, hosts_store=False)
         super().fail(error)
 
-    def _speaks(self) -> bool:
-        return self._generations.claim() if hasattr(self, "_generations") else super()._speaks()
-
-    def _explain_loss(self, reason: str) -> str:
-        here = Presence.here(self.number, self.device)
-        if not hasattr(self, "_generations"):
-            return reason  # the store was not to be reached
-        self._generations.await_next(self.generation, NEWS_SECONDS)
-        if self.number != 0:
-            time.sleep(NEWS_SECONDS)  # rank 0 knows why; when it says so, its claim ends this process
-        reasons = dict(self._generations.take_changes())
-        members = getattr(self, "_members", {})
-        lost = [n for n, identity in members.items() if not self._generations.has(n, identity)]
-        if lost:
-            who = ", ".join(f"rank {n} was lost" + (f" ({reasons[n]})" if n in reasons else "") for n in lost)
-            return f"{who} in {self.activity()}: the run ends"
-        return f"{here} lost a connection in {self.activity()}, and no rank that was lost: {reason}"
+    def _last_words(self, error: BaseException) -> tuple[str, str, int]:
+        if isinstance(error, TooFewClients):
+            return "", str(error), 1
+        return super()._last_words(error)
 
     def close(self) -> None:
         if self.number == 0:
@@ -159,9 +140,8 @@ class ElasticWorld(RpcWorld):
             deadline = time.monotonic() + LEAVING_SECONDS
             while time.monotonic() < deadline and not self._job.check(members):
                 time.sleep(POLL_SECONDS)
-            self._generations.stop()
-        else:
-            self._generations.stop()
+        self._generations.signs.stop()
+        if self.number != 0:
             with suppress(RuntimeError):
                 self._job.set(f"done/{self.number}", "")
         self._leave()
@@ -169,12 +149,11 @@ class ElasticWorld(RpcWorld):
     def _too_few(self, numbers: list[int]) -> str | None:
         left = sum(len(self.clients_of(number)) for number in numbers)
         minimum = self._config.clients.minimum
-        if left >= minimum:
-            return None
-        return f"{left} clients are left, fewer than clients.minimum ({minimum}): the run ends"
+        why = f"{left} clients are left, fewer than clients.minimum ({minimum}): the run ends"
+        return why if left < minimum else None
 
     def _cut(self) -> None:
-        """End the generation: on the thread of `Generations`, or rank 0's main one."""
+        """End the generation: on the thread of the signs of life, or rank 0's main one."""
         cut(self._spared, int(os.environ["MASTER_PORT"]))
         if self._server:
             self._server.fail(ConnectionLost("a rank was lost or joins"))
@@ -212,9 +191,7 @@ class ElasticWorld(RpcWorld):
                 except RuntimeError as error:
                     if self._generations.run_over():
                         raise RunOver from error
-                    patience = (
-                        self._timeout_seconds + LEAVING_SECONDS
-                    )  # until silence would tell who was lost
+                    patience = self._timeout_seconds + LEAVING_SECONDS  # silence would tell who was lost
                     followed = self._generations.await_next(self.generation, patience)
                     if not followed or self.generation == 0:  # nothing is trained that would be lost
                         raise ConnectionLost(first_line(error)) from error
@@ -238,7 +215,8 @@ class ElasticWorld(RpcWorld):
             time.sleep(POLL_SECONDS)
         devices = [torch.device(store.get(key).decode()) for key in keys]
         self._device_maps = device_maps(devices, self._config.comm.device_maps)
-        with self._generations.expects_connections():
+        patience = self._timeout_seconds + GRACE_SECONDS  # a rank that is silent is lost before
+        with self._generations.signs.expects_connections(patience):
             self._join(store, replace(self._config.comm, averaging="gloo"))  # which can be cut, too
         if self.rank == 0:
             for rank in range(1, self.size):

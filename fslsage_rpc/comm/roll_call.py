@@ -91,6 +91,15 @@ def await_all(store: Store, keys: list[str], timeout: timedelta) -> None:
         time.sleep(POLL_SECONDS)
 
 
+def claim_failure(store: Store, rank: int) -> bool:
+    """Is this rank the first to report a failure, so that it should print it?
+
+    Raises:
+        RuntimeError: the store is gone.
+    """
+    return store.compare_set(FAILURE, "", str(rank)).decode() == str(rank)
+
+
 def _are_set(store: Store, keys: list[str]) -> bool:
     try:
         return store.check(keys)

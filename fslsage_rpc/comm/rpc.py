@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -33,7 +34,7 @@ from fslsage_rpc.comm.placement import (
     fair_threads,
 )
 from fslsage_rpc.comm.priority import give_way, gives_way
-from fslsage_rpc.comm.roll_call import Presence, roll_call
+from fslsage_rpc.comm.roll_call import Presence, claim_failure, roll_call
 from fslsage_rpc.comm.rpc_link import (
     SERVER,
     NamedServer,
@@ -43,10 +44,10 @@ from fslsage_rpc.comm.rpc_link import (
     peers_may_be_lost,
     reference,
 )
-from fslsage_rpc.comm.watchdog import Watchdog, claim_failure, leave
+from fslsage_rpc.comm.signs_of_life import EndTheJob, Policy, SignsOfLife, leave
 from fslsage_rpc.comm.world import World, interfaces, on_one_host, open_device, server_workers, usable_cores
 from fslsage_rpc.config import Comm, Config
-from fslsage_rpc.errors import FIRST_WORD_SECONDS, ConnectionLost, InputError, TooFewClients
+from fslsage_rpc.errors import FIRST_WORD_SECONDS, ConnectionLost, InputError
 from fslsage_rpc.measure.clock import synchronise
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
@@ -55,13 +56,15 @@ from fslsage_rpc.parties.server import Server
 from fslsage_rpc.stopping import NOBODY_READS
 
 POLL_SECONDS = 0.05
-FOREVER = timedelta(days=365)  # collectives wait for a slow rank while it lives: the watchdog ends dead ones
+FOREVER = timedelta(
+    days=365
+)  # collectives wait for a slow rank while it lives; signs of life tell of the dead
 
 
 class RpcWorld(World):
     """The ranks of a torchrun, srun or self-launched job.
 
-    A rank that dies ends the job: its peers' calls fail or its silence is noticed (`Watchdog`), and
+    A rank that dies ends the job: its peers' calls fail or its silence is noticed (`SignsOfLife`), and
     everything since the last complete checkpoint is lost.
     """
 
@@ -78,7 +81,7 @@ class RpcWorld(World):
         self._pools: dict[str, ThreadPoolExecutor] = {}
         self._hosts_store = self.number == 0 and not _launcher_hosts_store()
         self._store: dist.Store | None = None
-        self._watchdog: Watchdog | None = None
+        self._signs: SignsOfLife | None = None
         try:
             self._start(config)
         except BaseException as error:
@@ -98,17 +101,16 @@ class RpcWorld(World):
         ranks = roll_call(store, Presence.here(self.rank, self.device), self.size, timeout)
         devices = [torch.device(rank.device) for rank in ranks]
         self._device_maps = device_maps(devices, config.comm.device_maps)
-        self._watchdog = Watchdog(
-            store.clone(),
-            ranks,
-            self.rank,
-            config.comm.timeout_seconds,
-            lambda: self.activity(),
-            _launcher_hosts_store(),
-        )
-        self._watchdog.start()
-        with peers_may_be_lost(), self._watchdog.expects_connections():
+        self._signs = self._signs_of_life(config, EndTheJob(ranks, _launcher_hosts_store()))
+        self._signs.start()
+        with peers_may_be_lost(), self._signs.expects_connections(config.comm.timeout_seconds):
             self._join(store, config.comm)
+
+    def _signs_of_life(self, config: Config, policy: Policy) -> SignsOfLife:
+        assert self._store is not None
+        store, here = self._store.clone(), Presence.here(self.number, self.device)
+        end = partial(leave, hosts_store=self._hosts_store)
+        return SignsOfLife(store, here, config.comm.timeout_seconds, lambda: self.activity(), policy, end)
 
     def _find_store(self, timeout: timedelta) -> dist.Store:
         """The job's key-value store, its keys apart from those of earlier attempts of the same job.
@@ -282,21 +284,17 @@ class RpcWorld(World):
             return "", "interrupted", 130
         if isinstance(error, BrokenPipeError):
             return "", "", NOBODY_READS  # this rank's output: connections fail as RuntimeErrors
-        if isinstance(error, TooFewClients):
-            return "", str(error), 1
         if isinstance(error, ConnectionLost):
-            return "", self._explain_loss(first_line(error)), 1
+            seen = first_line(error)
+            return "", self._signs.policy.explain_loss(seen) if self._signs else seen, 1
         where = f"{Presence.here(self.number, self.device)} failed in {self.activity()}"
         message = f"{where}: {type(error).__name__}: {first_line(error)}"
         return "".join(traceback.format_exception(error)), message, 1
 
-    def _explain_loss(self, reason: str) -> str:
-        return self._watchdog.explain_loss(reason) if self._watchdog else reason
-
     def _speaks(self) -> bool:
         """Is this rank the one to report a failure?"""
-        if self._watchdog:
-            return self._watchdog.claim()
+        if self._signs:
+            return self._signs.claim()
         with suppress(RuntimeError):
             if self._store is not None:
                 return claim_failure(self._store, self.rank)
@@ -308,9 +306,9 @@ class RpcWorld(World):
         with peers_may_be_lost():
             self.barrier()
             rpc.shutdown()
-            if self._watchdog is not None:
-                self._watchdog.stop()
-            self.barrier()  # the rank that hosts the store leaves it only when nobody's watchdog needs it
+            if self._signs is not None:
+                self._signs.stop()
+            self.barrier()  # the rank that hosts the store leaves it only when no thread needs it
             dist.destroy_process_group()
         offer(None)
         self._dissolve_pools()

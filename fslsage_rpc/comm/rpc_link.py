@@ -24,7 +24,7 @@ from fslsage_rpc.parties.finished import FinishedServer
 from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.parties.server import Server
 
-NO_TIMEOUT = 0  # a call waits for a slow rank while it lives: the watchdog ends dead ones
+NO_TIMEOUT = 0  # a call waits for a slow rank while it lives; signs of life tell of the dead
 SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "timed out", "unreachable")
 SERVER = "server"
 """the name of its RPC worker"""
