@@ -46,7 +46,7 @@ def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     tree = dict(tree)
     for override in overrides:
         _apply_override(tree, override)
-    config = _build(Config(), tree, prefix="")
+    config: Config = _build(Config(), tree, prefix="")
     if not FOLDER_NAME.fullmatch(config.name):
         raise InputError(
             f"name: got {config.name!r}, expected a folder name of letters, digits, '.', '_' and '-'"
@@ -73,7 +73,7 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return changes
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[Any, Any]:
     """The mapping in a YAML file.
 
     Raises:

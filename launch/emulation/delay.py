@@ -14,6 +14,7 @@ import struct
 import sys
 import time
 from collections import deque
+from typing import Any
 
 NETLINK_NETFILTER = 12
 SO_RCVBUFFORCE = 33
@@ -103,7 +104,8 @@ def _packet_id(body: bytes) -> int:
     while start + 4 <= len(body):
         length, kind = struct.unpack_from("=HH", body, start)
         if kind == PACKET_HEADER:
-            return struct.unpack_from(">I", body, start + 4)[0]
+            id: int = struct.unpack_from(">I", body, start + 4)[0]
+            return id
         start += (length + 3) & ~3
     raise ValueError("a packet without an id")
 
@@ -113,7 +115,9 @@ def main(arguments: list[str]) -> None:
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     specified = [argument.split("=") for argument in arguments]
-    queues = {(queue := Queue(int(number), float(seconds))).socket: queue for number, seconds in specified}
+    queues: dict[Any, Queue] = {
+        (queue := Queue(int(number), float(seconds))).socket: queue for number, seconds in specified
+    }
     print("ready", flush=True)
     while True:
         due = [when for queue in queues.values() if (when := queue.release()) is not None]

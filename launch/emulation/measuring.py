@@ -82,7 +82,8 @@ def _measure(namespace: str, rank: int, link: Link) -> Measured:
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise CommandFailed(f"the link of client rank {rank} could not be measured: {said[-1]}")
-    return json.loads(done.stdout)
+    measured: Measured = json.loads(done.stdout)
+    return measured
 
 
 def describe(

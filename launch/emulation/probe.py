@@ -100,7 +100,8 @@ def _flood(connection: socket.socket) -> float:
     while True:
         readable, writable, _ = select.select([connection], [connection], [], SILENCE_SECONDS)
         if readable:
-            return REPLY.unpack(_receive(connection, REPLY.size))[0]
+            rate: float = REPLY.unpack(_receive(connection, REPLY.size))[0]
+            return rate
         if not writable:
             raise ConnectionError("the link of the probe has fallen silent")
         connection.send(chunk)
