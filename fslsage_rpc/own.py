@@ -28,7 +28,7 @@ def import_own(key: str, name: str, expected: str) -> Callable[..., Any]:
     try:
         if path not in sys.modules:
             importlib.invalidate_caches()  # a notebook may have written the file just now
-        found = getattr(importlib.import_module(path), function)
+        found: object = getattr(importlib.import_module(path), function)
     except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise InputError(f"{key}: got {name!r}, which cannot be imported ({first_line(error)})") from None
     if not callable(found):

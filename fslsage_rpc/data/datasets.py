@@ -137,11 +137,12 @@ def spec_of(keys: Data) -> Spec:
     if not is_own(keys.name):
         return SPECS[keys.name]
     images, labels = _load_own(keys, train=True)
+    _, channels, height, width = images.shape
     mean, std = _statistics(images)
     return Spec(
         train_samples=len(labels),
         classes=int(labels.max()) + 1,
-        image_shape=tuple(images.shape[1:]),
+        image_shape=(channels, height, width),
         mean=mean,
         std=std,
         crop_padding=0,

@@ -85,7 +85,8 @@ class Vocabulary:
     def decode(self, numbers: Sequence[int]) -> str:
         """The text of these tokens."""
         tokens = [self._tokens[number] for number in numbers]
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
 
 
 def read(root: str, split: str, limit: int | None = None) -> list[Pair]:
@@ -167,7 +168,8 @@ def groups(root: str) -> list[str]:
 
 
 def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts)["input_ids"]
+    tokens: list[list[int]] = tokenizer(texts)["input_ids"]
+    return tokens
 
 
 @cache

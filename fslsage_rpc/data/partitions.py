@@ -129,7 +129,8 @@ def _lists(path: Path, clients: int | None = None) -> list[list[Any]]:
     if not are_lists or len(lists) != (clients or len(lists)):
         count = f"{clients} lists (clients.count)" if clients else "lists"
         raise InputError(f"{wrong}, expected a list of {count} of sample indices")
-    return lists
+    checked: list[list[Any]] = lists
+    return checked
 
 
 def _from_file(path: Path, samples: int, clients: int) -> Partition:

@@ -49,7 +49,7 @@ def write_on(
 @cache
 def _writer() -> Any:
     """A model as `generate` wants it: a class of the library, made when it is needed."""
-    transformers = import_extra("transformers")
+    transformers: Any = import_extra("transformers")
     outputs = import_extra("transformers.modeling_outputs")
 
     class Writer(transformers.PreTrainedModel, transformers.GenerationMixin):

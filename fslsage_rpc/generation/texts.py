@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ def generate(folder: str | Path, meanings: Sequence[str], beams: int) -> Written
         InputError: the folder is not that of a finished language model, or a meaning is too long for it.
     """
     run = language_run(folder)
+    assert isinstance(run.task, LanguageTask)
     clients = replace(run.config.clients, on_loss="fail")  # no rank can be spared here
     prompts(run.task, meanings)  # too long ones are found before ranks meet
     world = open_world(replace(run.config, clients=clients))
@@ -88,6 +89,7 @@ def bleu(folder: str | Path, limit: int | None, beams: int) -> Bleu:
         InputError: the folder is not that of a finished language model, or sacrebleu is not installed.
     """
     run = language_run(folder)
+    assert isinstance(run.task, LanguageTask)
     try:
         from sacrebleu import corpus_bleu
     except ImportError:
@@ -100,11 +102,11 @@ def bleu(folder: str | Path, limit: int | None, beams: int) -> Bleu:
     meanings = list(references)[:limit]
     texts = _write(run.task, lambda tokens: model(tokens.to(device))[:, -1].cpu(), meanings, beams)
     most = max(len(references[meaning]) for meaning in meanings)
-    streams = [
+    streams: list[list[Any]] = [  # None: no more; it is annotated to take texts alone
         [references[meaning][i] if i < len(references[meaning]) else None for meaning in meanings]
         for i in range(most)
     ]
-    return Bleu(corpus_bleu(texts, streams).score, len(meanings))  # type: ignore[arg-type]  # None: no more
+    return Bleu(corpus_bleu(texts, streams).score, len(meanings))
 
 
 def prompts(task: LanguageTask, meanings: Sequence[str]) -> list[list[int]]:

@@ -278,11 +278,13 @@ def _unit(series: Sequence[Series], key: str) -> tuple[int, str]:
 
 
 def _round(line: Line) -> float:
-    return line["round"] + 1
+    number: float = line["round"] + 1
+    return number
 
 
 def _test_accuracy(line: Line) -> float | None:
-    return line["test_accuracy"]
+    accuracy: float | None = line["test_accuracy"]
+    return accuracy
 
 
 def _drift_of(line: Line, key: str) -> Any:

@@ -124,7 +124,8 @@ def _rank(series: Series, keys: Sequence[str]) -> tuple[tuple[int, str], list[tu
 
 
 def _algorithm(tree: Tree) -> str:
-    return tree["algorithm"]["name"]
+    name: str = tree["algorithm"]["name"]
+    return name
 
 
 def _reads(tree: Tree, key: str) -> bool:

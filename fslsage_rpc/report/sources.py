@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fslsage_rpc.bench.table import COMPUTE, WAIT
 from fslsage_rpc.comm.ledger import OFF_THE_CLOCK
@@ -191,7 +191,7 @@ def _is_round(line: Any) -> bool:
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max  # an integer may be larger
 

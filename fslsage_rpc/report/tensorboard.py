@@ -3,7 +3,10 @@
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoard:
@@ -16,7 +19,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_round: int):
         self._folder = folder
         self._first_round = first_round
-        self._writer = None
+        self._writer: SummaryWriter | None = None
 
     def open(self) -> None:
         """Begin an event file."""

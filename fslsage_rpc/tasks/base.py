@@ -18,7 +18,10 @@ class Samples(Protocol):
     `labels` `[N]` of int64 is what partitions divide by; it need not be what is predicted.
     """
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """See the class."""
+        ...
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
