@@ -58,7 +58,8 @@ class AuxiliaryModel(Segment):
             return h
         features = self.classifier_input(input)
         hidden = self.get_submodule("hidden")(features).relu() if "hidden" in self._modules else features
-        return self.get_submodule("fc")(hidden)
+        logits: Tensor = self.get_submodule("fc")(hidden)
+        return logits
 
     def classifier_input(self, z: Tensor) -> Tensor:
         """What the classifier takes `[B, features]`, or `[B, T, features]`."""

@@ -120,7 +120,7 @@ def refusal(
             f"{key}: got {name!r}, expected a module of the model, as {', '.join(near)} ({LISTED})"
         )
     order = {node: place for place, node in enumerate(traces[False].graph.nodes)}
-    here = order.get(traces[False].outputs.get(name), 0)  # type: ignore[arg-type]
+    here = order.get(traces[False].outputs.get(name), 0)
     before = [cut for cut, node in possible.items() if order[node] <= here]
     behind = [cut for cut, node in possible.items() if order[node] > here]
     near = before[-2:] + behind[:2]

@@ -45,7 +45,7 @@ def unkeyed_draws(split: SplitModel, sample_shape: Iterable[int], auxiliary: boo
                 inputs = outputs
                 calls = {layer.name: layer.calls for layer in _keyed(part)}
         for part in (split.server, split.auxiliary):
-            part.calls_before = calls  # type: ignore[assignment]
+            part.calls_before = calls  # type: ignore[assignment]  # torch: tensors, modules
     return found
 
 
@@ -79,7 +79,7 @@ def _keyed(part: nn.Module) -> list[KeyedMask]:
 
 def _generators() -> tuple[Any, ...]:
     """The states of the process's own generators on the host, to be compared."""
-    _, words, *rest = np.random.get_state()  # noqa: NPY002
+    _, words, *rest = np.random.get_state()  # noqa: NPY002  # models draw from it
     return torch.get_rng_state().numpy().tobytes(), np.asarray(words).tobytes(), rest, random.getstate()
 
 
@@ -95,14 +95,14 @@ def _left_as_they_were(parts: Iterable[nn.Module]) -> Iterator[None]:
         if buffer is not None
     ]
     keyed = [layer for part in parts for layer in _keyed(part)]
-    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002
+    numpys, pythons = np.random.get_state(), random.getstate()  # noqa: NPY002  # models draw from it
     for layer in keyed:
         layer.begin(0, 0)
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        np.random.set_state(numpys)  # noqa: NPY002
+        np.random.set_state(numpys)  # noqa: NPY002  # models draw from it
         random.setstate(pythons)
         for owner, name, buffer, before in buffers:
             owner[name] = buffer.copy_(before)

@@ -7,6 +7,7 @@ does not depend on which half the layer is in, or on the thread, rank or order i
 import zlib
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -132,13 +133,15 @@ def key_masks(*parts: nn.Module) -> None:
 
 def _keyed(name: str, layer: nn.Module) -> KeyedMask | None:
     """What a layer is replaced by; None where it stays."""
+    shape: Callable[[Tensor], Shape]
     if type(layer) is StochasticDepth:
         shape = _by_batch if layer.mode == "batch" else _by_sample
     elif type(layer) in SHAPES:
         shape = SHAPES[type(layer)]
     else:
         return None
-    return KeyedMask(name, layer.p, shape) if layer.p else None
+    p = cast(float, layer.p)  # torch types no attribute of a module
+    return KeyedMask(name, p, shape) if p else None
 
 
 class Masks:

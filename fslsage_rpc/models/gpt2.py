@@ -32,7 +32,8 @@ class Embedding(nn.Module):
         # Made of the tokens, so that no cut comes between the two embeddings: the length of texts would be a
         # constant behind it, and generation begins with short ones.
         positions = torch.ones_like(tokens[:1]).cumsum(1) - 1  # [1, T]
-        return self.drop(self.wte(tokens) + self.wpe(positions))
+        hidden: Tensor = self.drop(self.wte(tokens) + self.wpe(positions))
+        return hidden
 
 
 class QueryKeyValue(nn.Module):
@@ -64,7 +65,8 @@ class Gpt2(nn.Module):
         self.embedding = Embedding(original.wte, original.wpe, original.drop)
         self.h = original.h
         self.ln_f = original.ln_f
-        self.lm_head = nn.Linear(*reversed(original.wte.weight.shape), bias=False)
+        vocabulary, width = original.wte.weight.shape
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
         self.lm_head.weight = nn.Parameter(original.wte.weight.detach().clone())
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -72,7 +74,8 @@ class Gpt2(nn.Module):
         hidden = self.embedding(tokens)
         for block in self.h:
             hidden = block(hidden)
-        return self.lm_head(self.ln_f(hidden))
+        logits: Tensor = self.lm_head(self.ln_f(hidden))
+        return logits
 
 
 def make(
@@ -187,7 +190,8 @@ def attend_in_single_steps(auxiliary: nn.Module) -> None:
     interface.register(DIFFERENTIABLE_ATTENTION, _causal_attention)
     for module in auxiliary.modules():
         if hasattr(module, "config"):  # one for all blocks of this copy
-            module.config._attn_implementation = DIFFERENTIABLE_ATTENTION
+            config: Any = module.config
+            config._attn_implementation = DIFFERENTIABLE_ATTENTION
 
 
 def _causal_attention(

@@ -1,7 +1,7 @@
 """Narrower layers for an auxiliary model: every one of a copy gets a share of its channels."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.own import first_line
 
+Pair = tuple[int, int]
+"""what a convolution of images has, which torch annotates as any number of integers"""
 KEY = "model.auxiliary.width_multiplier"
 
 
@@ -70,10 +72,10 @@ def _adapt(layer: nn.Module, x: Tensor, multiplier: float) -> None:
             fresh = nn.Conv2d(
                 channels,
                 out,
-                layer.kernel_size,  # type: ignore[arg-type]
-                layer.stride,  # type: ignore[arg-type]
-                layer.padding,  # type: ignore[arg-type]
-                layer.dilation,  # type: ignore[arg-type]
+                cast(Pair, layer.kernel_size),
+                cast(Pair, layer.stride),
+                cast(Pair | str, layer.padding),
+                cast(Pair, layer.dilation),
                 groups,
                 layer.bias is not None,
             )

@@ -95,17 +95,19 @@ class Segment(nn.Module):
 
     def _pass_on(self, input: Tensor) -> Tensor:
         """The output in whatever type the model gives."""
-        return self._modes[self.training](self, input)
+        output: Tensor = self._modes[self.training](self, input)
+        return output
 
     def _adopt(self, model: nn.Module, path: str) -> None:
         """Hold a module, parameter or constant of the model under its own name."""
         *owners, name = path.split(".")
-        here, there = self, model
+        here: nn.Module = self
+        there = model
         for owner in owners:
             there = there.get_submodule(owner)
             if owner not in here._modules:
                 here.add_module(owner, nn.Module())
-            here = here.get_submodule(owner)  # type: ignore[assignment]
+            here = here.get_submodule(owner)
         value = getattr(there, name)
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
             persistent = name in there._buffers and name not in there._non_persistent_buffers_set

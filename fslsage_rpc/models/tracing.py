@@ -43,7 +43,8 @@ class Trace:
     @property
     def input(self) -> fx.Node:
         """The model's input."""
-        return next(node for node in self.graph.nodes if node.op == "placeholder")
+        node: fx.Node = next(node for node in self.graph.nodes if node.op == "placeholder")
+        return node
 
     @property
     def output(self) -> fx.Node:

@@ -44,7 +44,7 @@ class Entry:
 
     make: Callable[..., nn.Module]
     default_cut: str | None = None
-    auxiliary: Callable[[str], str | None] = {}.get
+    auxiliary: Callable[[str], str | None] = dict[str, str]().get
     reads: tuple[str, ...] = ()
     pools: bool = True
     tokens: bool = False
@@ -81,7 +81,7 @@ def resnet18(classes: int, image_shape: ImageShape) -> nn.Module:
     """torchvision's ResNet-18 with its 7x7 stem (arXiv 1512.03385); other channel counts get a stem of their
     own.
     """
-    model = torchvision.models.resnet18(num_classes=classes)
+    model: nn.Module = torchvision.models.resnet18(num_classes=classes)
     if image_shape[0] != 3:
         model.conv1 = nn.Conv2d(image_shape[0], 64, 7, stride=2, padding=3, bias=False)
     return model
@@ -226,6 +226,7 @@ def _torchvision(model: str, classes: int, image_shape: ImageShape) -> nn.Module
     """
     if image_shape[0] != 3:
         raise ValueError(f"it takes 3 channels, not {image_shape[0]}")
+    get_model: Callable[..., nn.Module] = torchvision.models.get_model
     keys: dict[str, Any] = {"num_classes": classes}
     if model in ("googlenet", "inception_v3"):
         keys |= {"aux_logits": False, "init_weights": True}
@@ -235,8 +236,8 @@ def _torchvision(model: str, classes: int, image_shape: ImageShape) -> nn.Module
         keys |= {"input_size": image_shape[1:]}
     elif model.startswith("regnet"):
         with torch.device("cpu"):  # also where only sizes are asked for: it reads tensors that it makes
-            return torchvision.models.get_model(model, weights=None, **keys)
-    return torchvision.models.get_model(model, weights=None, **keys)
+            return get_model(model, weights=None, **keys)
+    return get_model(model, weights=None, **keys)
 
 
 def _users_own(name: str, function: Callable[..., Any], classes: int, image_shape: ImageShape) -> nn.Module:
