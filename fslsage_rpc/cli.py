@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = _parse(arguments)
-        return options.command(options, arguments)
+        status: int = options.command(options, arguments)
+        return status
     except InputError as error:
         _report(error)
         return 2
@@ -194,7 +195,7 @@ def _launch(config: Config, arguments: list[str]) -> int:
 
 def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     try:
-        import matplotlib  # noqa: F401 (an optional extra)
+        import matplotlib  # noqa: F401  # only to see whether the extra is there
     except ImportError:
         raise InputError("report: needs matplotlib: pip install 'fslsage_rpc[plots]'") from None
     with uninterrupted():

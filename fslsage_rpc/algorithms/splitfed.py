@@ -63,4 +63,5 @@ class SplitFedV2(SplitFed):
 
     def ranking(self, round: int) -> list[int]:
         drawn = numpy_stream(self.federation.seed, "server order", round)
-        return drawn.permutation(self.federation.participants(round)).tolist()
+        order: list[int] = drawn.permutation(self.federation.participants(round)).tolist()
+        return order

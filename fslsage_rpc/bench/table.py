@@ -41,7 +41,8 @@ def _row(name: str, record: Mapping[str, Any]) -> list[str]:
 
 def round_bytes(record: Mapping[str, Any]) -> float:
     """What a variant's rounds sent, each on average: without the first broadcast and evaluation."""
-    return sum(bytes for kind, bytes in record["wire_bytes"].items() if kind not in OFF_THE_CLOCK)
+    sent: float = sum(bytes for kind, bytes in record["wire_bytes"].items() if kind not in OFF_THE_CLOCK)
+    return sent
 
 
 def request_rows(result: Mapping[str, Any]) -> list[list[str]]:

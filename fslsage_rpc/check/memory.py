@@ -253,7 +253,7 @@ def _held(data: Samples) -> int:
 def _cut(client: nn.Module, x: Tensor) -> Tensor:
     """Smashed data as the server gets it: a leaf."""
     with torch.no_grad():
-        z = client(x)
+        z: Tensor = client(x)
     return z.requires_grad_()
 
 

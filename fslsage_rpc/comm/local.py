@@ -97,7 +97,8 @@ class LocalLink(ServerLink):
         pass
 
     def _initial_weights(self) -> tuple[Weights, Weights | None]:
-        return self._server.initial
+        initial: tuple[Weights, Weights | None] = self._server.initial
+        return initial
 
     def _submit(self, request: Request, on_answer: OnAnswer) -> None:
         self._server.submit(request, lambda answer: on_answer(answer, device_clock(self.carrier)))
@@ -109,4 +110,5 @@ class LocalLink(ServerLink):
         self._server.take_auxiliary(weights)
 
     def _predict_last(self, z: Tensor) -> Tensor:
-        return self._server.predict_last(z)
+        logits: Tensor = self._server.predict_last(z)
+        return logits

@@ -191,7 +191,8 @@ class RpcWorld(World):
 
     def _reference(self) -> rpc.RRef | NamedServer:
         """To the server, on a client rank."""
-        return rpc.rpc_sync(SERVER, reference)
+        found: rpc.RRef = rpc.rpc_sync(SERVER, reference)
+        return found
 
     def start(self, kind: str, work: Callable[[], None]) -> None:
         if kind not in self._pools:

@@ -82,7 +82,8 @@ class ServerEndpoint:
 
     def predict_last(self, z: torch.Tensor) -> torch.Tensor:
         """See `FinishedServer.predict_last`; by way of host memory."""
-        return self._server.predict_last(z).to(CPU)
+        logits: torch.Tensor = self._server.predict_last(z)
+        return logits.to(CPU)
 
 
 _offered: ServerEndpoint | None = None  # on rank 0
@@ -143,14 +144,16 @@ class RpcLink(ServerLink):
         self._call("announce", round, plans, ranking)
 
     def server_clock(self) -> float:
-        return self._call("clock")
+        seconds: float = self._call("clock")
+        return seconds
 
     def _echo(self, payload: torch.Tensor, down_bytes: int) -> None:
         self._call("echo", payload, down_bytes)
         synchronise(self.carrier)
 
     def _initial_weights(self) -> tuple[Weights, Weights | None]:
-        return self._call("initial")
+        initial: tuple[Weights, Weights | None] = self._call("initial")
+        return initial
 
     def _submit(self, request: Request, on_answer: OnAnswer) -> None:
         travelling = Request(request.client, request.number, request.body.to(self.carrier))
@@ -188,7 +191,8 @@ class RpcLink(ServerLink):
         self._call("deposit_auxiliary", weights.to(CPU))
 
     def _predict_last(self, z: torch.Tensor) -> torch.Tensor:
-        return self._call("predict_last", z.to(CPU))
+        logits: torch.Tensor = self._call("predict_last", z.to(CPU))
+        return logits
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Call the server and wait for its answer."""

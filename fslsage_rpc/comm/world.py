@@ -120,7 +120,7 @@ class World(ABC):
         speeds = self.gather((self.client_rank, mine)) or []
         return {rank: speed for rank, speed in speeds if speed is not None}
 
-    def admit(self, before: Callable[[], None]) -> None:  # noqa: B027 (most worlds stay as they are)
+    def admit(self, before: Callable[[], None]) -> None:  # noqa: B027  # most worlds stay as they are
         """Called by all ranks between two rounds: where ranks wait to join, those here meet anew with them
         (`accept_loss`, `regroup`), so this or a later collective fails.
 
@@ -136,7 +136,7 @@ class World(ABC):
         """
         raise error
 
-    def regroup(self) -> None:  # noqa: B027
+    def regroup(self) -> None:  # noqa: B027  # most worlds never meet anew
         """Then meet anew with the ranks that are there now.
 
         Raises:
@@ -214,7 +214,7 @@ def set_tf32(allowed: bool) -> None:
     """Let GPUs round the factors of fp32 matrix products and convolutions to TF32, or not."""
     rounding = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = rounding
-    torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]
+    torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]  # only there at run time
 
 
 def usable_cores() -> frozenset[int]:

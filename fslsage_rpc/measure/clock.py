@@ -29,7 +29,8 @@ def device_clock(device: torch.device) -> Reading:
     """Reads the device's clock when the device gets to here in the thread's current stream; None on a CPU."""
     if device.type != "cuda":
         return None
-    return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+    reading: Reading = torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+    return reading
 
 
 class DeviceIntervals(Generic[Key]):

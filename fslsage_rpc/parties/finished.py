@@ -14,4 +14,5 @@ class FinishedServer:
     def predict_last(self, z: Tensor) -> Tensor:
         """Logits `[B, classes]` at the last position, from smashed data z `[B, T, ...]`."""
         with torch.no_grad():
-            return self._model(z.to(self._device))[:, -1].clone()
+            logits: Tensor = self._model(z.to(self._device))
+            return logits[:, -1].clone()

@@ -83,4 +83,5 @@ class WorkQueue:
         """The end of the queue, for a thread that waits there asleep; None where all is done."""
         if self._stream is None:
             return None
-        return self._stream.record_event(torch.cuda.Event(blocking=True))
+        place: Place = self._stream.record_event(torch.cuda.Event(blocking=True))
+        return place

@@ -64,12 +64,16 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:
 def _client_seconds(line: Line) -> float:
     """Of compute and what is beside it; a GPU's compute where there is one, not its host's."""
     seconds = {**line["phases"]["client"], **line.get("device_seconds", {}).get("client", {})}
-    return sum(seconds[phase] for phase in CLIENT)
+    total: float = sum(seconds[phase] for phase in CLIENT)
+    return total
 
 
 def _requests(line: Line, key: str) -> float:
     """The sum of uploads' and exchanges'."""
-    return sum(line["requests"][kind][key] for kind in ("push", "exchange") if kind in line["requests"])
+    total: float = sum(
+        line["requests"][kind][key] for kind in ("push", "exchange") if kind in line["requests"]
+    )
+    return total
 
 
 def _beside_the_link(lines: Sequence[Line], link: LinkSpeed) -> float:

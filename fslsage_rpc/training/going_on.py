@@ -108,7 +108,8 @@ def _send_back(
             )
         clients = [id for home in homes for id in dealt_out(experiment, world, home)]
         returning = {id: returning_state(id, peer, state.clients.get(id), state) for id in clients}
-    return world.broadcast(returning)
+    states: dict[int, State] = world.broadcast(returning)
+    return states
 
 
 def returning_state(client: int, peer: State, left: State | None, server: RankState) -> State:

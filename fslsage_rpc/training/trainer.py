@@ -236,7 +236,8 @@ class Trainer:
             on_round(line, reports)
             last = last or self._accuracy_reached(line)
             stops = any(requests) and not last
-        return self.world.broadcast((last, stops))
+        decided: tuple[bool, bool] = self.world.broadcast((last, stops))
+        return decided
 
     def _open_trace(self) -> TraceFile | None:
         """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""
