@@ -1,0 +1,5 @@
+.PHONY: test gate nightly
+
+test: ; pytest
+gate: ; .ci/run
+nightly: ; .ci/nightly
