@@ -127,9 +127,13 @@ class Job:
 
     def _processes(self) -> list[int]:
         """Those that the launcher has started, directly or not, and itself."""
-        word = f"{MARK}={self._mark}"
-        numbers = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
-        return [number for number in numbers if word in _environment(number)]
+        return processes_with(f"{MARK}={self._mark}")
+
+
+def processes_with(word: str) -> list[int]:
+    """The ids of the processes that have this word, NAME=VALUE, in their environment."""
+    numbers = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    return [number for number in numbers if word in _environment(number)]
 
 
 def _environment(process: int) -> list[str]:
