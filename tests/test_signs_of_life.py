@@ -1,6 +1,6 @@
 """Signs of life, period by period: on a clock that tests advance, with the job's store in memory.
 
-All ranks are in this process. No thread is started and nobody sleeps; a process that ends raises `Left`.
+All ranks are in this process. Nobody sleeps; a process that ends raises `Left`.
 """
 
 import threading
@@ -38,7 +38,7 @@ class Left(BaseException):
 
 
 class NoAnswer(BaseException):
-    """What was asked has not been answered in time."""
+    """A question has not been answered in time."""
 
 
 class Advanced(Clock):
@@ -186,7 +186,7 @@ Says = Callable[[Callable[[], object]], str]
 
 @pytest.fixture
 def says(capsys: pytest.CaptureFixture[str]) -> Says:
-    """What a process that ends by this prints."""
+    """Run an action that ends its process, and return the line that it prints."""
 
     def says(action: Callable[[], object]) -> str:
         with pytest.raises(Left) as left:
@@ -330,17 +330,39 @@ def test_a_lost_connection_is_explained_by_the_rank_at_fault_if_it_can(job: Job,
         assert says(lambda: job.signs[1].policy.explain_loss("eof")) == ""
 
 
+def test_a_lost_connection_is_explained_by_a_store_that_is_silent(job: Job) -> None:
+    job.store.silent = True
+    said = job.signs[2].policy.explain_loss("eof")
+    assert said == GONE.replace("is gone", f"has not answered for {TIMEOUT_SECONDS:g} s")
+
+
+def test_while_one_thread_ends_the_process_no_other_gets_a_word(job: Job) -> None:
+    """Rank 0 may host the store: then its process lives on for a while after it has spoken."""
+    others: list[bool] = []
+
+    def leave(status: int) -> NoReturn:
+        asking = threading.Thread(target=lambda: others.append(job.signs[0]._ends.acquire(blocking=False)))
+        asking.start()
+        asking.join()
+        raise Left(status)
+
+    job.signs[0]._leave = leave
+    with pytest.raises(Left):
+        job.signs[0].end("first")
+    assert others == [False]
+
+
 def test_a_lost_connection_is_explained_by_a_store_that_is_gone(job: Job) -> None:
     job.store.gone = True
     assert job.signs[2].policy.explain_loss("eof") == GONE
 
 
 def test_the_thread_ends_before_the_store_does(job: Job) -> None:
-    """The only test with a thread."""
     job.signs[1].clock = Clock()
     job.signs[1].start()
     job.signs[1].stop()
-    assert job.store.get("beat/1") == b"1 round 3"
+    assert job.store.get("beat/1").endswith(b" round 3")
+    assert not job.signs[1]._thread.is_alive()
 
 
 def test_time_as_it_passes() -> None:

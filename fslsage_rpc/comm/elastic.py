@@ -31,6 +31,7 @@ from fslsage_rpc.comm.world import Change
 from fslsage_rpc.config import Config
 from fslsage_rpc.errors import ConnectionLost, InputError, RunOver, TooFewClients
 from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.parties.finished import FinishedServer
 from fslsage_rpc.parties.server import Server
 
 MEETING_SECONDS = 30.0
@@ -72,8 +73,10 @@ class ElasticWorld(RpcWorld):
         count = self._config.clients.count
         return range(number - 1, count, self.homes) if number else range(0)
 
-    def connect(self, server: Server | None, ledger: WireLedger, log: RequestLog) -> ServerLink | None:
-        self._server = server
+    def connect(
+        self, server: Server | FinishedServer | None, ledger: WireLedger, log: RequestLog
+    ) -> ServerLink | None:
+        self._server = server if isinstance(server, Server) else None
         return super().connect(server, ledger, log)
 
     def _reference(self) -> NamedServer:
@@ -229,7 +232,7 @@ class ElasticWorld(RpcWorld):
         own = dist.PrefixStore("rpc", store)
         own.set_timeout(timedelta(seconds=self._timeout_seconds))
         rpc._init_rpc_backend(
-            rpc.BackendType.TENSORPIPE,  # type: ignore[attr-defined]
+            rpc.BackendType.TENSORPIPE,  # type: ignore[attr-defined]  # a member that torch adds at run time
             store=own,
             name=self._worker(self.rank),
             rank=self.rank,

@@ -1,8 +1,8 @@
 """The policy of `clients.on_loss: drop`: which processes make up the job, after each loss and with newcomers.
 
 Rank 0 writes the list of them anew whenever one is lost, or joins; all of them read it in the job's store.
-Every process has a number, its RANK as it was started, and an identity of its own, so that a replacement is
-not taken for the process that it replaces.
+Every process has a number, its RANK as it was started. It also has an identity of its own, so that a
+replacement is not taken for the process that it replaces.
 """
 
 import json
@@ -44,11 +44,11 @@ NONE_YET = Generation(-1, {})
 class Regroup(Policy):
     """A new generation begins where a client rank is lost.
 
-    Rank 0 watches all others, and they watch rank 0, whose end is everybody's. There the thread that gives
-    signs of life learns of losses (`lose`, a silence longer than the time-out) and writes the next
-    generation; on the others it reads it. Either way it then ends the present one: it cuts this process's
-    connections, again and again until the main thread has left (`enter`). Wherever that waits, it gets an
-    error. A process that is not in the new generation ends.
+    Rank 0 watches all others, and they watch rank 0, whose end is everybody's. On rank 0 the thread that
+    gives signs of life learns of losses, by `lose` or by silence, and writes the next generation. On the
+    others it reads it. Either way it then ends the present one: it cuts this process's connections, again and
+    again until the main thread has left (`enter`). Wherever that waits, it gets an error. A process that is
+    not in the new generation ends.
 
     Attributes:
         identity: of this process.

@@ -56,9 +56,8 @@ from fslsage_rpc.parties.server import Server
 from fslsage_rpc.stopping import NOBODY_READS
 
 POLL_SECONDS = 0.05
-FOREVER = timedelta(
-    days=365
-)  # collectives wait for a slow rank while it lives; signs of life tell of the dead
+# Collectives wait for a slow rank while it lives: signs of life tell of the dead.
+FOREVER = timedelta(days=365)
 
 
 class RpcWorld(World):

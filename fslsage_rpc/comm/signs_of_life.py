@@ -21,8 +21,8 @@ PERIOD_SECONDS = 1.0
 CONNECTING_SECONDS = 30.0
 """how long connecting may take at least"""
 GRACE_SECONDS = 3.0
-"""how long a rank that lost a connection waits for the guilty rank's own message, and for signs of life;
-and one that ends, for the store"""
+"""how long a rank that lost a connection waits for the guilty rank's own message, and for signs of life.
+A rank that ends waits so long for the store."""
 ENDED = "its process has ended"
 
 
@@ -154,7 +154,7 @@ class SignsOfLife:
         self._leave = leave
         self._watched: dict[int, tuple[bytes, float]] = {}  # the last sign of life, and when it came
         self._count = 0
-        self._deciding = threading.Lock()
+        self._ends = threading.RLock()  # held by the thread that ends the process, for good
         self._stopped = threading.Event()
         self._patience = Patience(timeout_seconds + GRACE_SECONDS)
         self._thread = threading.Thread(target=self._run, name="signs of life", daemon=True)
@@ -197,10 +197,15 @@ class SignsOfLife:
 
     def claim(self) -> bool:
         """Is this rank the first to report a failure, so that it should print it?"""
-        self.reported = True
+        self.leave_the_end_to_caller()
         # A silent store answers no claim.
         claimed = self.clock.within(GRACE_SECONDS, lambda: claim_failure(self.store, self.here.rank))
         return self.policy.speaks_without_store() if claimed is None else claimed
+
+    def leave_the_end_to_caller(self) -> None:
+        """Let no other thread end the process any more. Where one is at that already, it ends here."""
+        with self._ends:
+            self.reported = True
 
     def leave_if_claimed(self) -> None:
         """End silently where another rank reports a failure."""
@@ -212,21 +217,21 @@ class SignsOfLife:
 
         Returns only where the process is about to be ended anyway.
         """
-        with self._deciding:
-            if self.reported:
-                return
-            self.reported = self._ending = True
 
         def last_words() -> str:
             farewell = self.policy.farewell(message)
             return farewell or (message if claim_failure(self.store, self.here.rank) else "")
 
-        words = self.clock.within(GRACE_SECONDS, last_words)
-        if words is None and self.policy.speaks_without_store():
-            words = message
-        if words:
-            print(f"fslsage_rpc: {words}", file=sys.stderr, flush=True)
-        self._leave(1)
+        with self._ends:
+            if self.reported:
+                return
+            self.reported = self._ending = True
+            words = self.clock.within(GRACE_SECONDS, last_words)
+            if words is None and self.policy.speaks_without_store():
+                words = message
+            if words:
+                print(f"fslsage_rpc: {words}", file=sys.stderr, flush=True)
+            self._leave(1)
 
     def period(self) -> None:
         """Give a sign of life, and look for what may have happened since the last."""
@@ -308,20 +313,19 @@ class EndTheJob(Policy):
 
     def explain_loss(self, seen: str) -> str:
         signs, clock = self.signs, self.signs.clock
-        signs.reported = True  # the caller ends the process
+        signs.leave_the_end_to_caller()
         before = clock.within(GRACE_SECONDS, self._beats)
         deadline = clock.now() + GRACE_SECONDS
         while clock.now() < deadline:
             clock.wait(0.1)
-            with suppress(RuntimeError):  # the end of the grace sees it
-                signs.leave_if_claimed()
+            clock.within(GRACE_SECONDS, signs.leave_if_claimed)
             if gone := signs.ended():
                 return self._loss(gone, ENDED)
-        try:
-            after = self._beats()
-        except RuntimeError as error:
-            return self.lost_store(error)
-        silent = [r for r in self.processes if before and after[r.rank] == before[r.rank] != b""]
+        after = clock.within(signs.timeout_seconds, self._beats)
+        if not isinstance(after, list):
+            return self.lost_store(after)
+        known = before if isinstance(before, list) else [b""] * len(after)
+        silent = [r for r in self.processes if after[r.rank] == known[r.rank] != b""]
         if silent:
             return self._loss(silent[0], f"{seen}; no sign of life for {GRACE_SECONDS:g} s")
         return (
@@ -337,5 +341,9 @@ class EndTheJob(Policy):
             return self.lost_store(error)
         return f"{lost} was lost in {doing}: {why}"
 
-    def _beats(self) -> list[bytes]:
-        return [self.signs.beat_of(rank.rank) for rank in self.processes]
+    def _beats(self) -> list[bytes] | RuntimeError:
+        """The last sign of life of every rank, or why the store cannot be asked."""
+        try:
+            return [self.signs.beat_of(rank.rank) for rank in self.processes]
+        except RuntimeError as error:
+            return error
