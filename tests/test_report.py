@@ -1,6 +1,7 @@
 """`fslsage report`: which runs are one curve, what the tables say, and what the figures look like."""
 
 import html.parser
+import json
 import re
 import sys
 from pathlib import Path
@@ -300,6 +301,14 @@ REFUSALS = {
     ),
     "damaged line": (
         lambda path: damage(write_run(path / "x", [0.5]), "metrics.jsonl", '{"round": "one"}\n'),
+        "metrics.jsonl: line 1 is damaged, expected the figures of a round",
+    ),
+    "line without accuracy": (
+        lambda path: damage(
+            write_run(path / "x", [0.5]),
+            "metrics.jsonl",
+            json.dumps({k: v for k, v in line(0, 0.5).items() if k != "test_accuracy"}) + "\n",
+        ),
         "metrics.jsonl: line 1 is damaged, expected the figures of a round",
     ),
     "damaged environment": (

@@ -180,7 +180,7 @@ def _is_round(line: Any) -> bool:
     """Is this a metrics line, as far as a report needs it?"""
     if not isinstance(line, dict) or not isinstance(line.get("phases"), dict):
         return False
-    drift, accuracy = line.get("drift"), line.get("test_accuracy")
+    drift, accuracy = line.get("drift"), line.get("test_accuracy", "none")  # null in a round not evaluated
     return (
         all(_is_number(line.get(key)) for key in ("round", "elapsed_seconds", "paper_bytes_total"))
         and _are_numbers(line.get("wire_bytes"))
