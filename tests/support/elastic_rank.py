@@ -1,11 +1,18 @@
 """The command line as one rank, with a fault in a round, at a place: FAULT="rank:round:place:kind".
 
-Places: `step`, between two steps of a client; `averaging`, before the all-reduce; `closing`, after a trained
-round, before its line; `server`, on rank 0 as it waits for the round's requests; `start` (round -1), before
-the parties are built. Kinds: kill, stop, raise.
-PACE: seconds to wait before each round of the generation after the first loss. SLOW_FIT: a client whose
-auxiliary model takes the server 2 s more to fit. SLOW_PART: a rank that takes 2 s more to write its part of a
-checkpoint.
+Places:
+
+- `step`: between two steps of a client.
+- `averaging`: before the all-reduce.
+- `closing`: after a trained round, before its line.
+- `server`: on rank 0, as it waits for the round's requests.
+- `start`, in round -1: before the parties are built.
+
+Kinds are `kill`, `stop` and `raise`. Three more variables make a rank slow:
+
+- PACE: seconds to wait before each round of the generation after the first loss.
+- SLOW_FIT: a client whose auxiliary model takes the server 2 s more to fit.
+- SLOW_PART: a rank that takes 2 s more to write its part of a checkpoint.
 """
 
 import os

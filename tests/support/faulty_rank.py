@@ -1,11 +1,17 @@
 """The command line as a rank of a job with faults: FAULTS="rank:round:place:fault ...", one in each attempt.
 
-The round counts from 1, as the screen does. The rank goes to the place and waits there until the others have
-a sign of life from it and the manifest of the checkpoint of the round before is there, in the run's folder in
-FAULT_FOLDER; then the attempt's fault happens, its moment in a file of that folder: `kill` (SIGKILL), `stop`
-(SIGSTOP), `raise`, `cut` (its connections to other ranks break off), `mute` (they carry nothing any more;
-needs a network namespace and iptables). `absent` at any place is a rank that never starts; at `writing` that
-manifest, or the rank's part, is what is being written.
+The round counts from 1, as the screen does. FAULT_FOLDER has the run's folder. The rank goes to the place and
+waits there until the others have a sign of life from it. It also waits for the manifest of the checkpoint of
+the round before. Then the attempt's fault happens, and its moment goes to a file of FAULT_FOLDER.
+
+- `kill`: SIGKILL.
+- `stop`: SIGSTOP.
+- `raise`: an exception.
+- `cut`: its connections to other ranks break off.
+- `mute`: they carry nothing any more; it needs a network namespace and iptables.
+- `absent`, at any place: a rank that never starts.
+
+At `writing`, that manifest or the rank's part is being written.
 """
 
 import os
@@ -22,6 +28,7 @@ from typing import Any
 from fslsage_rpc import cli  # first: it sets what torch logs
 from fslsage_rpc.comm.rpc import RpcWorld
 from fslsage_rpc.comm.rpc_link import RpcLink
+from fslsage_rpc.comm.signs_of_life import SignsOfLife
 from fslsage_rpc.parties.alignment import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, Push
@@ -29,8 +36,7 @@ from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training.checkpoint_files import MANIFEST
 from fslsage_rpc.training.trainer import Trainer
 
-SIGN_OF_LIFE_SECONDS = 1.5
-CHECKPOINT_SECONDS = 30.0
+WAITING_SECONDS = 60.0
 FOLDER = Path(os.environ["FAULT_FOLDER"])
 ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 rank, round, place, fault = [*os.environ["FAULTS"].split(), "none:0:none:none"][ATTEMPT].split(":")
@@ -38,7 +44,7 @@ moment = FOLDER / f"fault-{ATTEMPT}"
 manifest = FOLDER / "run" / "checkpoints" / f"round-{int(round) - 1:06d}" / MANIFEST
 mine = os.environ["RANK"] == rank
 happened = False
-now = 0
+now = beats = 0
 
 
 def due(where: str) -> bool:
@@ -54,26 +60,39 @@ def happen(where: str, wait: bool = True) -> None:
     happened = True
     if wait:
         wait_for_others()
+    if fault in ("cut", "mute"):
+        for_connections(shut if fault == "cut" else mute)
     moment.write_text(str(time.time()))
     if fault == "raise":
         raise ZeroDivisionError("a fault for the test")
     if fault in ("cut", "mute"):
-        return for_connections(shut if fault == "cut" else mute)
+        return
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[fault])
 
 
 def wait_for_others() -> None:
     """Until they know where this rank is, and the round before is not lost with it."""
-    time.sleep(SIGN_OF_LIFE_SECONDS)
+    wait_for_sign_of_life()
     wait_until(manifest.exists)
 
 
+def wait_for_sign_of_life() -> None:
+    known = beats + 2  # the next one may be under way, with the place before
+    wait_until(lambda: beats >= known)
+
+
 def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + CHECKPOINT_SECONDS
+    deadline = time.monotonic() + WAITING_SECONDS
     while not true():
         if time.monotonic() > deadline:
-            raise TimeoutError("no checkpoint of the round before the fault's")
+            raise TimeoutError("no sign of life, or no checkpoint of the round before the fault's")
         time.sleep(0.01)
+
+
+def beat(self: SignsOfLife) -> None:
+    global beats
+    true_beat(self)
+    beats += 1
 
 
 def for_connections(do: Callable[[socket.socket], None]) -> None:
@@ -136,20 +155,21 @@ def all_reduce(self: RpcWorld, *arguments: Any) -> None:
     if now == int(round) and place == "all-reduce":
         wait_until(manifest.exists)
         if mine:
-            threading.Timer(SIGN_OF_LIFE_SECONDS, happen, ["all-reduce", False]).start()
+            threading.Thread(target=happen, args=["all-reduce"]).start()
         else:
-            time.sleep(2 * SIGN_OF_LIFE_SECONDS)
+            wait_until(moment.exists)
     true_all_reduce(self, *arguments)
 
 
 def replace(source: str | Path, target: str | Path) -> None:
-    """Writing: a file of the checkpoint of the round before, a client rank's part or the manifest, has been
-    written and has yet to get its name; the round has begun.
+    """Stop at `writing`: a part or the manifest has been written and has yet to get its name.
+
+    It belongs to the checkpoint of the round before; the round has begun.
     """
     name = MANIFEST if rank == "0" else f"rank-{rank}.pt"
     if mine and place == "writing" and Path(target) == manifest.with_name(name):
         wait_until(lambda: now == int(round))
-        time.sleep(SIGN_OF_LIFE_SECONDS)
+        wait_for_sign_of_life()
         happen("writing", wait=False)
     true_replace(source, target)
 
@@ -157,6 +177,7 @@ def replace(source: str | Path, target: str | Path) -> None:
 if mine and fault == "absent":
     moment.write_text(str(time.time()))
     time.sleep(3600)
+true_beat, SignsOfLife._beat = SignsOfLife._beat, beat  # type: ignore[method-assign]
 true_train_round, Trainer.train_round = Trainer.train_round, train_round  # type: ignore[method-assign]
 true_submit, RpcLink._submit = RpcLink._submit, submit  # type: ignore[method-assign]
 true_all_reduce, RpcWorld.all_reduce = RpcWorld.all_reduce, all_reduce  # type: ignore[method-assign]
