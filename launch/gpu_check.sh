@@ -13,7 +13,8 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 echo "== tests that need a GPU, and those of what they rest on"
-python3 -m pytest -p no:cacheprovider -vv --durations=10 tests/test_cuda.py tests/test_placement.py
+# of the settings of all tests, those that other packages would have to be there for are left out
+python3 -m pytest -o addopts= -p no:cacheprovider -vv --durations=10 tests/test_cuda.py tests/test_placement.py
 
 echo "== samples per second"
 python3 benchmarks/gpu_speed.py "${folder:-docs/results}" ${data:+--data "$data"}

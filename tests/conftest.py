@@ -1,7 +1,10 @@
 """Shared by all tests."""
 
 import os
-import time
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests must not depend on the cores
@@ -11,19 +14,40 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-STARTED = time.monotonic()
+platform.processor()  # asks a process, once: before tests may start none
+with suppress(ImportError):  # launch/gpu_check.sh does without
+    from hypothesis import HealthCheck, settings
+
+    slow = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    commit = settings(deadline=None, derandomize=True, suppress_health_check=slow)
+    settings.register_profile("commit", commit)
+    settings.register_profile("nightly", commit, max_examples=1000, derandomize=False, print_blob=True)
+    settings.load_profile("commit")
+TIERS = ("gate", "nightly")
+PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
+"""audit events"""
+commit_tier = False
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--minutes", type=float, help="begin no test later than this; those are skipped, by name"
-    )
+def refuse_processes(event: str, arguments: tuple[object, ...]) -> None:
+    """Hold tests of the commit tier to one process."""
+    by_matplotlib = arguments[:1] == ("fc-list",)  # once on a machine, for its fonts
+    if commit_tier and event in PROCESS_EVENTS and not by_matplotlib:
+        raise RuntimeError("a test that starts a process needs the marker gate or nightly")
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    minutes = item.config.getoption("--minutes")
-    if minutes is not None and time.monotonic() - STARTED > 60 * minutes:
-        pytest.skip(f"begins no more after {minutes:g} minutes")
+sys.addaudithook(refuse_processes)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tell the tiers apart, fixtures included."""
+    global commit_tier
+    commit_tier = not any(item.get_closest_marker(tier) for tier in TIERS)
+    try:
+        return (yield)
+    finally:
+        commit_tier = False
 
 
 @pytest.fixture(scope="session")

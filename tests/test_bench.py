@@ -132,7 +132,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_benchmark_runs_in_order_and_in_reverse_and_ends_in_tables(config: Path, tmp_path: Path) -> None:
     shown = fslsage_on_ranks(2, tmp_path, "bench", config)
     order = [line.split()[2] for line in shown.splitlines() if line.startswith("repeat ")]

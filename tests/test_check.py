@@ -169,7 +169,7 @@ def as_arguments(tmp_path: Path, config: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.timeout(450)
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -348,6 +348,7 @@ def test_a_configuration_that_cannot_run_is_refused_as_by_training() -> None:
     assert main(["check", QUICKSTART, "clients.cuont=3"]) == 2
 
 
+@pytest.mark.nightly
 def test_on_ranks_it_measures_their_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = (f"output={tmp_path / 'runs'}", "comm.transports=[uv]", "device=cpu")
     monkeypatch.setenv("COLUMNS", "150")
@@ -360,7 +361,7 @@ def test_on_ranks_it_measures_their_links(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ranks_that_cannot_meet_end_it_with_status_1_behind_the_likely_reason() -> None:
     done = fslsage(
         "check",

@@ -110,6 +110,7 @@ def test_three_rounds_and_three_more_are_six(
     assert_whole(run)
 
 
+@pytest.mark.gate
 def test_three_ranks_go_on_from_where_two_were(whole: dict[str, Run], tmp_path: Path) -> None:
     """What one client rank has written is read by two; the whole equals that of a single process."""
     cases = [case for case in CASES if "batch norm" not in case]  # which would blow the rounding up
@@ -136,7 +137,7 @@ def test_three_ranks_go_on_from_where_two_were(whole: dict[str, Run], tmp_path: 
                 assert its[key] == (pytest.approx(mine[key], rel=1e-10) if evaluated else None), key
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_over_rpc_too_three_rounds_and_three_more_are_six(tmp_path: Path) -> None:
     """Each rank goes on from its own part: to the last bit, for every algorithm."""
     whole, halves = (

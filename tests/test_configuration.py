@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fslsage_rpc.config import Config
@@ -51,6 +51,7 @@ def test_a_configuration_survives_its_tree_and_yaml(tmp_path: Path) -> None:
     assert read_yaml(path) == to_tree(config)
 
 
+@pytest.mark.gate
 def test_reading_a_configuration_does_not_import_torch(tmp_path: Path) -> None:
     path = write(tmp_path, "rounds: 3")
     program = (
@@ -69,7 +70,6 @@ def test_text_and_integers_that_mean_a_number_become_floats(tmp_path: Path, text
         assert type(value) is float
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.floats(min_value=0, exclude_min=True, allow_infinity=False))
 def test_a_positive_number_survives_as_number_and_as_text(number: float) -> None:
     for value in (number, repr(number)):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fslsage_rpc.configuration import from_tree, load, to_tree
@@ -41,7 +41,6 @@ FILES = (
 )
 
 
-@settings(max_examples=230, deadline=None, derandomize=True)
 @given(FILES)
 def test_any_file_is_accepted_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
@@ -56,7 +55,6 @@ def test_any_file_is_accepted_or_refused_in_one_line(
         assert from_tree(to_tree(config)) == config
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.dictionaries(KNOWN_KEYS, SHALLOW_VALUES, min_size=1, max_size=6))
 def test_a_refused_value_of_a_known_key_is_named_and_an_accepted_one_has_its_keys_type(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
@@ -73,7 +71,6 @@ def test_a_refused_value_of_a_known_key_is_named_and_an_accepted_one_has_its_key
         assert all(type(got[key]) is type(DEFAULTS[key]) or key in NULLABLE for key in values)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.text(max_size=20) | st.builds("{}={}".format, KNOWN_KEYS, YAML_LIKE_TEXT))
 def test_any_override_is_accepted_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, override: str

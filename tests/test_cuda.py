@@ -24,7 +24,10 @@ from fslsage_rpc.training.trainer import Trainer
 from support.rank_program import Outcome, run_job, train_locally, train_on_ranks
 from support.unequal_clients import unequal_clients
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.gate,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 ALGORITHMS = ["fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"]
 SAME_IN_FP64 = 1e-8

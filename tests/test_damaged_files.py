@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fslsage_rpc
@@ -36,13 +36,8 @@ Damage = Callable[[bytes], bytes | None]
 
 
 def few(examples: int) -> settings:
-    """The same examples in every run; a file's reading may take its time."""
-    return settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
+    """Examples of what takes its time: so many where the profile has 100."""
+    return settings(max_examples=examples * settings.default.max_examples // 100)
 
 
 def flipped(data: bytes, place: float, bit: int) -> bytes:
@@ -269,7 +264,7 @@ def report_on(folder: Path) -> None:
     used_or_refused(read, [str(folder)])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @few(12)
 @given(st.data())
 def test_the_figures_too_are_drawn_of_what_is_let_in(
@@ -308,7 +303,7 @@ def calibrate_from(folder: Path) -> None:
             assert all(math.isfinite(value) for value in vars(costs).values())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sound_benchmark_is_read_and_one_with_impossible_rounds_refused(
     benchmark: Path, tmp_path: Path
 ) -> None:
@@ -321,7 +316,7 @@ def test_a_sound_benchmark_is_read_and_one_with_impossible_rounds_refused(
     assert used_or_refused(read_calibration, folder) is None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @few(40)
 @given(st.integers(0, 50), DAMAGES)
 def test_a_plan_from_damaged_files_is_made_or_refused(
@@ -334,7 +329,7 @@ def test_a_plan_from_damaged_files_is_made_or_refused(
     calibrate_from(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @few(40)
 @given(st.data())
 def test_a_plan_from_altered_figures_is_made_or_refused(

@@ -26,8 +26,6 @@ from support import elastic_rank
 from support.forked_ranks import LOOPBACK, RankProcess, fork, job_variables
 from support.trees import tree
 
-pytestmark = pytest.mark.waits
-
 SGD = {"optimizer": {"client": {"name": "sgd", "lr": 0.05}, "auxiliary": {"name": "sgd", "lr": 0.05}}}
 FOUR = {"clients": {"count": 4, "batch_size": 16}, "data": {"train_limit": 120}}
 END_SECONDS = 150
@@ -127,15 +125,15 @@ def keys_of(tmp_path: Path, *changes: dict[str, Any], **more: Any) -> dict[str, 
     return tree(tmp_path / "oracle", FOUR, *changes, **more)
 
 
+@pytest.mark.gate
 @pytest.mark.timeout(300)
-@pytest.mark.slow
 def test_a_killed_rank_costs_its_clients_and_the_round_under_way(tmp_path: Path) -> None:
     """Killed between two steps of a round with an alignment."""
     keys = keys_of(tmp_path, rounds=4)
     with ElasticJob(3, keys, tmp_path).start("1:2:step:kill") as job:
         assert job.wait(0, 2) == [0, 0], job.said
     (event,) = job.events
-    assert event.pop("seconds") < 5
+    assert event.pop("seconds") > 0
     reason = "its process has died, or its connection to rank 0"
     assert event == {"event": "loss", "round": 2, "rank": 1, "clients": [0, 2], "reason": reason}
     assert f"rank 1 is lost ({reason}): clients 0, 2 leave; goes on from round 2" in job.said
@@ -176,7 +174,7 @@ def test_what_cannot_go_on_is_refused_at_the_start(
         check(from_tree(keys), 3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, {"comm": {"timeout_seconds": 5}}, rounds=4)
@@ -190,7 +188,7 @@ def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
     assert len(last) == 1, last
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
     """Without optimizer state at the clients, what is back is exactly what would have been there."""
@@ -206,7 +204,7 @@ def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
     assert_equals_one_process(job, keys)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_below_the_minimum_the_run_gives_up_and_all_ranks_go_on_from_its_checkpoint(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, SGD, {"clients": {"minimum": 2}}, rounds=6)
@@ -228,7 +226,7 @@ def test_below_the_minimum_the_run_gives_up_and_all_ranks_go_on_from_its_checkpo
     assert_equals_one_process(job, keys)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_servers_death_ends_the_run_at_its_last_checkpoint(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, rounds=5)
@@ -256,7 +254,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("fault", "participation"), FAULTS)
 def test_wherever_a_rank_is_lost(fault: str, participation: float, tmp_path: Path) -> None:
@@ -265,12 +263,13 @@ def test_wherever_a_rank_is_lost(fault: str, participation: float, tmp_path: Pat
     with ElasticJob(3, keys, tmp_path).start(fault) as job:
         assert job.wait(0, 3 - int(rank)) == [0, 0], job.said
     (event,) = job.events
+    assert event["seconds"] < 5
     assert (event["rank"], event["round"]) == (int(rank), int(round))
     assert (event["reason"] == "ZeroDivisionError: a fault for the test") == (kind == "raise")
     assert_equals_one_process(job, keys)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_rank_is_lost_while_the_server_fits_for_another(tmp_path: Path) -> None:
     """The fit ends when the generation that wanted it is over: not the first, whose RPC agent torch keeps."""
@@ -283,7 +282,7 @@ def test_a_rank_is_lost_while_the_server_fits_for_another(tmp_path: Path) -> Non
     assert_equals_one_process(job, keys)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("change", ALGORITHMS, ids=lambda change: change["algorithm"]["name"])
 def test_each_algorithm_goes_on(change: dict[str, Any], tmp_path: Path) -> None:
@@ -293,7 +292,7 @@ def test_each_algorithm_goes_on(change: dict[str, Any], tmp_path: Path) -> None:
     assert_equals_one_process(job, keys)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_two_ranks_that_die_together_are_one_loss(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, rounds=3)
@@ -307,7 +306,7 @@ def test_two_ranks_that_die_together_are_one_loss(tmp_path: Path) -> None:
     assert_equals_one_process(job, keys)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_a_rank_that_is_lost_before_the_first_round_ends_the_run_and_is_named(tmp_path: Path) -> None:
     with ElasticJob(3, keys_of(tmp_path), tmp_path).start("2:-1:start:kill") as job:
@@ -317,7 +316,7 @@ def test_a_rank_that_is_lost_before_the_first_round_ends_the_run_and_is_named(tm
     assert re.fullmatch(r"fslsage_rpc: rank 2 was lost( \(.*\))? in the start: the run ends", message)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_last_checkpoint_waits_for_every_rank_that_has_a_part(tmp_path: Path) -> None:
     with ElasticJob(3, keys_of(tmp_path, rounds=2), tmp_path, SLOW_PART="1").start() as job:

@@ -11,7 +11,7 @@ from support.batch_norm_model import CUT, SMASHED_SAMPLE
 from support.equality import OWN_COLLECTIVES, SECONDS, assert_same
 from support.rank_program import Outcome, train_locally, train_on_ranks
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for three jobs
+pytestmark = pytest.mark.timeout(600)  # the first test waits for two jobs
 BATCH_NORM = "batch_norm"
 MODELS = {
     "simple_conv": {"name": "simple_conv"},
@@ -96,27 +96,39 @@ def local(trees: list[dict[str, Any]]) -> list[Outcome]:
 
 
 @pytest.fixture(scope="module")
-def jobs(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    folder = tmp_path_factory.mktemp("jobs")
-    return {
-        "2 ranks": train_on_ranks(2, trees, folder / "2"),
-        "3 ranks": train_on_ranks(3, trees[:-1], folder / "3"),
-        "3 ranks again": train_on_ranks(3, trees[:-2], folder / "3 again"),
-    }
+def two_ranks(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    return train_on_ranks(2, trees, tmp_path_factory.mktemp("jobs") / "2")
+
+
+@pytest.fixture(scope="module")
+def three_ranks(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    return train_on_ranks(3, trees[:-1], tmp_path_factory.mktemp("jobs") / "3")
+
+
+@pytest.fixture(scope="module")
+def three_ranks_again(trees: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    return train_on_ranks(3, trees[:-2], tmp_path_factory.mktemp("jobs") / "3 again")
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
 class TestTransports:
-    def test_rpc_equals_local(self, case: int, local: list[Outcome], jobs: dict[str, list[Outcome]]) -> None:
-        assert_same(local[case], jobs["3 ranks"][case])
+    @pytest.mark.gate
+    def test_rpc_equals_local(self, case: int, local: list[Outcome], three_ranks: list[Outcome]) -> None:
+        assert_same(local[case], three_ranks[case])
 
-    def test_two_ranks_equal_three(self, case: int, jobs: dict[str, list[Outcome]]) -> None:
-        assert_same(jobs["2 ranks"][case], jobs["3 ranks"][case])
+    @pytest.mark.gate
+    def test_two_ranks_equal_three(
+        self, case: int, two_ranks: list[Outcome], three_ranks: list[Outcome]
+    ) -> None:
+        assert_same(two_ranks[case], three_ranks[case])
 
-    def test_two_runs_give_the_same_metrics(self, case: int, jobs: dict[str, list[Outcome]]) -> None:
+    @pytest.mark.nightly
+    def test_two_runs_give_the_same_metrics(
+        self, case: int, three_ranks: list[Outcome], three_ranks_again: list[Outcome]
+    ) -> None:
         first, second = (
-            [{k: v for k, v in line.items() if k not in SECONDS} for line in jobs[name][case].lines]
-            for name in ("3 ranks", "3 ranks again")
+            [{k: v for k, v in line.items() if k not in SECONDS} for line in outcomes[case].lines]
+            for outcomes in (three_ranks, three_ranks_again)
         )
         assert first == second
 
@@ -143,28 +155,31 @@ class TestTransports:
             assert (line["drift"] is not None) == (algorithm == "fsl_sage")
 
 
+@pytest.mark.gate
 def test_a_warm_start_and_falling_rates_are_the_same_everywhere(
-    local: list[Outcome], jobs: dict[str, list[Outcome]]
+    local: list[Outcome], two_ranks: list[Outcome], three_ranks: list[Outcome]
 ) -> None:
-    assert_same(local[-2], jobs["3 ranks"][-1])
-    assert_same(jobs["2 ranks"][-2], jobs["3 ranks"][-1])
+    assert_same(local[-2], three_ranks[-1])
+    assert_same(two_ranks[-2], three_ranks[-1])
     assert [line["alignment"] is not None for line in local[-2].lines] == [False, True, False]
 
 
+@pytest.mark.gate
 def test_bf16_is_the_same_over_rpc_and_halves_the_bytes(
-    local: list[Outcome], jobs: dict[str, list[Outcome]]
+    local: list[Outcome], two_ranks: list[Outcome]
 ) -> None:
-    assert_same(local[-1], jobs["2 ranks"][-1])
+    assert_same(local[-1], two_ranks[-1])
     for half, double in zip(local[-1].lines, local[0].lines, strict=True):
         assert half["wire_bytes"]["smashed_up"] * 4 == double["wire_bytes"]["smashed_up"]  # that one in fp64
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("case", [len(CASES), len(CASES) + 1, len(CASES) + 2])
 def test_masks_are_the_same_on_every_transport_and_number_of_ranks(
-    case: int, local: list[Outcome], jobs: dict[str, list[Outcome]]
+    case: int, local: list[Outcome], two_ranks: list[Outcome], three_ranks: list[Outcome]
 ) -> None:
-    for outcomes in jobs.values():
-        assert_same(local[case], outcomes[case])
+    assert_same(local[case], two_ranks[case])
+    assert_same(local[case], three_ranks[case])
 
 
 @pytest.mark.parametrize("case", [0, 3])
@@ -175,8 +190,9 @@ def test_rounds_learn_and_are_evaluated_when_asked(case: int, local: list[Outcom
     assert evaluated == [False, True, True]  # evaluation.every is 2, and the last round always is
 
 
-def test_the_ledger_counts_what_a_ring_moves(jobs: dict[str, list[Outcome]]) -> None:
-    for (algorithm, _, _), two, three in zip(CASES, jobs["2 ranks"], jobs["3 ranks"], strict=False):
+@pytest.mark.gate
+def test_the_ledger_counts_what_a_ring_moves(two_ranks: list[Outcome], three_ranks: list[Outcome]) -> None:
+    for (algorithm, _, _), two, three in zip(CASES, two_ranks, three_ranks, strict=False):
         reduced = [tensor for name, tensor in three.tensors.items() if name.startswith("client 0/")]
         if three.lines[0]["alignment"] or algorithm == "cse_fsl":  # auxiliary models: in the same all-reduce
             reduced += [

@@ -137,7 +137,7 @@ def test_a_listing_trains_goes_on_and_is_evaluated(
     assert capsys.readouterr().out == f"test accuracy {accuracy:.4f}  test loss {loss:.4f}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_all_of_them_train_on_ranks_of_their_own(
     working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

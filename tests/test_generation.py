@@ -110,7 +110,7 @@ def test_texts_do_not_depend_on_what_is_written_beside_them(finished: Path) -> N
     assert together == [*alone, alone[0]]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_two_ranks_write_it_too(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"

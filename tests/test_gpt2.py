@@ -90,7 +90,7 @@ def pretrained(toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 # The same numbers as the transformers library's
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_weights_and_tokenizer_are_found_by_their_names_on_the_hub(
     toy_root: Path, pretrained: tuple[Path, Any], tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ def test_captured_steps_change_no_number(algorithm: str, tmp_path: Path, recorde
     assert recorder.replays > 2 * recorder.captures
 
 
-@pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp64", pytest.param("bf16", marks=pytest.mark.nightly)])
 def test_running_statistics_and_a_warm_start_too(precision: str, tmp_path: Path, recorder: Recorder) -> None:
     model = {"name": "support.batch_norm_model:residual", "cut": CUT}
     changes: dict[str, Any] = {"precision": precision, "model": model, "rounds": 2}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fslsage_rpc.config import Config
@@ -201,7 +201,6 @@ PIECES = ["mr", "ref", "name[A]", "x[", "]", ",", '"', "\n", "\r", "\0", "é", "
 csv_like = st.lists(st.sampled_from(PIECES), max_size=12).map(lambda parts: "".join(parts).encode())
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60) | csv_like | csv_like.map(lambda text: b"mr,ref\n" + text))
 def test_any_file_is_read_or_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "e2e" / "devset.csv"

@@ -155,7 +155,7 @@ def test_splitfed_v1_is_fedavg(local: dict[str, Outcome]) -> None:
         assert a["test_loss"] == pytest.approx(b["test_loss"], rel=1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_rounds_and_two_more_are_four_to_the_last_bit(toy_root: Path, tmp_path: Path) -> None:
     schedule = {"name": "LinearWarmupDecay", "arguments": {"warmup": 4, "total": 20}, "per": "step"}
     keys = {
@@ -172,7 +172,7 @@ def test_two_rounds_and_two_more_are_four_to_the_last_bit(toy_root: Path, tmp_pa
     assert_identical(run("whole", 4), run("parts", 4))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(500)
 def test_rpc_equals_local(toy_root: Path, local: dict[str, Outcome], tmp_path: Path) -> None:
     trees = [merged(toy_tree(toy_root, of(name)), {"transport": "rpc"}) for name in ALGORITHMS]
@@ -262,7 +262,7 @@ def test_an_auxiliary_model_says_something_at_every_token(toy_root: Path, auxili
 # The dataset itself
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_small_model_learns_more_of_real_texts_than_how_frequent_tokens_are(
     e2e_root: Path, tmp_path: Path

@@ -27,8 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
 
 import job
 
-pytestmark = pytest.mark.waits
-
 LOCAL = str(Path(__file__).parent.parent / "launch" / "local.sh")
 RUN_SECONDS = 90
 
@@ -41,6 +39,7 @@ def test_ranks_follow_gpus_or_else_cores(gpus: int, cores: int, clients: int, ra
     assert job.suitable_ranks(Config(clients=Clients(count=clients)), gpus, cores) == ranks
 
 
+@pytest.mark.gate
 def test_launchers_are_told_in_words_that_a_shell_can_read(tmp_path: Path) -> None:
     config = write(tmp_path, output=str(tmp_path / "it's here"))
     script = f'{job.describe(["train", config, "ranks=4"])}\necho "$folder,$ranks"'
@@ -118,7 +117,7 @@ def rounds(folder: Path) -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-@pytest.mark.slow
+@pytest.mark.gate
 def test_a_stopped_job_is_status_75(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with started("train", write(tmp_path), "ranks=2", "rounds=5000", log=log) as launcher:
@@ -129,7 +128,7 @@ def test_a_stopped_job_is_status_75(tmp_path: Path) -> None:
     assert "Traceback" not in log.read_text()
 
 
-@pytest.mark.slow  # a quarter of a minute each
+@pytest.mark.nightly  # a quarter of a minute each
 @pytest.mark.parametrize("form", [[], ["--elastic"]])
 def test_ctrl_c_on_a_terminal_stops_the_job_which_goes_on_to_the_same_end(
     form: list[str], tmp_path: Path
@@ -156,7 +155,7 @@ def test_ctrl_c_on_a_terminal_stops_the_job_which_goes_on_to_the_same_end(
     assert run.summary["test_loss"] == pytest.approx(whole.summary["test_loss"], rel=1e-10)
 
 
-@pytest.mark.slow  # half a minute
+@pytest.mark.nightly  # half a minute
 def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) -> None:
     log, config = tmp_path / "log", write(tmp_path, rounds=40)
     with started("train", config, "ranks=3", log=log) as launcher:
@@ -168,7 +167,7 @@ def test_torchrun_starts_the_ranks_again_after_one_was_killed(tmp_path: Path) ->
     assert_identical(finished(tmp_path / "whole"), finished(tmp_path / "run"))
 
 
-@pytest.mark.slow  # half a minute
+@pytest.mark.nightly  # half a minute
 def test_elastic_ranks_go_on_without_a_killed_one_which_is_started_again(tmp_path: Path) -> None:
     log = tmp_path / "log"
     config = write(tmp_path, clients={"count": 3, "batch_size": 16, "on_loss": "drop"})
@@ -192,15 +191,14 @@ def test_elastic_ranks_go_on_without_a_killed_one_which_is_started_again(tmp_pat
     ]
 
 
-@pytest.mark.slow  # half a minute each
+@pytest.mark.nightly  # half a minute each
 @pytest.mark.parametrize("form", [[], ["--elastic"]])
 def test_a_second_signal_ends_the_job_at_once(form: list[str], tmp_path: Path) -> None:
     log, long_round = tmp_path / "log", "algorithm.alignment.epochs=1000000"
     with started(*form, "train", write(tmp_path), "ranks=3", long_round, log=log) as launcher:
         wait_until((tmp_path / "run" / "partition.json").exists, log)
-        time.sleep(2)
         launcher.terminate()
-        time.sleep(8)
+        wait_until(lambda: "once more ends it at once" in log.read_text(), log)
         assert launcher.poll() is None
         launcher.terminate()
         sent = time.monotonic()
@@ -210,7 +208,7 @@ def test_a_second_signal_ends_the_job_at_once(form: list[str], tmp_path: Path) -
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
-@pytest.mark.slow  # as long as torchrun's patience
+@pytest.mark.nightly  # as long as torchrun's patience
 def test_a_round_may_take_longer_than_torchrun_would_wait(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with started("train", write(tmp_path), "ranks=3", "rounds=50000", log=log) as launcher:

@@ -41,6 +41,7 @@ def mapped_bytes() -> int:
     return mallinfo2().mapped
 
 
+@pytest.mark.nightly
 def test_blocks_that_last_have_pages_of_their_own() -> None:
     mapped_bytes()  # or skip
     # In this process earlier tests have left free blocks that may be large enough.
@@ -72,6 +73,7 @@ def look_at_blocks() -> None:
     assert mapped_bytes() == before
 
 
+@pytest.mark.nightly
 def test_pages_between_blocks_that_stay_are_given_back() -> None:
     mapped_bytes()  # or skip
     in_a_process_of_its_own("leave_free_pages()")
@@ -94,6 +96,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
+@pytest.mark.nightly
 def test_threads_have_one_heap() -> None:
     mapped_bytes()  # or skip
     assert "Arena 1:" in in_a_process_of_its_own("allocate_on_a_thread(own_heap=True)")

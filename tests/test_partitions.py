@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fslsage_rpc.config import Data
@@ -72,7 +72,6 @@ def test_more_shards_than_samples_are_refused() -> None:
     assert message == "data.shards: got 1438, expected at most 1437, the training samples"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     labels=st.lists(st.integers(0, 5), min_size=1, max_size=60),
     scheme=st.sampled_from(["iid", "dirichlet", "shards"]),

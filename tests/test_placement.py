@@ -66,6 +66,7 @@ def test_cores_are_shared_out_among_the_ranks_that_may_use_them() -> None:
     assert fair_threads(0, [("a", first)] * 5) == 1
 
 
+@pytest.mark.nightly
 def test_ranks_whose_threads_nobody_has_set_share_the_cores(tmp_path: Path) -> None:
     run_ranks(2, _assert_fair_threads, [], tmp_path, timeout=100)
 
@@ -78,6 +79,7 @@ def _assert_fair_threads() -> None:
     world.close()
 
 
+@pytest.mark.nightly
 def test_client_ranks_give_way_to_a_server_on_the_same_cores(tmp_path: Path) -> None:
     first, second = frozenset({0, 1}), frozenset({2, 3})
     assert [gives_way(rank, [("a", first), ("a", first), ("a", second)]) for rank in range(3)] == [0, 1, 0]

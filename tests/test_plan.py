@@ -318,7 +318,7 @@ def test_costs_of_this_machine_hold_no_transport_and_each_partys_own_seconds() -
     assert calibration.costs["fedavg"].server_per_sample == 0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_benchmark_calibrates_its_own_model_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

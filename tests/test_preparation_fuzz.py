@@ -105,9 +105,9 @@ CONFIGURATIONS = st.sets(st.sampled_from(sorted(CHOICES)), min_size=1, max_size=
 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(CONFIGURATIONS)
 def test_any_configuration_is_prepared_or_refused_in_one_line_and_soon(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]

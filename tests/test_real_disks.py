@@ -16,7 +16,7 @@ from support.run_folders import copied
 from support.trees import tree
 from support.user_input import mistake
 
-pytestmark = pytest.mark.slow  # needs root
+pytestmark = pytest.mark.nightly  # needs root
 MIB = 2**20
 
 

@@ -51,6 +51,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     return {name: outcome.lines for name, outcome in zip(names, outcomes, strict=True)}
 
 
+@pytest.mark.nightly
 def test_every_request_is_timed(lines: dict[str, list[dict[str, Any]]]) -> None:
     sage, splitfed, fedavg = (lines[name] for name in ("fsl_sage", "splitfed_v1", "fedavg"))
     # 50 samples in batches of 16: 4 steps a client, of which 2 upload; 3 clients
@@ -64,6 +65,7 @@ def test_every_request_is_timed(lines: dict[str, list[dict[str, Any]]]) -> None:
     assert [line["requests"] for line in fedavg] == [{}, {}]
 
 
+@pytest.mark.nightly
 def test_a_round_trip_is_queue_and_compute_and_wire(lines: dict[str, list[dict[str, Any]]]) -> None:
     for name in ("fsl_sage", "splitfed_v1"):
         for line in lines[name]:
@@ -80,6 +82,7 @@ def test_a_round_trip_is_queue_and_compute_and_wire(lines: dict[str, list[dict[s
             assert computed > 0.8 * executed - 0.01
 
 
+@pytest.mark.nightly
 def test_the_record_is_json_and_local_runs_have_it_too() -> None:
     (line, _) = train_locally(tree("fsl_sage")).lines
     times = json.loads(json.dumps(line["requests"]))["align"]

@@ -38,8 +38,13 @@ def test_phases_make_up_the_round(run: Any) -> None:
         assert set(client) == {*CLIENT_PHASES, "other"}
         assert sum(client.values()) == pytest.approx(line["round_seconds"])
         assert sum(server.values()) == pytest.approx(line["round_seconds"])
-        assert 0 <= client["other"] <= 0.05 * line["round_seconds"]
         assert all(seconds >= 0 for seconds in (*client.values(), *server.values()))
+
+
+@pytest.mark.nightly
+def test_little_of_a_round_is_in_no_phase(run: Any) -> None:
+    for line in run.rounds:
+        assert 0 <= line["phases"]["client"]["other"] <= 0.05 * line["round_seconds"]
 
 
 def test_totals_are_sums(run: Any) -> None:
@@ -101,7 +106,7 @@ def test_the_resolved_configuration_runs_again(run: Any, tmp_path: Path) -> None
             assert old[key] == new[key]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_many_tiny_clients_leave_metrics_that_json_can_hold(tmp_path: Path) -> None:
     """Clients of 4 samples: some of their true gradients are exactly 0."""
     tiny = fslsage_rpc.train(

@@ -176,6 +176,7 @@ def test_an_answer_stays_when_an_uploads_own_comes_after_it() -> None:
     assert answers == ["fitted"]
 
 
+@pytest.mark.nightly
 def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
     """Four clients share a rank that always has one to go on with: waiting is measured only at the end."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fslsage_rpc
@@ -111,7 +111,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "launcher", [(sys.executable, "-m", "fslsage_rpc"), (LOCAL, "--elastic")], ids=["ours", "elastic"]
 )
@@ -122,7 +122,7 @@ def test_a_job_without_torchrun_listens_on_loopback_only(tmp_path: Path, launche
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("launcher", "variables"),
     [
@@ -238,7 +238,6 @@ def config_file(tmp_path: Path, **keys: Any) -> str:
     return str(path)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.text(max_size=30)
     | st.text(alphabet="./\\a~$ \0\n-", max_size=12)

@@ -107,7 +107,7 @@ def test_fits_are_where_they_gain(name: str, twice: bool) -> None:
     assert orders[-1] is True
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", RESHAPING)
 def test_torchvisions_models_take_images_in_any_order(name: str) -> None:
     size = 299 if name == "inception_v3" else 224

@@ -15,7 +15,6 @@ import yaml
 
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.stopping import STOPPED
-from support.debian import install
 from support.equality import assert_identical, assert_whole
 from support.job_processes import members
 from support.run_folders import finished
@@ -25,13 +24,11 @@ from support.trees import tree
 SCRIPT = str(Path(__file__).parent.parent / "launch" / "slurm.sbatch")
 JOB_SECONDS = 300
 ROUNDS = 30
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * JOB_SECONDS)]  # needs root and Debian's slurm-wlm
+pytestmark = pytest.mark.timeout(2 * JOB_SECONDS)  # they need root and Debian's slurm-wlm
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if why_not():
-        install()
     if reason := why_not():
         pytest.skip(reason)
     with cluster(tmp_path_factory.mktemp("slurm")) as running:
@@ -96,6 +93,7 @@ def undisturbed(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dic
     return runs
 
 
+@pytest.mark.gate
 def test_both_forms_train_on_both_nodes_to_the_same_end(undisturbed: dict[str, Run]) -> None:
     assert_whole(undisturbed["srun"])
     assert_identical(undisturbed["srun"], undisturbed["torchrun"])
@@ -109,6 +107,7 @@ def test_both_forms_train_on_both_nodes_to_the_same_end(undisturbed: dict[str, R
             assert sorted(hosts) == ["node1", "node1", "node2", "node2"]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_a_job_that_is_stopped_before_its_time_limit_goes_on_where_it_was(
     launcher: str, slurm: Cluster, undisturbed: dict[str, Run], tmp_path: Path
@@ -130,6 +129,7 @@ def test_a_job_that_is_stopped_before_its_time_limit_goes_on_where_it_was(
     assert_identical(undisturbed[launcher], run)
 
 
+@pytest.mark.nightly
 def test_a_requeued_job_goes_on_from_its_last_checkpoint(
     slurm: Cluster, undisturbed: dict[str, Run], tmp_path: Path
 ) -> None:
@@ -143,6 +143,7 @@ def test_a_requeued_job_goes_on_from_its_last_checkpoint(
     assert_identical(undisturbed["srun"], finished(tmp_path / "run"))
 
 
+@pytest.mark.nightly
 def test_where_nothing_is_requeued_a_stopped_job_is_status_75(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "srun", requeue=False)
     wait_until(in_round(tmp_path, 1), tmp_path)
@@ -151,6 +152,7 @@ def test_where_nothing_is_requeued_a_stopped_job_is_status_75(slurm: Cluster, tm
     assert (tmp_path / "run" / "STOPPED").exists()
 
 
+@pytest.mark.nightly
 def test_under_plain_srun_the_others_go_on_without_a_killed_rank(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "srun", "clients.on_loss=drop")
     wait_until(in_round(tmp_path, 3), tmp_path)
@@ -167,6 +169,7 @@ def test_under_plain_srun_the_others_go_on_without_a_killed_rank(slurm: Cluster,
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_check_looks_at_every_rank_of_the_job(launcher: str, slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, launcher, command="check", COLUMNS="160")
@@ -180,6 +183,7 @@ def test_check_looks_at_every_rank_of_the_job(launcher: str, slurm: Cluster, tmp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.nightly
 def test_a_cancelled_job_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "srun")
     wait_until(in_round(tmp_path, 1), tmp_path)
@@ -189,12 +193,14 @@ def test_a_cancelled_job_is_not_requeued(slurm: Cluster, tmp_path: Path) -> None
     assert slurm.state(job) == "CANCELLED"
 
 
+@pytest.mark.nightly
 def test_an_interface_that_is_on_no_node_is_refused_by_name(slurm: Cluster, tmp_path: Path) -> None:
     job = submit(slurm, tmp_path, "torchrun", "comm.interface=nosuch")
     assert slurm.wait(job, JOB_SECONDS) == 2
     assert log(tmp_path) == "fslsage_rpc: comm.interface: got 'nosuch', expected one of lo, eth0\n"
 
 
+@pytest.mark.nightly
 def test_an_interface_that_one_node_lacks_is_refused_by_name_there(slurm: Cluster, tmp_path: Path) -> None:
     slurm.nodes[0].run("ip", "link", "add", "fast0", "type", "veth", "peer", "name", "fast1")
     job = submit(slurm, tmp_path, "srun", "comm.interface=fast0")
@@ -205,6 +211,7 @@ def test_an_interface_that_one_node_lacks_is_refused_by_name_there(slurm: Cluste
     )
 
 
+@pytest.mark.nightly
 def test_ranks_that_a_firewall_keeps_apart_end_and_say_so(slurm: Cluster, tmp_path: Path) -> None:
     """Packets are dropped, so nothing fails; only SLURM's own port is open, and those of the other node."""
     rule = ["INPUT", "--protocol", "tcp", "--syn", "!", "--destination-port", "6818", "--jump", "DROP"]

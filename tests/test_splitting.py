@@ -42,7 +42,7 @@ CUTS = {
 }
 FAST = ("features.6", "classifier.2", "features.5.1")
 EVERY_CUT = [
-    pytest.param(name, cut, marks=() if cut in FAST else pytest.mark.slow)
+    pytest.param(name, cut, marks=() if cut in FAST else pytest.mark.nightly)
     for name, cuts in CUTS.items()
     for cut in cuts
 ]
@@ -347,7 +347,7 @@ def test_no_family_of_torchvisions_classifiers_is_left_out() -> None:
     assert {family(name) for name in FAMILIES.split()} == {family(name) for name in every}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", FAMILIES.split())
 def test_every_family_of_torchvisions_classifiers_can_be_cut(name: str) -> None:
     """At the first, the middle and the last listed cut, for images of its own size, on the meta device."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,6 @@ from support.job_processes import end_job, members, outer_environment, survivors
 from support.run_folders import lines
 from support.small_run import ROUNDS, TREE, write
 
-pytestmark = pytest.mark.waits
 A_LONG_ROUND = "algorithm.alignment.epochs=1000000"
 ALONE = [sys.executable, "-m", "fslsage_rpc"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
@@ -78,7 +78,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made
 
 
-@pytest.mark.parametrize("transport", ["local", pytest.param("rpc", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "transport",
+    [pytest.param("local", marks=pytest.mark.nightly), pytest.param("rpc", marks=pytest.mark.gate)],
+)
 def test_sigterm_stops_after_the_round_and_the_run_goes_on(
     transport: str, tmp_path: Path, whole: Callable[[str], Path]
 ) -> None:
@@ -120,7 +123,7 @@ def test_a_run_that_was_gone_on_with_counts_its_rounds_from_the_first(
     assert said == "stopped on request after round 13 of 50; the same command goes on from now"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ctrl_c_of_the_self_launching_form_is_no_traceback(tmp_path: Path) -> None:
     with started(tmp_path, "ranks=2") as process:
         wait_for_rounds(tmp_path / "run", 1, process)
@@ -131,7 +134,7 @@ def test_ctrl_c_of_the_self_launching_form_is_no_traceback(tmp_path: Path) -> No
     assert output.splitlines()[-1].startswith("stopped on request after round ")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("rank", "under_torchrun"), [(0, False), (2, False), (2, True)], ids=["server", "client", "torchrun"]
 )
@@ -148,7 +151,7 @@ def test_a_signal_to_one_rank_stops_all(rank: int, under_torchrun: bool, tmp_pat
     assert output.splitlines()[-1].startswith("stopped on request after round ")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_under_torchrun_a_stopped_run_says_so_in_its_folder(
     number: signal.Signals, tmp_path: Path, whole: Callable[[str], Path]
@@ -166,7 +169,7 @@ def test_under_torchrun_a_stopped_run_says_so_in_its_folder(
     assert_equal_runs(whole("rpc"), tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("transport", ["local", "rpc"])
 def test_a_second_signal_ends_the_run_at_once_with_nothing_half_written(
     transport: str, tmp_path: Path
@@ -174,23 +177,24 @@ def test_a_second_signal_ends_the_run_at_once_with_nothing_half_written(
     folder = tmp_path / "run"
     with started(tmp_path, f"transport={transport}", A_LONG_ROUND) as process:
         wait_for(lambda: (folder / "partition.json").exists(), process)
-        time.sleep(2)
         process.send_signal(signal.SIGTERM)
-        time.sleep(8)
-        assert process.poll() is None
+        assert process.stdout is not None
+        assert any(
+            "SIGTERM: stops after this round; once more ends it at once" in said for said in process.stdout
+        )
         process.send_signal(signal.SIGTERM)
         sent = time.monotonic()
-        output, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
         assert time.monotonic() - sent < 15
         assert survivors(str(tmp_path)) == []
     assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
-    assert "SIGTERM: stops after this round; once more ends it at once" in output
     assert lines(folder) == []
     names = {path.name for path in folder.iterdir()} - {"tensorboard"}
     assert names == {"config.yaml", "environment.json", "partition.json", "metrics.jsonl"}
 
 
-@pytest.mark.parametrize("transport", ["local", pytest.param("rpc", marks=pytest.mark.slow)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("transport", ["local", "rpc"])
 def test_a_run_whose_reader_has_gone_ends_quietly(transport: str, tmp_path: Path) -> None:
     with started(tmp_path, f"transport={transport}", "rounds=1000") as process:
         assert process.stdout is not None
@@ -211,27 +215,39 @@ def signals_taken() -> Iterator[StopRequest]:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_request_is_noted_also_while_the_main_thread_runs_no_python() -> None:
+def test_a_request_is_noted_also_while_the_main_thread_runs_no_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stopping, "INSISTENCE_SECONDS", 3600.0)
+    taken = threading.Semaphore(0)
+    take = StopRequest._take
+
+    def note(self: StopRequest, number: int) -> None:
+        take(self, number)
+        taken.release()
+
+    monkeypatch.setattr(StopRequest, "_take", note)
     with signals_taken() as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGTERM)
-        deadline = time.monotonic() + 5
-        while not stop():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        assert taken.acquire(timeout=60)
+        assert stop()
         os.kill(os.getpid(), signal.SIGTERM)  # the first one's echo
-        time.sleep(0.1)
+        assert taken.acquire(timeout=60)
 
 
 def test_a_run_that_has_stopped_does_not_ask_for_patience_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "INSISTENCE_SECONDS", 3.0)
+    monkeypatch.setattr(stopping, "INSISTENCE_SECONDS", 3600.0)
     said: list[str] = []
     with StopRequest(said.append) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         while not stop():
             time.sleep(0.01)
+        patience = stop._patience
+        assert patience is not None
         stop.obeyed()
-        time.sleep(3.5)
+        patience.join(60)  # it would ask for patience only after an hour
+        assert not patience.is_alive()
     assert said == []
 
 
@@ -246,15 +262,16 @@ with StopRequest():
 """
 
 
+@pytest.mark.nightly
 def test_a_second_signal_ends_a_process_that_waits_in_a_library() -> None:
     process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(3)
+        time.sleep(0.3)  # two that come together are one
+        process.send_signal(signal.SIGTERM)  # the first one's echo
+        time.sleep(3)  # longer than insistence takes to begin
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
@@ -277,6 +294,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.nightly
 def test_ctrl_c_waits_until_modules_are_imported() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("imported\ninterrupted\n", "")
@@ -295,6 +313,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.nightly
 def test_ctrl_c_while_the_command_line_is_imported_is_no_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "", "")

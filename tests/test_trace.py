@@ -57,12 +57,15 @@ def check(trace: dict[str, Any]) -> None:
         assert request["ts"] <= ends["f"][id]["ts"] + 1e6 * errors[request["pid"]]
 
 
+@pytest.mark.nightly
 def test_a_trace_of_three_ranks(tmp_path: Path) -> None:
     config = tmp_path / "traced.yaml"
     config.write_text(json.dumps({**KEYS, "output": str(tmp_path)}))
     fslsage_on_ranks(3, tmp_path, "train", config)
     trace = json.loads((tmp_path / "traced" / "trace.json").read_text())
     check(trace)
+    offsets = trace["otherData"]["clock_offsets_to_rank_0"].values()
+    assert max(offset["error_seconds"] for offset in offsets) < 0.1
     names = {e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"}
     assert names == {"rank 0: server", "rank 1: clients", "rank 2: clients"}
     on_server = [event["name"] for event in spans(trace) if event["pid"] == 0]
@@ -88,7 +91,7 @@ def test_no_trace_unless_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_an_offset_lies_within_its_error() -> None:
     offset = estimate_offset(lambda: clock() + 1000.0)
-    assert abs(offset.seconds - 1000.0) <= offset.error_seconds < 0.1
+    assert abs(offset.seconds - 1000.0) <= offset.error_seconds
 
 
 def test_clocks_are_laid_on_the_servers() -> None:

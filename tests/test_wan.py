@@ -16,7 +16,6 @@ import pytest
 
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.run_folder import emulated_links
-from support.debian import install
 from support.user_input import mistake, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
@@ -26,8 +25,6 @@ from emulation import leftovers, links, measuring, quota, system
 from emulation.network import Counters, Network, queueing
 from emulation.ranks import INIT, job_status, rank_environment
 from emulation.traffic import HEADER_BYTES, Ledger, compare, summary
-
-pytestmark = pytest.mark.waits
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -187,6 +184,7 @@ def test_received_bytes_of_all_ranks_stand_beside_the_ledger(tmp_path: Path) -> 
     assert "no wire ledger" in summary(compare([server], None))
 
 
+@pytest.mark.nightly
 def test_an_owner_is_a_process_and_its_start() -> None:
     name = leftovers.owner_name(os.getpid())
     match = leftovers.OWNER.fullmatch(f"{name}-rank0")
@@ -209,6 +207,7 @@ def test_the_environment_has_the_links_of_an_emulated_network(
         emulated_links()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("program", "said", "status"),
     [
@@ -242,8 +241,6 @@ def why_not() -> str | None:
 @pytest.fixture
 def machine() -> None:
     """Skips where no network can be emulated."""
-    if why_not():
-        install()
     if reason := why_not():
         pytest.skip(reason)
 
@@ -288,7 +285,7 @@ def left(pid: int) -> list[str]:
     return [str(found) for place in places for found in place.glob(f"fslwan-{pid}-*")]
 
 
-@pytest.mark.slow  # needs root; half a minute
+@pytest.mark.nightly  # needs root; half a minute
 @pytest.mark.usefixtures("machine")
 def test_a_job_through_shaped_links(tmp_path: Path) -> None:
     host = system.run("tc", "qdisc", "show") + system.run("ip", "-o", "link", "show")
@@ -321,7 +318,7 @@ def test_a_job_through_shaped_links(tmp_path: Path) -> None:
     assert "links carried" in log.read_text()
 
 
-@pytest.mark.slow  # needs root; a quarter of a minute
+@pytest.mark.nightly  # needs root; a quarter of a minute
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_stops_after_its_round_and_leaves_nothing(
@@ -337,7 +334,7 @@ def test_an_interrupted_job_stops_after_its_round_and_leaves_nothing(
         assert processes(tmp_path) == []
 
 
-@pytest.mark.slow  # needs root; half a minute
+@pytest.mark.nightly  # needs root; half a minute
 @pytest.mark.usefixtures("machine")
 def test_a_killed_launcher_takes_its_ranks_along_and_the_next_start_cleans_up(tmp_path: Path) -> None:
     log, again = tmp_path / "log", tmp_path / "again"
@@ -353,7 +350,7 @@ def test_a_killed_launcher_takes_its_ranks_along_and_the_next_start_cleans_up(tm
         assert left(process.pid) == []
 
 
-@pytest.mark.slow  # needs root; a quarter of a minute
+@pytest.mark.nightly  # needs root; a quarter of a minute
 @pytest.mark.usefixtures("machine")
 def test_wrong_input_found_by_the_ranks_is_status_2(tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -363,7 +360,7 @@ def test_wrong_input_found_by_the_ranks_is_status_2(tmp_path: Path) -> None:
     assert left(process.pid) == []
 
 
-@pytest.mark.slow  # needs root
+@pytest.mark.nightly  # needs root
 @pytest.mark.usefixtures("machine")
 def test_round_trips_are_as_asked() -> None:
     owner = leftovers.owner_name(os.getpid())
@@ -386,7 +383,7 @@ def test_round_trips_are_as_asked() -> None:
     assert measured[2]["down_bits_per_second"] == pytest.approx(50e6, rel=0.2)
 
 
-@pytest.mark.slow  # needs root
+@pytest.mark.nightly  # needs root
 @pytest.mark.usefixtures("machine")
 def test_a_straggler_gets_its_share_of_a_core() -> None:
     owner = leftovers.owner_name(os.getpid())

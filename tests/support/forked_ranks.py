@@ -6,6 +6,7 @@ and the launchers have tests of their own.
 import multiprocessing
 import multiprocessing.context
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def run_ranks(
 
 
 def job_variables(ranks: int, port: int) -> dict[str, str]:
-    """What every rank of a job on this host is told, its own number apart."""
+    """Variables that tell every rank of a job on this host about it, its own number apart."""
     return {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -67,6 +68,7 @@ def fork(
     """Start one rank: it calls the function, with these variables beside RANK and this process's, and adds to
     what is said.
     """
+    sys.audit("os.fork")  # which happens in another process
     variables = {**os.environ, **variables}  # as they are now: the process that forks has older ones
     process = CONTEXT.Process(target=_rank, args=(rank, variables, said, program, arguments))
     process.start()

@@ -1,6 +1,6 @@
 """One rank of a training whose peak of resident memory is written down, or of a check of the same:
 
-torchrun ... tests/peak_program.py FOLDER train|check CONFIG [key=value ...]
+torchrun ... tests/support/peak_program.py FOLDER train|check CONFIG [key=value ...]
 """
 
 import json
@@ -16,7 +16,7 @@ from fslsage_rpc.configuration import load
 
 
 def write_peak(folder: Path) -> None:
-    """What this rank's training has held."""
+    """Write how much this rank's training has held."""
     peak = Machine.here(choose_device("cpu", 0)).peak_bytes
     (folder / f"train-{os.environ['RANK']}.json").write_text(json.dumps(peak))
 

@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Outcome:
-    """What is left of one training: every party's tensors by name, and the lines of the metrics."""
+    """One training's result: every party's tensors by name, and the lines of the metrics."""
 
     tensors: Tensors = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)

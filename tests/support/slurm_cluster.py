@@ -62,7 +62,7 @@ read
 
 
 def why_not() -> str | None:
-    """What is missing here, if anything."""
+    """Name what is missing here, if anything."""
     if os.geteuid() != 0:
         return "needs root, to make the nodes"
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"

@@ -60,8 +60,9 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def toy_tree(root: Path, *changes: Tree) -> Tree:
-    """A small run on the texts at fp64: a GPT-2 of 4 blocks, cut behind the first, with LoRA alone trained;
-    its auxiliary model has the other three.
+    """A small run on the texts at fp64: a GPT-2 of 4 blocks, cut behind the first.
+
+    LoRA alone is trained, and the auxiliary model has the other three blocks.
     """
     adamw = {"name": "adamw", "lr": 1e-2, "weight_decay": 0.01}
     tree: Tree = {
