@@ -37,7 +37,7 @@ from watched_job import processes_with
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What differs between the checkouts on purpose, and why. Settings are as on the command line."""
+    """A difference between the checkouts on purpose, and why. Settings are as on the command line."""
 
     reason: str
     configurations: Sequence[str] = ()
@@ -222,7 +222,7 @@ def shown(value: Any) -> str:
 
 @dataclass
 class Comparison:
-    """What came of one configuration.
+    """The outcome of one configuration.
 
     Attributes:
         values: how many were compared.
