@@ -10,11 +10,12 @@ import pytest
 
 import fslsage_rpc
 from fslsage_rpc.comm.ledger import KINDS
+from fslsage_rpc.notebook import Run
 from fslsage_rpc.training.records import CLIENT_PHASES, interval_median
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> fslsage_rpc.notebook.Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return fslsage_rpc.train(
         {
             "name": "folder",
