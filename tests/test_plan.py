@@ -1,6 +1,7 @@
 """Predictions: simulated rounds that can be followed with a pencil, exact bytes, and the command."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.plan.calibration import on_cores_of_their_own
+from fslsage_rpc.plan.cores import Cores
 from fslsage_rpc.plan.costs import Costs, measure_costs
 from fslsage_rpc.plan.prediction import predict, simulation_of
 from fslsage_rpc.plan.run import calibrate_here, link_speed
@@ -134,6 +136,22 @@ def test_ranks_on_one_machine_share_its_cores() -> None:
     assert simulate(*alone, ranks=3, cores=1) == pytest.approx(7.0)
     lane = [[push(1.0, server=2.0), Step(2.0)], [Step(9.0)]]
     assert simulate(*lane, ranks=2, cores=2) > simulate(*lane, ranks=2) == pytest.approx(9.0)
+
+
+def test_tasks_end_however_coarse_the_clock_has_become() -> None:
+    """After a day, a float's next second is further away than what rounding leaves of a task."""
+    now, ended = 1e5, []
+    events: list[tuple[float, Callable[[], None]]] = []
+    cores = Cores(1.0, lambda: now, lambda seconds, happen: events.append((now + seconds, happen)))
+    for seconds in (0.1, 0.3):
+        cores.run("client", seconds, lambda seconds=seconds: ended.append(seconds))
+    for _ in range(9):
+        if events:
+            now, happen = events.pop(events.index(min(events, key=lambda event: event[0])))
+            happen()
+    assert ended == [0.1, 0.3]
+    assert now == pytest.approx(1e5 + 0.4, abs=1e-9)
+    assert cores.work == {"client": pytest.approx(0.4)}
 
 
 @pytest.mark.parametrize("name", ["fsl_sage", "splitfed_v1", "splitfed_v2", "fedavg"])

@@ -106,7 +106,6 @@ CONFIGURATIONS = st.sets(st.sampled_from(sorted(CHOICES)), min_size=1, max_size=
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(600)
 @settings(max_examples=150)
 @given(CONFIGURATIONS)
 def test_any_configuration_is_prepared_or_refused_in_one_line_and_soon(

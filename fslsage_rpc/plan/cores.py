@@ -69,8 +69,10 @@ class Cores:
         if number != self._expected:
             return
         self._advance()
-        ended = [task for task in self._tasks if task.left <= RESOLUTION_SECONDS]
-        self._tasks = [task for task in self._tasks if task.left > RESOLUTION_SECONDS]
+        # The first to end has ended, though a late clock may be too coarse to say so.
+        over = max(RESOLUTION_SECONDS, min(task.left for task in self._tasks))
+        ended = [task for task in self._tasks if task.left <= over]
+        self._tasks = [task for task in self._tasks if task.left > over]
         self._expect()
         for task in ended:
             self.work[task.kind] = self.work.get(task.kind, 0.0) + task.seconds
