@@ -22,6 +22,8 @@ INTERRUPTED = 128 + 2
 INSISTENCE_SECONDS = 5.0
 """a signal so much later than the first ends the process at once; until then it is the first one's echo, as
 a launcher and a scheduler both send it"""
+SPREAD_SECONDS = 1.0
+"""other ranks may get a signal so much later: before, a second one would not end them all"""
 
 
 class Stopped(Exception):
@@ -88,7 +90,7 @@ class StopRequest:
         if self._first is None:
             if self._say:
                 text = f"{signal.Signals(number).name}: stops after this round; once more ends it at once"
-                self._patience = threading.Timer(INSISTENCE_SECONDS, self._say, [text])
+                self._patience = threading.Timer(INSISTENCE_SECONDS + SPREAD_SECONDS, self._say, [text])
                 self._patience.daemon = True
                 self._patience.start()
             self._first = now
