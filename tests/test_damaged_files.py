@@ -350,7 +350,6 @@ def test_a_plan_from_altered_figures_is_made_or_refused(
 # Data
 
 
-@few(100)
 @given(st.sampled_from(datasets.MNIST_FILES), DAMAGES)
 def test_damaged_mnist_files_are_read_as_images_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: str, damage: Damage
@@ -365,7 +364,6 @@ def test_damaged_mnist_files_are_read_as_images_or_refused(
 SIZES = st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 30), max_size=3)
 
 
-@few(100)
 @given(st.sampled_from(datasets.MNIST_FILES), st.integers(0, 255), st.integers(0, 255), SIZES, st.binary())
 def test_mnist_files_of_any_kind_and_shape_are_read_as_images_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: str, kind: int, axes: int, sizes: list[int], body: bytes
@@ -408,7 +406,6 @@ def test_a_damaged_cifar_archive_is_refused(
     assert used_or_refused(datasets.load, Data(name="cifar10", root=str(root), download=False), True) is None
 
 
-@few(100)
 @given(
     st.binary(max_size=40)
     | JSON.map(lambda value: json.dumps(value).encode())

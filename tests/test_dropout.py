@@ -24,8 +24,8 @@ from fslsage_rpc.parties.client import Client
 from fslsage_rpc.randomness import LocalStep
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
-from support.equality import SECONDS
-from support.rank_program import Outcome, train_locally
+from support.equality import without_seconds
+from support.rank_program import train_locally
 from support.recorded_graphs import Recorder, recorder
 from support.user_input import mistake, write
 
@@ -222,13 +222,12 @@ def test_the_server_model_as_auxiliary_estimates_the_true_gradient_with_dropout_
     assert lines[0]["alignment"]["nmse_before"] < 1e-20
 
 
-def without_seconds(outcome: Outcome) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in SECONDS} for line in outcome.lines]
-
-
 def test_the_same_run_twice_and_another_seed() -> None:
-    one, again, other = (train_locally({**tree(*COPIED, "fsl_sage"), "seed": seed}) for seed in (0, 0, 1))
-    assert without_seconds(one) == without_seconds(again) != without_seconds(other)
+    one, again, other = (
+        without_seconds(train_locally({**tree(*COPIED, "fsl_sage"), "seed": seed}).lines)
+        for seed in (0, 0, 1)
+    )
+    assert one == again != other
 
 
 def test_a_run_that_goes_on_repeats_itself_to_the_last_bit(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support.batch_norm_model import CUT, SMASHED_SAMPLE
-from support.equality import OWN_COLLECTIVES, SECONDS, assert_same
+from support.equality import OWN_COLLECTIVES, assert_same, without_seconds
 from support.rank_program import Outcome, train_locally, train_on_ranks
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for two jobs
@@ -127,8 +127,7 @@ class TestTransports:
         self, case: int, three_ranks: list[Outcome], three_ranks_again: list[Outcome]
     ) -> None:
         first, second = (
-            [{k: v for k, v in line.items() if k not in SECONDS} for line in outcomes[case].lines]
-            for outcomes in (three_ranks, three_ranks_again)
+            without_seconds(outcomes[case].lines) for outcomes in (three_ranks, three_ranks_again)
         )
         assert first == second
 

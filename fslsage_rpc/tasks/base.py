@@ -20,7 +20,7 @@ class Samples(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """See the class."""
+        """Classes that partitions divide by, `[N]` of int64."""
         ...
 
     @property

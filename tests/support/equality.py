@@ -1,5 +1,6 @@
 """Assertions that two trainings, or two runs, are the same."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from support.small_run import ROUNDS
 
 SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
 OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
+
+
+def without_seconds(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures that are equal in equal runs."""
+    return [{key: value for key, value in line.items() if key not in SECONDS} for line in lines]
 
 
 def assert_same(a: Outcome, b: Outcome) -> None:
@@ -45,10 +51,7 @@ def assert_identical(a: Run, b: Run) -> None:
         assert same, name
     models = [torch.load(run.folder / "model.pt", weights_only=True) for run in (a, b)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    for mine, its in zip(a.rounds, b.rounds, strict=True):
-        assert {k: v for k, v in mine.items() if k not in SECONDS} == {
-            k: v for k, v in its.items() if k not in SECONDS
-        }
+    assert without_seconds(a.rounds) == without_seconds(b.rounds)
     for key in ("rounds", "test_accuracy", "test_loss", "wire_bytes", "wire_bytes_per_client"):
         assert a.summary[key] == b.summary[key], key
 
@@ -80,10 +83,7 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     """On the same number of ranks: to the last bit, but for seconds; one line for each round."""
     mine, its = lines(a), lines(b)
     assert [line["round"] for line in its] == list(range(ROUNDS))
-    for one, other in zip(mine, its, strict=True):
-        assert {k: v for k, v in one.items() if k not in SECONDS} == {
-            k: v for k, v in other.items() if k not in SECONDS
-        }
+    assert without_seconds(mine) == without_seconds(its)
     models = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 

@@ -1,4 +1,4 @@
-"""A small run at fp64, and when two of them are the same."""
+"""A small run at fp64, of so many rounds that it can be disturbed in the middle."""
 
 from pathlib import Path
 from typing import Any
