@@ -1,6 +1,9 @@
 """Who is on which GPU, and what follows; the parts of the GPU path that a machine without one can try."""
 
 import os
+import threading
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,11 @@ import torch
 from torch import nn
 from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 
+from fslsage_rpc.comm import workers
 from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps, fair_threads
 from fslsage_rpc.comm.priority import AUTOGROUP, NICE, gives_way
 from fslsage_rpc.comm.rpc_link import _on_gpu
+from fslsage_rpc.comm.workers import Workers
 from fslsage_rpc.comm.world import open_world, server_workers, set_tf32, usable_cores
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.errors import InputError
@@ -121,7 +126,7 @@ def test_streams_and_device_clocks_do_nothing_on_a_cpu() -> None:
     queue = WorkQueue.beside_others(CPU)
     with queue.after(current_place(CPU)):
         queue.keep(torch.ones(1))
-        queue.after_queue(WorkQueue())
+        queue.wait_for(WorkQueue().end())
     assert queue.end() is None
     timeline = Timeline(device=CPU)
     with timeline.phase("step"):
@@ -139,6 +144,29 @@ def test_a_gpu_needs_one_thread_for_each_lane() -> None:
         assert server_workers(FIRST) == server_workers(CPU)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_on_a_gpu_a_lane_and_a_fit_keep_to_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "server_workers", lambda device: 3)
+    of_number: dict[int, set[int]] = defaultdict(set)
+    meeting, done = threading.Barrier(3), threading.Semaphore(0)
+
+    def note(number: int) -> None:
+        meeting.wait(60)  # three of them run at a time
+        of_number[number].add(threading.get_ident())
+        done.release()
+
+    def run(device: torch.device, numbers: list[int]) -> None:
+        pool = Workers(device)
+        for number in numbers:
+            pool.start("lane", number, partial(note, number))
+        assert all(done.acquire(timeout=60) for _ in numbers)
+        pool.dissolve()
+
+    run(FIRST, [0, 1, 2, 3, 4, 5] * 4)
+    assert [len(of_number[number]) for number in range(6)] == [1] * 6
+    assert of_number[0] == of_number[3] != of_number[1]
+    run(CPU, [0, 0, 0])  # the first free thread
 
 
 def test_tf32_is_switched_for_products_and_convolutions() -> None:

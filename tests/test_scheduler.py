@@ -13,7 +13,7 @@ from fslsage_rpc.parties.requests import Align, ClientRound, Exchange, Push, Req
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 
-Answer = Callable[[Any], None]
+Answer = Callable[[Callable[[], Any]], None]
 CPU = torch.device("cpu")
 
 
@@ -52,7 +52,8 @@ class FakeServer:
         while not stop.wait(seconds):
             if self.pending:
                 request, on_answer = self.pending.pop(0)
-                on_answer(None if isinstance(request.body, Push) else f"answer {request.number}")
+                value = None if isinstance(request.body, Push) else f"answer {request.number}"
+                on_answer(lambda value=value: value)  # type: ignore[misc]  # mypy infers no lambda's default
 
 
 def run(
@@ -164,8 +165,8 @@ def test_an_answer_stays_when_an_uploads_own_comes_after_it() -> None:
         if isinstance(request.body, Push):
             uploads.append(on_answer)
             return
-        on_answer("fitted")
-        uploads.pop()(None)
+        on_answer(lambda: "fitted")
+        uploads.pop()(lambda: None)
 
     def client() -> ClientRound:
         yield Turn(0)
@@ -204,10 +205,35 @@ def test_an_error_from_the_transport_ends_the_run() -> None:
         yield Turn(0)
         yield exchange()
 
+    def lost() -> None:
+        raise ValueError("lost")
+
     with pytest.raises(ValueError, match="lost"):
-        Scheduler(lambda _, on_answer: on_answer(ValueError("lost")), 1, False, Timeline(), CPU).run(
-            {0: client()}
-        )
+        Scheduler(lambda _, on_answer: on_answer(lost), 1, False, Timeline(), CPU).run({0: client()})
+
+
+def test_an_answer_is_taken_by_the_thread_that_computes() -> None:
+    """Whoever brings it may not touch the streams of a GPU that this thread may be capturing on."""
+    brought: list[threading.Thread] = []
+    taken: list[threading.Thread] = []
+
+    def take() -> str:
+        taken.append(threading.current_thread())
+        return "gradient"
+
+    def send(request: Request, on_answer: Answer) -> None:
+        brought.append(threading.Thread(target=on_answer, args=[take]))
+        brought[-1].start()
+
+    def client() -> ClientRound:
+        yield Turn(0)
+        yield push()
+        assert (yield exchange()) == "gradient"
+
+    timeline = Timeline()
+    Scheduler(send, 1, False, timeline, CPU).run({0: client()})
+    assert taken == [threading.current_thread()] * 2
+    assert timeline.seconds["gradient_wait"] > 0
 
 
 def test_phases_do_not_nest() -> None:

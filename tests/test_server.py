@@ -50,7 +50,7 @@ def make_server(
         fits=fits or {},
         measure_drift=False,
         device=torch.device("cpu"),
-        start=lambda kind, work: pool.submit(work),
+        start=lambda kind, number, work: pool.submit(work),
         timeline=Timeline(),
     )
 
@@ -228,7 +228,9 @@ def test_true_gradients_are_of_the_model_at_the_alignments_turn_whenever_they_ar
             fits[client] = AuxiliaryFit(auxiliary, flatten(auxiliary), optimizer, buffer, keys, Timeline())
         with ThreadPoolExecutor(1) as pool:
             server = make_server(dict.fromkeys(range(3), lane), pool, fits)
-            server._start = lambda kind, work: waiting.append(work) if kind == "fit" and fits_wait else work()
+            server._start = lambda kind, number, work: (
+                waiting.append(work) if kind == "fit" and fits_wait else work()
+            )
             for round in range(2):
                 server.announce(round, {client: [0, 0] for client in range(3)}, [0, 1, 2])
                 for client in range(3):

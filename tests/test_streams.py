@@ -1,6 +1,6 @@
 """What is asked of CUDA's streams and events, told to stand-ins: so much can be checked without a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,11 @@ from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.streams import PRIORITY, WorkQueue, can_capture, current_place
 
 GPU = torch.device("cuda", 0)
+Start = Callable[[str, int, Callable[[], None]], Any]
+
+
+def at_once(kind: str, number: int, work: Callable[[], None]) -> None:
+    work()
 
 
 class Cuda:
@@ -52,12 +57,12 @@ class Event:
     """A place in a stream; as a clock it reads 2 ms more each time."""
 
     def __init__(self, stream: "Stream", cuda: Cuda):
-        self.stream = stream.name
+        self.stream, self._cuda = stream.name, cuda
         cuda.milliseconds += 2.0
         self.reading = cuda.milliseconds
 
     def synchronize(self) -> None:
-        pass
+        self._cuda.asked.append(f"host waits for {self.stream}")
 
     def elapsed_time(self, end: "Event") -> float:
         return end.reading - self.reading
@@ -131,7 +136,7 @@ def test_work_goes_to_the_queue_and_waits_for_its_place_elsewhere(cuda: Cuda) ->
     assert cuda.current.name == "default"
     with fit.after(behind_targets):
         fit.keep(target)  # type: ignore[arg-type]
-    lane.after_queue(fit)
+    lane.wait_for(fit.end())
     assert cuda.asked == [
         "stream 1 waits for default",
         "stream 2 waits for stream 1",
@@ -147,7 +152,7 @@ def test_a_queue_without_a_stream_leaves_work_where_the_caller_is(cuda: Cuda) ->
     with queue.after(current_place(GPU)):
         assert cuda.current.name == "default"
     queue.keep(OnGpu())  # type: ignore[arg-type]
-    queue.after_queue(WorkQueue.beside_others(GPU))
+    queue.wait_for(WorkQueue.beside_others(GPU).end())
     assert queue.end() is None
     assert cuda.asked == ["stream 1 waits for default"]
 
@@ -177,7 +182,9 @@ class PushThere(ThereAlready, Push):
     pass
 
 
-def server_on(device: torch.device) -> Server:
+def server_on(
+    device: torch.device, queue: Callable[[], WorkQueue] = WorkQueue, start: Start = at_once
+) -> Server:
     """One client, whose auxiliary model is aligned; every phase of the device takes 2 ms of the stand-in."""
     server_model, auxiliary = nn.Linear(4, 3), nn.Linear(4, 3)
     keys = OptimizerKeys(name="sgd", lr=0.1)
@@ -193,15 +200,16 @@ def server_on(device: torch.device) -> Server:
         AlignmentBuffer(8),
         Alignment(epochs=2),
         Timeline(device=device),
+        queue(),
     )
     return Server(
         initial=(flatten(nn.Linear(2, 4)), None),
         averaged=nn.Linear(2, 4),
-        lanes={0: Lane(server_model, optimizer(server_model), "arrival", timeline)},
+        lanes={0: Lane(server_model, optimizer(server_model), "arrival", timeline, queue())},
         fits={0: fit},
         measure_drift=False,
         device=device,
-        start=lambda kind, work: work(),
+        start=start,
         timeline=Timeline(device=device),
     )
 
@@ -214,7 +222,7 @@ def test_requests_on_a_gpu_are_timed_by_its_clock(cuda: Cuda) -> None:
     z, y = torch.randn(5, 4), torch.arange(5) % 3
     bodies = [PushThere(z, y), ExchangeThere(z, y), Align(), ExchangeThere(z, y)]
     for number, body in enumerate(bodies):
-        link.send(Request(0, number, body), lambda answer: None)
+        link.send(Request(0, number, body), lambda take: take())
     server.wait()
     told, report = log.take(), server.report(1.0)
     on_device(told, report.requests)
@@ -237,11 +245,36 @@ def test_requests_on_a_gpu_are_timed_by_its_clock(cuda: Cuda) -> None:
     assert log.take() == server.report(1.0).requests == {}
 
 
+def test_pushes_and_alignments_are_answered_when_the_device_is_through_with_them(cuda: Cuda) -> None:
+    """Sooner, the caller's stream would wait for the whole fit; an exchange's answer is sent behind it."""
+    pieces: list[tuple[str, Callable[[], None]]] = []
+    server = server_on(
+        GPU, lambda: WorkQueue.beside_others(GPU), lambda kind, _, work: pieces.append((kind, work))
+    )
+    answered: list[str] = []
+    server.announce(0, {0: [0, 0, 0]}, [0])
+    z, y = torch.randn(5, 4), torch.arange(5) % 3
+    for number, body in enumerate([PushThere(z, y), Align(), ExchangeThere(z, y)]):
+        server.submit(Request(0, number, body), lambda answer, kind=body.kind: answered.append(kind))  # type: ignore[misc]  # mypy infers no lambda's default
+    for expected_kind, said, waits in [
+        ("lane", ["exchange"], []),
+        ("answers of a lane", ["exchange", "push"], ["host waits for stream 2"]),
+        ("fit", ["exchange", "push"], []),
+        ("answers of a fit", ["exchange", "push", "align"], ["host waits for stream 1"]),
+    ]:
+        cuda.asked.clear()
+        kind, work = pieces.pop(0)
+        work()
+        assert (kind, answered) == (expected_kind, said)
+        assert [asked for asked in cuda.asked if asked.startswith("host")] == waits
+    assert not pieces
+
+
 def test_on_a_cpu_requests_are_timed_by_the_hosts() -> None:
     server, log = server_on(torch.device("cpu")), RequestLog()
     link = LocalLink(server, WireLedger(), log, torch.device("cpu"))
     link.announce(0, {0: [0]}, [0])
-    link.send(Request(0, 0, Exchange(torch.randn(5, 4), torch.arange(5) % 3)), lambda answer: None)
+    link.send(Request(0, 0, Exchange(torch.randn(5, 4), torch.arange(5) % 3)), lambda take: take())
     told, report = log.take(), server.report(1.0)
     before = RequestTimes(**vars(told[0]["exchange"]))
     on_device(told, report.requests)

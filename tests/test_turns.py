@@ -39,10 +39,10 @@ class Replies:
     def __init__(self, mailbox: Mailbox, draw: random.Random):
         self.mailbox, self.draw = mailbox, draw
         self.released: deque[Request] = deque()
-        self.on_answer: dict[tuple[int, int], Callable[[Any], None]] = {}
+        self.on_answer: dict[tuple[int, int], Callable[[Callable[[], Any]], None]] = {}
         self.there: deque[Any] = deque()
 
-    def send(self, request: Request, on_answer: Callable[[Any], None]) -> None:
+    def send(self, request: Request, on_answer: Callable[[Callable[[], Any]], None]) -> None:
         self.on_answer[request.client, request.number] = on_answer
         self.released += self.mailbox.deliver(request)
         while self.released and self.draw.random() < 0.3:
@@ -51,7 +51,7 @@ class Replies:
     def answer(self) -> None:
         assert self.released, f"the server waits for {self.mailbox.next_turns()}, which wait for others"
         request = self.released.popleft()
-        self.on_answer[request.client, request.number](None)
+        self.on_answer[request.client, request.number](lambda: None)
 
     def put(self, reply: Any) -> None:
         self.there.append(reply)

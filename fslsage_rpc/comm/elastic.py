@@ -165,7 +165,7 @@ class ElasticWorld(RpcWorld):
         """Leave the generation, without a word to the others."""
         self._server = None
         offer(None)
-        self._dissolve_pools()  # first: what they still run answers calls, and without RPC torch crashes
+        self._workers.dissolve()  # first: what they still run answers calls, and without RPC torch crashes
         with suppress(RuntimeError):  # it was half formed
             rpc.shutdown(graceful=False)
         with suppress(RuntimeError, ValueError, AssertionError):

@@ -17,8 +17,11 @@ from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request, SmashedData
 
 CPU = torch.device("cpu")
-OnAnswer = Callable[[Answer | BaseException, Reading], None]
-"""gets the answer or the exception, and the reading of the carrier's clock at which an answer's tensors are
+Take = Callable[[], Answer]
+"""takes an answer in, on the thread that sent the request, or raises what the request came to; what that
+thread queues from then on comes after the answer's tensors"""
+OnAnswer = Callable[[Take, Reading], None]
+"""gets, on any thread, an answer to be taken, and the reading of the carrier's clock at which its tensors are
 there; None where the carrier is no GPU"""
 PROBE_SECONDS = 0.1
 PROBE_BYTES = 2**24
@@ -100,9 +103,12 @@ class ServerLink(ABC):
         self._echo(payload, down_bytes)
         return clock() - started
 
-    def send(self, request: Request, on_answer: Callable[[Any], None]) -> None:
-        """Hand a request over; `on_answer` is called later, from any thread, with the answer or the
-        exception.
+    def send(self, request: Request, on_answer: Callable[[Callable[[], Any]], None]) -> None:
+        """Hand a request over.
+
+        `on_answer` is called later, from any thread, with a function that the calling thread takes the
+        answer by: it returns the answer's value, or raises what the request came to. Until then nothing is
+        queued on a GPU for that thread, which may be capturing.
         """
         client, body = request.client, request.body
         up = (
@@ -113,13 +119,14 @@ class ServerLink(ABC):
         for kind, bytes in up.items():
             self.ledger.count(kind, bytes, client)
 
-        def counted(answer: Answer | BaseException, there: Reading) -> None:
-            if isinstance(answer, BaseException):
-                on_answer(answer)
-                return
+        def arrived(take: Take, there: Reading) -> None:
+            seconds = clock() - started
+            on_answer(lambda: counted(take(), seconds, there))
+
+        def counted(answer: Answer, seconds: float, there: Reading) -> Any:
             times = RequestTimes(
                 count=1,
-                round_trip_seconds=clock() - started if sent is None or there is None else 0.0,
+                round_trip_seconds=seconds if sent is None or there is None else 0.0,
                 queue_seconds=answer.queue_seconds,
                 compute_seconds=answer.compute_seconds,
                 up_bytes=sum(up.values()),
@@ -132,10 +139,10 @@ class ServerLink(ABC):
                 self.ledger.count("auxiliary_down", times.down_bytes, client)
             self.log.add(client, body.kind, times)
             self.log.add_round_trip(client, body.kind, sent, there)
-            on_answer(answer.value)
+            return answer.value
 
         started, sent = clock(), device_clock(self.carrier)
-        self._submit(request, counted)
+        self._submit(request, arrived)
         self.log.add(client, body.kind, RequestTimes(send_seconds=clock() - started))
 
     def deposit_average(self, weights: Weights) -> None:

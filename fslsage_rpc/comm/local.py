@@ -40,7 +40,7 @@ class LocalWorld(World):
         assert server is not None
         return LocalLink(server, ledger, log, self.device)
 
-    def start(self, kind: str, work: Callable[[], None]) -> None:
+    def start(self, kind: str, number: int, work: Callable[[], None]) -> None:
         work()
 
     def barrier(self) -> None:
@@ -101,7 +101,7 @@ class LocalLink(ServerLink):
         return initial
 
     def _submit(self, request: Request, on_answer: OnAnswer) -> None:
-        self._server.submit(request, lambda answer: on_answer(answer, device_clock(self.carrier)))
+        self._server.submit(request, lambda answer: on_answer(lambda: answer, device_clock(self.carrier)))
 
     def _deposit_average(self, weights: Weights) -> None:
         self._server.averaged_weights.load(weights)

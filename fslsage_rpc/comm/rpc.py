@@ -12,7 +12,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -45,7 +44,8 @@ from fslsage_rpc.comm.rpc_link import (
     reference,
 )
 from fslsage_rpc.comm.signs_of_life import EndTheJob, Policy, SignsOfLife, leave
-from fslsage_rpc.comm.world import World, interfaces, on_one_host, open_device, server_workers, usable_cores
+from fslsage_rpc.comm.workers import Workers
+from fslsage_rpc.comm.world import World, interfaces, on_one_host, open_device, usable_cores
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import FIRST_WORD_SECONDS, ConnectionLost, InputError
 from fslsage_rpc.measure.clock import synchronise
@@ -77,7 +77,7 @@ class RpcWorld(World):
         self.device = open_device(config, self._gpu_index())
         self._interface = _bind_interface(config.comm)
         self._transports = config.comm.transports or _default_transports()
-        self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._workers = Workers(self.device)
         self._hosts_store = self.number == 0 and not _launcher_hosts_store()
         self._store: dist.Store | None = None
         self._signs: SignsOfLife | None = None
@@ -193,10 +193,8 @@ class RpcWorld(World):
         found: rpc.RRef = rpc.rpc_sync(SERVER, reference)
         return found
 
-    def start(self, kind: str, work: Callable[[], None]) -> None:
-        if kind not in self._pools:
-            self._pools[kind] = ThreadPoolExecutor(server_workers(self.device), thread_name_prefix=kind)
-        self._pools[kind].submit(work)
+    def start(self, kind: str, number: int, work: Callable[[], None]) -> None:
+        self._workers.start(kind, number, work)
 
     def barrier(self) -> None:
         with peers_may_be_lost():
@@ -311,12 +309,7 @@ class RpcWorld(World):
             self.barrier()  # the rank that hosts the store leaves it only when no thread needs it
             dist.destroy_process_group()
         offer(None)
-        self._dissolve_pools()
-
-    def _dissolve_pools(self) -> None:
-        while self._pools:  # what still runs in one may start another
-            _, pool = self._pools.popitem()
-            pool.shutdown(cancel_futures=True)
+        self._workers.dissolve()
 
     def _worker(self, rank: int) -> str:
         """The name of a rank's RPC worker."""

@@ -6,8 +6,9 @@ weights, always goes through host memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.futures import Future
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import CPU, OnAnswer, ServerLink
 from fslsage_rpc.errors import ConnectionLost
-from fslsage_rpc.measure.clock import Reading, clock, device_clock, synchronise, synchronise_stream
+from fslsage_rpc.measure.clock import clock, device_clock, synchronise, synchronise_stream
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.finished import FinishedServer
@@ -117,7 +118,7 @@ class NamedServer:
 
 
 class RpcLink(ServerLink):
-    """Calls the server on rank 0; made by the thread that the clients compute on.
+    """Calls the server on rank 0.
 
     Args:
         server: a reference to its `ServerEndpoint`.
@@ -137,7 +138,6 @@ class RpcLink(ServerLink):
         self._server = server
         self._device = device
         self._device_map = device_map
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self.staged = device.type == "cuda" and not device_map
 
     def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
@@ -158,14 +158,15 @@ class RpcLink(ServerLink):
     def _submit(self, request: Request, on_answer: OnAnswer) -> None:
         travelling = Request(request.client, request.number, request.body.to(self.carrier))
 
-        def deliver(future: Future[Any]) -> None:
+        def deliver(answered: Future[Any]) -> None:
+            # On a thread of torch's, whose current stream is one of torch's that waits for the answer's
+            # tensors (`Future.add_done_callback`). The clients' stream, which their thread may be capturing,
+            # waits for them when that thread takes the answer.
+            there = None
             try:
-                there = self._there(future)
-                # The clients' stream waits for the answer's tensors; neither this thread nor theirs does.
-                with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                    on_answer(future.wait().to(self._device), there)
-            except Exception as error:
-                on_answer(_named(error), None)
+                there = device_clock(self.carrier)
+            finally:
+                on_answer(partial(self._take, answered), there)
 
         # Not by the RRef's own rpc_async: its future is made without devices, so nobody would wait for the
         # answer's tensors, and it may send from a stream that has not waited for the request's.
@@ -174,15 +175,10 @@ class RpcLink(ServerLink):
             call = rpc.rpc_async(self._server.owner(), _submit, args=arguments, timeout=NO_TIMEOUT)
             call.add_done_callback(deliver)
 
-    def _there(self, answered: Future[Any]) -> Reading:
-        """When an answer's tensors are on the GPU, by its clock: read in a stream that has nothing else to
-        do. None where they come through host memory.
-        """
-        if not self._device_map:
-            return None
-        with torch.cuda.stream(torch.cuda.Stream(self._device)):
-            answered.wait()
-            return device_clock(self._device)
+    def _take(self, answered: Future[Any]) -> Answer:
+        with peers_may_be_lost():
+            answer: Answer = answered.wait()
+        return answer.to(self._device)
 
     def _deposit_average(self, weights: Weights) -> None:
         self._call("deposit_average", weights.to(CPU))

@@ -72,8 +72,8 @@ class World(ABC):
         """Collective: offer the server (rank 0) and get a link to it (ranks that host clients)."""
 
     @abstractmethod
-    def start(self, kind: str, work: Callable[[], None]) -> None:
-        """Run a piece of the server's work: on a thread of the pool of its kind, or at once."""
+    def start(self, kind: str, number: int, work: Callable[[], None]) -> None:
+        """Run a piece of the server's work: on a thread for its kind and number (`Workers`), or at once."""
 
     @abstractmethod
     def barrier(self) -> None:
@@ -199,7 +199,7 @@ def open_device(config: Config, index: int) -> torch.device:
     """The device of a rank that would take GPU number `index`, made the current one, TF32 as configured.
 
     With CUDA graphs the thread gets a stream of its own: on the device's default one none can be captured. It
-    keeps that for all its worlds, as links have answers waited for in the stream that they were made in.
+    keeps that for all its worlds, whose parties find their tensors in it.
     """
     device = choose_device(config.device, index)
     if device.type == "cuda":

@@ -22,8 +22,9 @@ Then = Callable[[Tensor, Tensor], None]
 SHAPES = 4
 """captured for one computation; batches of any further shape are computed without"""
 
-_one_at_a_time = threading.Lock()  # torch supports one capture in a process
-_thread = threading.local()
+_one_at_a_time = threading.Lock()
+"""torch supports one capture in a process; up to 2.11 a replay fails, too, while another thread captures, as
+all graphs of a device share the state of its random generator"""
 
 
 def capture(work: Callable[[], Tensors], pool: Any) -> tuple[Callable[[], None], Tensors]:
@@ -36,15 +37,43 @@ def capture(work: Callable[[], Tensors], pool: Any) -> tuple[Callable[[], None],
         What queues the work on the current stream, and the tensors that it writes each time.
     """
     graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
-        outputs = work()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            outputs = work()
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
     except BaseException:
-        with suppress(RuntimeError):
-            graph.capture_end()
+        _clean_up(pool)
         raise
-    graph.capture_end()
     return graph.replay, outputs
+
+
+def _clean_up(pool: Any) -> None:
+    """Leave torch, after a capture that failed, as if it had not been begun.
+
+    Up to 2.11 `capture_end`, and `capture_begin`, throw before the allocator is told: it would go on to take
+    this thread's blocks from the pool, keep those that other streams have used for ever, and fail an
+    assertion in `empty_cache`. And the device's random generator would take itself for captured, so that
+    every draw and every replay failed, until the end of a capture that succeeds: here of one small kernel.
+    """
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # it has been told
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    scratch = torch.zeros(1, device=device)
+    pool = torch.cuda.graph_pool_handle()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        scratch.zero_()
+        graph.capture_end()
+    except RuntimeError:  # nothing can be captured here
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, pool)
 
 
 class Captured:
@@ -59,16 +88,18 @@ class Captured:
         """The outputs for these inputs; copies, as the next call writes over the graph's own."""
         for mine, given in zip(self._inputs, inputs, strict=True):
             mine.copy_(given.detach())
-        self._replay()
+        with _one_at_a_time:
+            self._replay()
         return tuple(tensor.clone() for tensor in self.outputs)
 
 
 class Graphed:
     """A computation that is captured for each shape of its inputs, or not, with the same results.
 
-    The first call for a shape computes as usual, by which everything is there that a graph must find: states
-    of optimizers, handles of libraries, plans of convolutions. The second one captures. Called by one thread
-    at a time, and always for the same computation: it is not kept, as it is its owner's, who keeps this.
+    A thread's first call for a shape computes as usual, by which everything is there that a graph must find:
+    states of optimizers, handles of libraries and plans of convolutions, which are a thread's own. The second
+    one captures. Called by one thread at a time, and always for the same computation: it is not kept, as it
+    is its owner's, who keeps this.
 
     Args:
         enabled: else every call computes as usual.
@@ -124,9 +155,9 @@ class Graphed:
         if key in self._captured:
             first, second, at_capture = self._captured[key]
             return (first, second) if at_capture == constants else None
-        warm = key in self._seen and getattr(_thread, "warm", False)
-        self._seen.add(key)
-        _thread.warm = True  # libraries' handles are a thread's own
+        by_thread = (threading.get_ident(), key)
+        warm = by_thread in self._seen
+        self._seen.add(by_thread)
         if not warm or len(self._captured) == SHAPES:
             return None
         try:

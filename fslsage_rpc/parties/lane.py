@@ -24,7 +24,7 @@ class Lane:
     """One server-model instance; it executes one request at a time, in the order of its mailbox.
 
     With `graphs` its steps are captured, unless the model draws masks, which follow from `seed`. With a
-    `snapshot` true gradients of alignments are computed beside it.
+    `snapshot` true gradients of alignments are computed beside it. `number`: among the server's lanes.
     """
 
     def __init__(
@@ -38,7 +38,9 @@ class Lane:
         loss: Loss = F.cross_entropy,
         seed: int = 0,
         snapshot: Snapshot | None = None,
+        number: int = 0,
     ):
+        self.number = number
         self.model = model
         self.weights = flatten(model)
         self.optimizer = optimizer

@@ -13,8 +13,10 @@ from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.parties.requests import Body, ClientRound, Push, Request, Turn
 from fslsage_rpc.parties.turns import Turns
 
-Send = Callable[[Request, Callable[[Any], None]], None]
-"""Hands a request to the transport, which calls back, from any thread, with the answer or the exception."""
+Take = Callable[[], Any]
+"""Takes an answer's value in, on this thread, or raises what the request came to."""
+Send = Callable[[Request, Callable[[Take], None]], None]
+"""Hands a request to the transport, which calls back, from any thread, with what takes the answer."""
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Scheduler:
         self._timeline = timeline
         self._device = device
         self._staged = staged
-        self._replies: queue.SimpleQueue[tuple[ClientProgress, int, Body, Any]] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[tuple[ClientProgress, int, Body, Take]] = queue.SimpleQueue()
 
     def run(self, rounds: Mapping[int, ClientRound]) -> None:
         """Run these clients' rounds (in this order where they compete) to their end and drain all requests in
@@ -72,18 +74,16 @@ class Scheduler:
         unfinished = sum(self._advance(progress) for progress in clients)
         while unfinished:
             while not self._replies.empty():
-                self._settle(*self._replies.get())
+                self._settle_next()
             turn = self._turns.take()
             if turn is None:
-                self._wait()
+                self._settle_next()
             elif not self._advance(clients[turn]):
                 unfinished -= 1
         with self._timeline.phase("forward_backward"):
             synchronise(self._device)
         while self._turns.in_flight:
-            with self._timeline.phase("drain_wait"):
-                reply = self._replies.get()
-            self._settle(*reply)
+            self._settle_next("drain_wait")
 
     def _advance(self, progress: ClientProgress) -> bool:
         """Let a client compute until it has to wait.
@@ -105,13 +105,6 @@ class Scheduler:
             if not isinstance(wanted, Push):
                 return True
 
-    def _wait(self) -> None:
-        """Wait for the next answer, and enter the time under what its request waits as."""
-        began = clock()
-        progress, step, body, answer = self._replies.get()
-        self._timeline.add(body.waits_as, began, clock() - began)
-        self._settle(progress, step, body, answer)
-
     def _request(self, progress: ClientProgress, body: Body) -> None:
         """Send a request."""
         request = Request(progress.client, progress.requests, body)
@@ -123,12 +116,18 @@ class Scheduler:
         row, arrow = f"client {request.client}", Arrow("request", request.client, request.number)
         # Handing over: serialising, and in the local transport the server's work too.
         with self._timeline.phase(body.waits_as, row, arrow):
-            self._send(request, lambda answer: self._replies.put((progress, step, body, answer)))
+            self._send(request, lambda take: self._replies.put((progress, step, body, take)))
 
-    def _settle(self, progress: ClientProgress, step: int, body: Body, answer: Any) -> None:
-        """Take in the answer to one request."""
-        if isinstance(answer, BaseException):
-            raise answer
+    def _settle_next(self, phase: str | None = None) -> None:
+        """Take in the next answer, waiting for it if need be.
+
+        Args:
+            phase: that the time is entered under; None: what the request waits as.
+        """
+        began = clock()
+        progress, step, body, take = self._replies.get()
+        answer = take()
+        self._timeline.add(phase or body.waits_as, began, clock() - began)
         upload = isinstance(body, Push)
         if not upload:  # an upload's own, None, may come between another request's and the client's turn
             progress.answer = answer

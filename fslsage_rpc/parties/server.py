@@ -66,8 +66,8 @@ class Server:
         lanes: per client the lane that takes its requests; clients may share one.
         fits: per client its auxiliary model, where the server aligns them.
         measure_drift: compare estimate and true gradient on every upload; may change between rounds.
-        start: runs a piece of work of a kind, lane or fit; on a thread pool of that kind (real transport) or
-            at once (local).
+        start: runs a piece of work, given its kind and the number of the lane or fit that it is of: see
+            `World.start`.
         timeline: of the main thread, which averages.
     """
 
@@ -79,7 +79,7 @@ class Server:
         fits: Mapping[int, AuxiliaryFit],
         measure_drift: bool,
         device: torch.device,
-        start: Callable[[str, Callable[[], None]], Any],
+        start: Callable[[str, int, Callable[[], None]], Any],
         timeline: Timeline,
     ):
         self.initial = initial
@@ -136,7 +136,7 @@ class Server:
             self.fail(error)
             raise
         if idle:
-            self._run("lane", lambda: self._work(lane))
+            self._run("lane", lane.number, lambda: self._work(lane))
 
     def wait(self) -> None:
         """Return when every announced request of the round has been executed, on a GPU by the device.
@@ -256,7 +256,7 @@ class Server:
                         fit.buffer.add(body.z, body.y)
                 if gradient is not None and fit is not None:
                     with lane.timeline.phase("drift"):
-                        lane.queue.after_queue(fit.queue)  # the client's last fit has made this model
+                        lane.queue.wait_for(fit.done)
                         fit.masks.begin(at)
                         estimate = cut_layer_gradient(fit.model, body.z, body.y, fit.loss)
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
@@ -304,7 +304,7 @@ class Server:
             self._failure = self._failure or error
             self._changed.notify_all()
 
-    def _run(self, kind: str, work: Callable[[], None]) -> None:
+    def _run(self, kind: str, number: int, work: Callable[[], None]) -> None:
         """Start a piece of work whose failure ends the round."""
 
         def guarded() -> None:
@@ -314,7 +314,7 @@ class Server:
                 self.fail(error)
                 raise
 
-        self._start(kind, guarded)
+        self._start(kind, number, guarded)
 
     def _work(self, lane: Lane) -> None:
         """Execute what the lane's mailbox has released, until there is no more of it."""
@@ -336,36 +336,39 @@ class Server:
                 match request.body:
                     case Align():
                         self._begin_fit(self._local_step(request), answer, ended, arrival.reply)
-                    case Push():
-                        self._answer_push(answer, arrival.reply, started, lane.queue.end())
+                    case Push():  # frees the upload's place in the window
+                        self._answer_once_done("lane", lane.number, lane.queue.end(), answer, arrival.reply)
                     case Exchange():
                         arrival.reply(answer)
 
-    def _answer_push(self, answer: Answer, reply: Reply, started: float, trained: Place) -> None:
-        """Free the upload's place in the window: once the device, too, has trained on it."""
-        if trained is None:
+    def _answer_once_done(self, kind: str, number: int, end: Place, answer: Answer, reply: Reply) -> None:
+        """Answer when the device, too, has come to the end of the work: nothing waits for it before."""
+        if end is None:
             reply(answer)
             return
+        queued = clock()
 
         def work() -> None:
-            trained.synchronize()
-            reply(replace(answer, compute_seconds=clock() - started))
+            end.synchronize()
+            reply(replace(answer, compute_seconds=answer.compute_seconds + clock() - queued))
 
-        self._run("answer", work)
+        self._run(f"answers of a {kind}", number, work)
 
     def _begin_fit(self, at: LocalStep, targets: Answer, place: Place, reply: Reply) -> None:
         """Have the client's model fitted behind its turn's place, and answered, by another thread."""
-        waiting, client = clock(), at.client
+        waiting, client, fit = clock(), at.client, self.fits[at.client]
 
         def work() -> None:
             started = clock()
-            with self.fits[client].queue.after(place):
+            with fit.queue.after(place):
                 began = current_place(self._device)
                 with self._activity.of("fit"):
                     weights = self._fit(at, targets.value)
                 self._on_device.add(client, Align.kind, place, began, current_place(self._device))
+                fit.done = fit.queue.end()
                 queue, compute = started - waiting, clock() - started
-                reply(Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute))
+                answer = Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute)
+                self._answer_once_done("fit", client, fit.done, answer, reply)
             if next(self._fits_made) % FITS_BETWEEN == 0:
                 give_back_free_pages()
             with self._changed:
@@ -374,4 +377,4 @@ class Server:
 
         with self._changed:
             self._unfitted.add(client)
-        self._run("fit", work)
+        self._run("fit", client, work)

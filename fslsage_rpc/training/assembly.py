@@ -43,7 +43,7 @@ def build_server(
     def queue() -> WorkQueue:
         return WorkQueue.beside_others(world.device) if world.works_beside else WorkQueue()
 
-    def lane(row: str) -> Lane:
+    def lane(row: str, number: int = 0) -> Lane:
         model = fresh(split.server)
         optimizer = ScheduledOptimizer(config.optimizer.server, trainable(model))
         timeline = Timeline(row, tracer, world.device)
@@ -58,6 +58,7 @@ def build_server(
             seed=config.seed,
             # On a GPU the lane's queue is as good a place: whatever runs beside it shares the card.
             snapshot=Snapshot(model, world.device) if aligns and world.device.type == "cpu" else None,
+            number=number,
         )
 
     def fit(client: int) -> AuxiliaryFit:
@@ -79,7 +80,7 @@ def build_server(
     if algorithm.client_holds_whole_model:
         lanes: dict[int, Lane] = {}
     elif algorithm.server_replicas:
-        lanes = {client: lane(f"lane of client {client}") for client in clients}
+        lanes = {client: lane(f"lane of client {client}", client) for client in clients}
     else:
         lanes = dict.fromkeys(clients, lane("lane"))
     auxiliary = None if algorithm.auxiliary == "none" else flatten(fresh(split.auxiliary))
