@@ -224,6 +224,80 @@ def test_a_thread_captures_only_what_it_has_computed_itself(recorder: Recorder) 
         thread.shutdown()
 
 
+class AsTorch211:
+    """Stands for what torch 2.11 keeps outside a graph while one is captured."""
+
+    def __init__(self, fails_in: str) -> None:
+        self.fails_in = fails_in
+        self.pools_underway: list[int] = []
+        self.pools_released: list[int] = []
+        self.generator_captures = False
+
+    def graph(self) -> "AsTorch211":
+        return self
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"  # other threads go on
+        self.generator_captures = True
+        self.pools_underway.append(pool)
+        if self.fails_in == "begin":
+            self.fails_in = "nothing"
+            raise RuntimeError("CUDA error: operation not permitted")
+
+    def capture_end(self) -> None:
+        if self.fails_in == "end":
+            self.fails_in = "nothing"
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        self.pools_underway.pop()
+        self.generator_captures = False
+
+    def replay(self) -> None:
+        if self.generator_captures:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    def end_allocation(self, device: torch.device, pool: int) -> None:
+        if pool not in self.pools_underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.pools_underway.remove(pool)
+
+
+@pytest.mark.parametrize("fails_in", ["begin", "work", "work and end", "end"])
+def test_a_capture_that_fails_leaves_nothing_under_way(fails_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else blocks that two streams have used are never free again, and no graph can be replayed."""
+    cuda, pools = AsTorch211("nothing"), iter(range(100))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", cuda.graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", cuda.end_allocation)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: cuda.pools_released.append(pool))
+    good, bad = Graphed(enabled=True), Graphed(enabled=True)
+    good._pool, bad._pool = next(pools), next(pools)
+    for _ in range(2):
+        good(add_one, torch.ones(2))
+    calls = 0
+
+    def work(x: torch.Tensor) -> tuple[torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and fails_in.startswith("work"):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        return (x + 1,)
+
+    bad(work, torch.ones(2))
+    cuda.fails_in = fails_in.removeprefix("work and ")
+    with pytest.warns(UserWarning, match="could not capture .* such steps run without"):
+        assert torch.equal(bad(work, torch.ones(2))[0], torch.full((2,), 2.0))
+    assert torch.equal(bad(work, torch.ones(2))[0], torch.full((2,), 2.0))
+    assert (bad.shapes, good.shapes) == (0, 1)
+    assert not cuda.pools_underway
+    assert cuda.pools_released == ([] if fails_in == "work" else [bad._pool])
+    good(add_one, torch.ones(2))
+    after = Graphed(enabled=True)
+    for _ in range(2):
+        after(add_one, torch.ones(2))
+    assert after.shapes == 1
+
+
 def test_nothing_is_replayed_while_another_thread_captures(recorder: Recorder) -> None:
     """Up to torch 2.11 the replay fails: all graphs share the state of the device's random generator."""
     step, events = Graphed(enabled=True), list[str]()
