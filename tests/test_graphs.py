@@ -262,7 +262,7 @@ class AsTorch211:
 
 
 @pytest.mark.parametrize("fails_in", ["begin", "work", "work and end", "end"])
-def test_a_capture_that_fails_leaves_nothing_under_way(fails_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_leaves_nothing_under_way(fails_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else blocks that two streams have used are never free again, and no graph can be replayed."""
     cuda, pools = AsTorch211("nothing"), iter(range(100))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", cuda.graph)
