@@ -139,14 +139,16 @@ def _read_run(folder: Path) -> Run:
     return Run(
         folder,
         config,
-        _checked_environment(folder / "environment.json"),
+        _checked_environment(folder),
         _read_lines(folder / "metrics.jsonl"),
         _read_json(folder / "summary.json") if finished else None,
     )
 
 
-def _checked_environment(path: Path) -> Tree:
-    """Empty where there is no such file."""
+def _checked_environment(folder: Path) -> Tree:
+    """A run's own, else that beside its folder, of several runs in one process; empty where there is none."""
+    own = folder / "environment.json"
+    path = own if own.exists() else folder.parent / "environment.json"
     environment = _read_json(path) if path.exists() else {}
     ranks = environment.get("ranks", [])
     if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):

@@ -120,6 +120,19 @@ class Trainer:
             checkpoints.complete()
         return stops
 
+    def complete_round(self, round: int, on_round: OnRound, evaluate: bool = False) -> bool:
+        """Train and record one round, as `train` does, for trainings that take turns.
+
+        Args:
+            evaluate: also where `evaluation.every` does not ask for it.
+
+        Returns:
+            Was it the last one?
+        """
+        seconds = self.train_round(round)
+        last, _ = self._close_round(round, seconds, on_round, stop_requested=False, evaluate=evaluate)
+        return last
+
     def train_round(self, round: int) -> float:
         """One round on the training clock: client rounds and server steps, then averaging.
 
@@ -188,7 +201,7 @@ class Trainer:
         }
 
     def _close_round(
-        self, round: int, seconds: float, on_round: OnRound, stop_requested: bool
+        self, round: int, seconds: float, on_round: OnRound, stop_requested: bool, evaluate: bool = False
     ) -> tuple[bool, bool]:
         """Collective: evaluate and record a round that has been trained.
 
@@ -198,7 +211,7 @@ class Trainer:
         paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
         self._paper_bytes_total += paper_bytes
         last = round == self._config.rounds - 1 or self._paper_limit_reached()
-        evaluated = last or (round + 1) % self._config.evaluation.every == 0
+        evaluated = evaluate or last or (round + 1) % self._config.evaluation.every == 0
         ended = clock()
         if evaluated and self._link and self.world.client_rank == 0:
             self._link.deposit_average(next(iter(self.clients.values())).weights)
