@@ -235,7 +235,8 @@ def main() -> None:
     if "RANK" in os.environ:
         as_rank(options)
         return
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher += [f"--nproc_per_node={RANKS}"]
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # both ranks on one
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     command = [sys.executable, *launcher, str(Path(__file__)), *sys.argv[1:]]

@@ -187,7 +187,8 @@ def as_arguments(tmp_path: Path, config: dict[str, Any]) -> list[str]:
 def test_estimated_memory_is_near_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
     keys = [QUICKSTART, *overrides, "name=run", f"output={tmp_path}", "comm.transports=[uv]", "device=cpu"]
     for command in ("train", "check"):
-        job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+        job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        job += ["--nproc_per_node=3"]
         subprocess.run([*job, str(PEAKS), str(tmp_path), command, *keys], check=True, timeout=200)
     for rank in range(3):
         measured = json.loads((tmp_path / f"train-{rank}.json").read_text())

@@ -1,6 +1,8 @@
 """The command line as a user meets it: exit statuses, one-line errors, and the same run twice."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -180,13 +182,31 @@ def test_keys_that_the_algorithm_does_not_use_are_named_once(
 
 @pytest.mark.gate
 def test_under_torchrun_only_rank_0_reports_bad_input_and_all_end(config: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc_per_node=3"]
     command += ["-m", "fslsage_rpc", "train", str(config), "transport=rpc", "clients.cuont=3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 1  # torchrun's, whatever the ranks' was
     ours = [line for line in done.stderr.splitlines() if line.startswith("fslsage_rpc:")]
     assert ours == ["fslsage_rpc: clients.cuont: unknown key; did you mean clients.count?"]
     assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.gate
+def test_a_torchrun_job_with_an_address_needs_no_host_name_that_resolves(config: Path) -> None:
+    if subprocess.run(["sh", "-c", "unshare --uts hostname x"], capture_output=True).returncode != 0:
+        pytest.skip("nobody may give a host another name here")
+    start = "hostname nosuchhost.invalid && exec torchrun --standalone --local-addr=127.0.0.1"
+    job = f"--nproc_per_node=2 -m fslsage_rpc train {config} rounds=1 transport=rpc comm.transports=[uv]"
+    command = ["unshare", "--uts", "bash", "-c", f"{start} {job}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            shown, _ = process.communicate(timeout=100)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0
+    assert "round 1/1" in shown
 
 
 def test_rpc_is_refused_by_name_where_torch_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ class RpcWorld(World):
         Raises:
             ConnectionLost: it cannot be reached.
         """
-        if on_one_host() and not _launcher_hosts_store():
+        if on_one_host():  # and so is the store; the host's name, which torchrun takes, may not resolve
             os.environ["MASTER_ADDR"] = LOOPBACK  # which init_rpc reads
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
