@@ -272,6 +272,11 @@ class Comm:
     """network interface for RPC, Gloo and NCCL; null: loopback on one host, else the libraries' own choice"""
     transports: list[Literal["uv", "shm", "ibv"]] | None = None
     """TensorPipe transports; null: [uv] where cores are few (shm busy-polls), else TensorPipe's own choice"""
+    channels: (
+        list[Literal["cma", "mpt_uv", "basic", "cuda_xth", "cuda_ipc", "cuda_gdr", "cuda_basic"]] | None
+    ) = None
+    """TensorPipe channels, best first; null: cma, mpt_uv and basic; with device maps cuda_xth and cuda_basic,
+    too, and cuda_ipc where the ranks of each host see the same GPUs"""
     device_maps: Literal["auto", "never"] = "auto"
     """auto: tensors go from a client rank's GPU to the server's and back by RPC device maps, where both have
     one; never: through host memory"""

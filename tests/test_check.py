@@ -17,7 +17,7 @@ from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check.findings import Findings, Rank, Run
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import CPU, Activations, Estimate, Memory, _saved_by
-from fslsage_rpc.check.run import examine
+from fslsage_rpc.check.run import examine, risky
 from fslsage_rpc.cli import main
 from fslsage_rpc.comm.placement import GpuPlace
 from fslsage_rpc.config import Config
@@ -227,14 +227,16 @@ def rank(memory: Memory | None = None, sees: bool = True, disk: Disk | None = No
 
 
 def warnings(
-    *ranks: Rank, averaging: str = "gloo", transports: Any = ("uv",), run: Run | None = None
+    *ranks: Rank, averaging: str | None = "gloo", transports: Any = ("uv",), run: Run | None = None
 ) -> list[str]:
     world = {"transport": "rpc", "averaging": averaging, "rpc_transports": transports}
     return Findings(Config(), ranks, world, {}, None, run).warnings()
 
 
-def on_gpu(host: str, gpu: str, **changes: Any) -> Rank:
-    return rank(host=host, gpu=GpuPlace(host, gpu), gpu_free_bytes=GIB, **changes)
+def on_gpu(host: str, gpu: str, *others: str, **changes: Any) -> Rank:
+    """A rank of a host with three GPUs; where `others` are given, the rank sees these and its own alone."""
+    visible = frozenset({gpu, *others} if others else "123")
+    return rank(host=host, gpu=GpuPlace(host, gpu, visible), gpu_free_bytes=GIB, **changes)
 
 
 def test_nothing_wrong_is_no_warning() -> None:
@@ -260,6 +262,10 @@ FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB
         ),
         (warnings(rank(), on_gpu("a", "1"), on_gpu("a", "2")), ["Gloo", "GPUs"]),
         (
+            warnings(on_gpu("b", "1"), on_gpu("a", "1"), on_gpu("a", "2", "1"), averaging="nccl"),
+            ["a: ranks 1, 2 do not see the same GPUs", "host memory", "--gpu-bind=none"],
+        ),
+        (
             warnings(
                 rank(core_ids=frozenset({0, 1, 2})), rank(core_ids=frozenset()), transports=("shm", "uv")
             ),
@@ -284,6 +290,22 @@ FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB
 def test_each_of_these_is_one_warning(found: list[str], words: list[str]) -> None:
     relevant = [line for line in found if all(word in line for word in words)] if words else found
     assert len(relevant) == bool(words), found
+
+
+def test_one_client_rank_averages_with_nobody() -> None:
+    world = {"averaging": None, "rpc_transports": ("uv",)}
+    findings = Findings(Config(), [on_gpu("a", "1"), on_gpu("a", "2")], world, {}, None)
+    assert findings.why_averaging() == "one client rank"
+    assert findings.warnings() == []
+
+
+@pytest.mark.parametrize(("channels", "warned"), [(["basic", "cuda_gdr"], True), (["basic"], False)])
+def test_channels_that_may_end_the_ranks_are_a_warning_before_they_meet(
+    channels: list[str], warned: bool
+) -> None:
+    config = from_tree({"comm": {"channels": channels}})
+    assert bool(risky(config)) == warned
+    assert risky(dataclasses.replace(config, transport="local")) == []
 
 
 def test_ranks_bound_to_cores_of_their_own_do_not_crowd_a_host() -> None:

@@ -13,6 +13,7 @@ import yaml
 
 import fslsage_rpc
 from fslsage_rpc import InputError
+from fslsage_rpc.comm.world import has_channel
 from fslsage_rpc.training.experiment import check
 from support.commands import fslsage, said
 
@@ -68,14 +69,16 @@ def test_a_run_shows_its_rounds_and_ends_in_a_table(
 
 @pytest.mark.gate
 def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -> None:
-    done = fslsage("train", config, "transport=rpc", "ranks=2", "comm.transports=[uv]")
+    keys = ("transport=rpc", "ranks=2", "comm.transports=[uv]", "comm.channels=[basic]")
+    done = fslsage("train", config, *keys)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.count("round 3/3") == 1
     environment = json.loads((tmp_path / "runs" / "small" / "environment.json").read_text())
     assert environment["transport"] == "rpc"
     assert environment["rpc_transports"] == ["uv"]
-    assert environment["averaging"] == "gloo"
+    assert environment["rpc_channels"] == ["basic"]
+    assert environment["averaging"] is None  # one client rank
     assert len(environment["ranks"]) == 2
 
 
@@ -95,6 +98,10 @@ def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -
         (["data.partition=file", "data.partition_file=none.json"], ["data.partition_file", "none.json"]),
         (["model.name=resnet18", "clients.batch_size=33"], ["clients.batch_size", "BatchNorm"]),
         (["transport=rpc", "comm.interface=nosuch"], ["comm.interface", "nosuch", "lo"]),
+        (
+            ["transport=rpc", "comm.channels=[cuda_xth]"],
+            ["comm.channels", "[cuda_xth]", "cma, mpt_uv, basic"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -216,6 +223,18 @@ def test_rpc_is_refused_by_name_where_torch_lacks_it(monkeypatch: pytest.MonkeyP
         check(keys, ranks=3)
     keys.transport = "local"
     check(keys, ranks=1)
+
+
+def test_a_channel_that_this_build_of_torch_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_channel("basic")
+    assert not has_channel("nosuch")
+    monkeypatch.setattr("fslsage_rpc.training.experiment.has_channel", lambda name: name != "cma")
+    keys = fslsage_rpc.Config()
+    keys.comm.channels = ["basic", "cma"]
+    with pytest.raises(
+        InputError, match=r"comm\.channels: got 'cma', expected one that this build of torch has"
+    ):
+        check(keys, ranks=3)
 
 
 def test_one_rank_alone_is_refused_with_rpc() -> None:

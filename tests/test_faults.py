@@ -50,14 +50,8 @@ def run_faulty(
     """
     config = write(tmp_path)
     restarts = len(faults) if restarts is None else restarts
-    command = [
-        *within,
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
+    command = [*within, sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr=127.0.0.1"]
     command += ["--nproc_per_node=3", f"--max_restarts={restarts}", PROGRAM, "train", config, *overrides]
     variables = {
         "FAULTS": " ".join(faults),

@@ -9,7 +9,7 @@ from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
 from fslsage_rpc.check.links import CollectiveSpeed
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import Estimate, Memory
-from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK
+from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK, hidden_gpus
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.models.flat import module_bytes, trainable
@@ -148,7 +148,7 @@ class Findings:
         """Why weights are averaged by what they are averaged by."""
         wanted, places = self.config.comm.averaging, [each.machine.gpu for each in self.ranks[1:]]
         if self.world["averaging"] is None:
-            return "one process"
+            return "one client rank" if places else "one process"
         if wanted != "auto":
             return f"comm.averaging is {wanted}"
         if self.world["averaging"] == "nccl":
@@ -187,6 +187,12 @@ class Findings:
                     f"ranks {_listed(ranks)} share one GPU of {place.host}: they take turns on it"
                     + (", and NCCL refuses that" if two_average else "")
                 )
+        for host, ranks in hidden_gpus([each.machine.gpu for each in self.ranks]).items():
+            found.append(
+                f"{host}: ranks {_listed(ranks)} do not see the same GPUs, so tensors between them pass "
+                "through host memory; let all ranks of a host see all of its GPUs, under SLURM by "
+                "--gpus-per-node and --gpu-bind=none"
+            )
         with_gpu = [each for each in self.ranks[1:] if each.machine.gpu.gpu is not None]
         if with_gpu and self.world["averaging"] == "gloo":
             found.append(f"weights are averaged by Gloo though there are GPUs: {self.why_averaging()}")

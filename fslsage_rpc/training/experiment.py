@@ -1,6 +1,7 @@
 """What a configuration comes to, before any rank talks to another: data, clients, models, algorithm."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import nn
 from fslsage_rpc.algorithms import Algorithm, create, find
 from fslsage_rpc.algorithms.base import Sizes
 from fslsage_rpc.comm.memory import physical_memory
-from fslsage_rpc.comm.world import choose_device, interfaces, nccl_available, rpc_available
+from fslsage_rpc.comm.placement import CPU_CHANNELS, lacking
+from fslsage_rpc.comm.world import choose_device, has_channel, interfaces, nccl_available, rpc_available
 from fslsage_rpc.config import Config
 from fslsage_rpc.data import partitions
 from fslsage_rpc.errors import HostError, InputError
@@ -85,8 +87,18 @@ def _check_ranks(config: Config, ranks: int) -> None:
         raise HostError(
             "comm.averaging: got 'nccl', expected auto or gloo: there is no NCCL or GPU to use it on"
         )
+    _check_channels(config.comm.channels)
     if interface is not None and interface not in interfaces():
         raise HostError(f"comm.interface: got {interface!r}, expected one of {', '.join(interfaces())}")
+
+
+def _check_channels(names: Sequence[str] | None) -> None:
+    """What can be known of them before the ranks meet."""
+    for name in names or ():
+        if not has_channel(name):
+            raise HostError(f"comm.channels: got {name!r}, expected one that this build of torch has")
+    if names and not set(CPU_CHANNELS) & set(names):
+        raise lacking(names, CPU_CHANNELS)
 
 
 def _check_drop(config: Config) -> None:
