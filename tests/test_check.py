@@ -46,7 +46,26 @@ def estimate(tmp_path: Path, *changes: dict[str, Any], **keys: Any) -> tuple[Exp
 
 def test_a_server_that_shares_a_clients_gpu_is_not_in_the_way_of_nccl() -> None:
     shared = next(line for line in warnings(on_gpu("a", "1"), on_gpu("a", "1")) if "share" in line)
-    assert shared == "ranks 0, 1 share one GPU of a: they take turns on it"
+    assert shared == (
+        "ranks 0, 1 share one GPU of a: they take turns on it and never overlap; MPS would help, started "
+        "there by nvidia-cuda-mps-control -d"
+    )
+
+
+def test_ranks_that_share_a_gpu_by_mps_take_no_turns() -> None:
+    by_mps = on_gpu("a", "1", shares_by_mps=True)
+    (shared,) = warnings(on_gpu("a", "2", shares_by_mps=True), by_mps, by_mps, averaging=None)
+    assert shared == "ranks 1, 2 share one GPU of a by MPS, and NCCL refuses that"
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_mps_is_known_by_its_control_pipe(
+    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    if folder:
+        os.mkfifo(tmp_path / "control")
+    assert Machine.here(CPU).shares_by_mps == folder
 
 
 def test_what_autograd_keeps_is_counted_once() -> None:
@@ -216,6 +235,7 @@ def machine(**changes: Any) -> Machine:
             resident_bytes=GIB,
             peak_bytes=GIB,
             gpu_free_bytes=None,
+            shares_by_mps=False,
             versions={"torch": "2.15"},
         ),
         **changes,

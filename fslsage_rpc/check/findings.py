@@ -182,10 +182,13 @@ class Findings:
                 shared[each.machine.gpu].append(rank)
         for place, ranks in shared.items():
             if len(ranks) > 1:
+                by_mps = all(self.ranks[rank].machine.shares_by_mps for rank in ranks)
                 two_average = len([rank for rank in ranks if rank > 0]) > 1
                 found.append(
-                    f"ranks {_listed(ranks)} share one GPU of {place.host}: they take turns on it"
+                    f"ranks {_listed(ranks)} share one GPU of {place.host}"
+                    + (" by MPS" if by_mps else ": they take turns on it and never overlap")
                     + (", and NCCL refuses that" if two_average else "")
+                    + ("" if by_mps else "; MPS would help, started there by nvidia-cuda-mps-control -d")
                 )
         for host, ranks in hidden_gpus([each.machine.gpu for each in self.ranks]).items():
             found.append(
