@@ -158,6 +158,8 @@ class Model:
     """of gpt2, behind the embeddings and at the end of each residual branch"""
     pretrained: str | None = None
     """gpt2's weights and sizes: a folder, or a name on the Hugging Face hub; null: randomly initialised"""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """of images inside; channels_last: a pixel's channels together; auto: so on a CPU where it pays"""
     lora: Lora = field(default_factory=Lora)
     auxiliary: Auxiliary = field(default_factory=Auxiliary)
 

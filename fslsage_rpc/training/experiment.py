@@ -19,6 +19,7 @@ from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
+from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
 from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
@@ -152,6 +153,7 @@ class Experiment:
         )
         split = task.build()
         algorithm = create(config.algorithm, federation)
+        _check_memory_format(task, split, algorithm)
         if algorithm.auxiliary == "aligned":
             _check_alignment_derivatives(task, split)
         used = (split.client, split.server, *([] if algorithm.auxiliary == "none" else [split.auxiliary]))
@@ -213,6 +215,19 @@ def _check_draws(task: Task, split: SplitModel, algorithm: Algorithm) -> list[st
         f"({place}), expected one whose random layers are nn.Dropout or torchvision's StochasticDepth, or "
         f"server.order: arrival (it is {order})"
     )
+
+
+def _check_memory_format(task: Task, split: SplitModel, algorithm: Algorithm) -> None:
+    """Models of the user's own may `view` what they compute, which needs images in torch's usual order."""
+    name, wanted = task.config.model.name, task.config.model.memory_format
+    if wanted != "channels_last":
+        return
+    error = failure_by_order(split, task.sample_shape, auxiliary=algorithm.auxiliary != "none")
+    if error:
+        raise InputError(
+            f"model.memory_format: got {wanted!r}, expected auto or contiguous: {name} fails on images in "
+            f"that order ({first_line(error)})"
+        )
 
 
 def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:
