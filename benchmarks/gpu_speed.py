@@ -6,8 +6,9 @@ Starts a server rank and one client rank that share the GPU. For FSL-SAGE and Sp
 real rounds over RPC take turns with rounds of `transport: local` (one process), each with `graphs: never` and
 `graphs: auto`, and with the floor: the bare arithmetic of the same round, in one process and on one stream,
 without graphs, transport, order, data preparation or averaging. All are wall-clock seconds with the device
-idle before and after. The floor computes one thing after the other; rounds over RPC, whose two processes
-queue work for the GPU at the same time, may be faster, and so may captured steps.
+idle before and after. The floor computes one thing after the other. The two processes of rounds over RPC
+take turns on the GPU and never overlap, unless NVIDIA's MPS runs; the server's lanes and fits, which have
+streams of their own, may overlap with each other. Captured steps may be faster than the floor.
 
 Reckoned for one H200, not measured: a full fp32 round is about 1.5 s (0.4 TFLOP a batch, 32 batches, 10 to 15
 TFLOP/s, and the fits), one of TF32 or bf16 a third of it; 20 turns of 2 rounds of FSL-SAGE and of 1 round of
@@ -235,7 +236,8 @@ def main() -> None:
     if "RANK" in os.environ:
         as_rank(options)
         return
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher += [f"--nproc_per_node={RANKS}"]
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # both ranks on one
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": gpu}
     command = [sys.executable, *launcher, str(Path(__file__)), *sys.argv[1:]]

@@ -17,6 +17,7 @@ def overrides_on_ranks(script: str, description: str | None, ranks: int) -> list
     overrides: list[str] = parser.parse_args().overrides
     if "RANK" in os.environ:
         return overrides
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher += [f"--nproc_per_node={ranks}"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     sys.exit(subprocess.run([sys.executable, *launcher, script, *overrides], env=environment).returncode)

@@ -181,7 +181,8 @@ def resident_bytes() -> int:
 
 def measure(algorithm: str, model: str, clients: int) -> dict[str, Any]:
     """One job of its own processes, so that one's memory is not another's."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={CLIENT_RANKS + 1}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher += [f"--nproc_per_node={CLIENT_RANKS + 1}"]
     command = [sys.executable, *launcher, str(Path(__file__)), algorithm, model, str(clients)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)

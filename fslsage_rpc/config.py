@@ -158,6 +158,8 @@ class Model:
     """of gpt2, behind the embeddings and at the end of each residual branch"""
     pretrained: str | None = None
     """gpt2's weights and sizes: a folder, or a name on the Hugging Face hub; null: randomly initialised"""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """of images inside; channels_last: a pixel's channels together; auto: so on a CPU where it pays"""
     lora: Lora = field(default_factory=Lora)
     auxiliary: Auxiliary = field(default_factory=Auxiliary)
 
@@ -272,6 +274,11 @@ class Comm:
     """network interface for RPC, Gloo and NCCL; null: loopback on one host, else the libraries' own choice"""
     transports: list[Literal["uv", "shm", "ibv"]] | None = None
     """TensorPipe transports; null: [uv] where cores are few (shm busy-polls), else TensorPipe's own choice"""
+    channels: (
+        list[Literal["cma", "mpt_uv", "basic", "cuda_xth", "cuda_ipc", "cuda_gdr", "cuda_basic"]] | None
+    ) = None
+    """TensorPipe channels, best first; null: cma, mpt_uv and basic; with device maps cuda_xth and cuda_basic,
+    too, and cuda_ipc where the ranks of each host see the same GPUs"""
     device_maps: Literal["auto", "never"] = "auto"
     """auto: tensors go from a client rank's GPU to the server's and back by RPC device maps, where both have
     one; never: through host memory"""

@@ -64,8 +64,8 @@ if [ -n "$elastic" ]; then
 else
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or most restarts fail: pytorch issue 135712
     # Without --log_dir torchrun leaves a folder in /tmp.
-    setsid "$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" \
-        --max_restarts="$MAX_RESTARTS" --log_dir=/dev/null -m fslsage_rpc "${command[@]}" &
+    setsid "$python" -m torch.distributed.run --standalone --local-addr=127.0.0.1 \
+        --nproc_per_node="$ranks" --max_restarts="$MAX_RESTARTS" --log_dir=/dev/null -m fslsage_rpc "${command[@]}" &
     started=($!)
 fi
 main=${started[0]} # rank 0, or torchrun

@@ -17,7 +17,7 @@ from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check.findings import Findings, Rank, Run
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import CPU, Activations, Estimate, Memory, _saved_by
-from fslsage_rpc.check.run import examine
+from fslsage_rpc.check.run import examine, risky
 from fslsage_rpc.cli import main
 from fslsage_rpc.comm.placement import GpuPlace
 from fslsage_rpc.config import Config
@@ -46,7 +46,26 @@ def estimate(tmp_path: Path, *changes: dict[str, Any], **keys: Any) -> tuple[Exp
 
 def test_a_server_that_shares_a_clients_gpu_is_not_in_the_way_of_nccl() -> None:
     shared = next(line for line in warnings(on_gpu("a", "1"), on_gpu("a", "1")) if "share" in line)
-    assert shared == "ranks 0, 1 share one GPU of a: they take turns on it"
+    assert shared == (
+        "ranks 0, 1 share one GPU of a: they take turns on it and never overlap; MPS would help, started "
+        "there by nvidia-cuda-mps-control -d"
+    )
+
+
+def test_ranks_that_share_a_gpu_by_mps_take_no_turns() -> None:
+    by_mps = on_gpu("a", "1", shares_by_mps=True)
+    (shared,) = warnings(on_gpu("a", "2", shares_by_mps=True), by_mps, by_mps, averaging=None)
+    assert shared == "ranks 1, 2 share one GPU of a by MPS, and NCCL refuses that"
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_mps_is_known_by_its_control_pipe(
+    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    if folder:
+        os.mkfifo(tmp_path / "control")
+    assert Machine.here(CPU).shares_by_mps == folder
 
 
 def test_what_autograd_keeps_is_counted_once() -> None:
@@ -187,7 +206,8 @@ def as_arguments(tmp_path: Path, config: dict[str, Any]) -> list[str]:
 def test_estimated_memory_is_near_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
     keys = [QUICKSTART, *overrides, "name=run", f"output={tmp_path}", "comm.transports=[uv]", "device=cpu"]
     for command in ("train", "check"):
-        job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+        job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        job += ["--nproc_per_node=3"]
         subprocess.run([*job, str(PEAKS), str(tmp_path), command, *keys], check=True, timeout=200)
     for rank in range(3):
         measured = json.loads((tmp_path / f"train-{rank}.json").read_text())
@@ -215,6 +235,7 @@ def machine(**changes: Any) -> Machine:
             resident_bytes=GIB,
             peak_bytes=GIB,
             gpu_free_bytes=None,
+            shares_by_mps=False,
             versions={"torch": "2.15"},
         ),
         **changes,
@@ -226,14 +247,16 @@ def rank(memory: Memory | None = None, sees: bool = True, disk: Disk | None = No
 
 
 def warnings(
-    *ranks: Rank, averaging: str = "gloo", transports: Any = ("uv",), run: Run | None = None
+    *ranks: Rank, averaging: str | None = "gloo", transports: Any = ("uv",), run: Run | None = None
 ) -> list[str]:
     world = {"transport": "rpc", "averaging": averaging, "rpc_transports": transports}
     return Findings(Config(), ranks, world, {}, None, run).warnings()
 
 
-def on_gpu(host: str, gpu: str, **changes: Any) -> Rank:
-    return rank(host=host, gpu=GpuPlace(host, gpu), gpu_free_bytes=GIB, **changes)
+def on_gpu(host: str, gpu: str, *others: str, **changes: Any) -> Rank:
+    """A rank of a host with three GPUs; where `others` are given, the rank sees these and its own alone."""
+    visible = frozenset({gpu, *others} if others else "123")
+    return rank(host=host, gpu=GpuPlace(host, gpu, visible), gpu_free_bytes=GIB, **changes)
 
 
 def test_nothing_wrong_is_no_warning() -> None:
@@ -259,6 +282,10 @@ FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB
         ),
         (warnings(rank(), on_gpu("a", "1"), on_gpu("a", "2")), ["Gloo", "GPUs"]),
         (
+            warnings(on_gpu("b", "1"), on_gpu("a", "1"), on_gpu("a", "2", "1"), averaging="nccl"),
+            ["a: ranks 1, 2 do not see the same GPUs", "host memory", "--gpu-bind=none"],
+        ),
+        (
             warnings(
                 rank(core_ids=frozenset({0, 1, 2})), rank(core_ids=frozenset()), transports=("shm", "uv")
             ),
@@ -283,6 +310,22 @@ FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB
 def test_each_of_these_is_one_warning(found: list[str], words: list[str]) -> None:
     relevant = [line for line in found if all(word in line for word in words)] if words else found
     assert len(relevant) == bool(words), found
+
+
+def test_one_client_rank_averages_with_nobody() -> None:
+    world = {"averaging": None, "rpc_transports": ("uv",)}
+    findings = Findings(Config(), [on_gpu("a", "1"), on_gpu("a", "2")], world, {}, None)
+    assert findings.why_averaging() == "one client rank"
+    assert findings.warnings() == []
+
+
+@pytest.mark.parametrize(("channels", "warned"), [(["basic", "cuda_gdr"], True), (["basic"], False)])
+def test_channels_that_may_end_the_ranks_are_a_warning_before_they_meet(
+    channels: list[str], warned: bool
+) -> None:
+    config = from_tree({"comm": {"channels": channels}})
+    assert bool(risky(config)) == warned
+    assert risky(dataclasses.replace(config, transport="local")) == []
 
 
 def test_ranks_bound_to_cores_of_their_own_do_not_crowd_a_host() -> None:

@@ -1,6 +1,8 @@
 """The command line as a user meets it: exit statuses, one-line errors, and the same run twice."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import yaml
 
 import fslsage_rpc
 from fslsage_rpc import InputError
+from fslsage_rpc.comm.world import has_channel
 from fslsage_rpc.training.experiment import check
 from support.commands import fslsage, said
 
@@ -66,14 +69,16 @@ def test_a_run_shows_its_rounds_and_ends_in_a_table(
 
 @pytest.mark.gate
 def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -> None:
-    done = fslsage("train", config, "transport=rpc", "ranks=2", "comm.transports=[uv]")
+    keys = ("transport=rpc", "ranks=2", "comm.transports=[uv]", "comm.channels=[basic]")
+    done = fslsage("train", config, *keys)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout.count("round 3/3") == 1
     environment = json.loads((tmp_path / "runs" / "small" / "environment.json").read_text())
     assert environment["transport"] == "rpc"
     assert environment["rpc_transports"] == ["uv"]
-    assert environment["averaging"] == "gloo"
+    assert environment["rpc_channels"] == ["basic"]
+    assert environment["averaging"] is None  # one client rank
     assert len(environment["ranks"]) == 2
 
 
@@ -93,6 +98,10 @@ def test_the_self_launching_form_trains_over_rpc(config: Path, tmp_path: Path) -
         (["data.partition=file", "data.partition_file=none.json"], ["data.partition_file", "none.json"]),
         (["model.name=resnet18", "clients.batch_size=33"], ["clients.batch_size", "BatchNorm"]),
         (["transport=rpc", "comm.interface=nosuch"], ["comm.interface", "nosuch", "lo"]),
+        (
+            ["transport=rpc", "comm.channels=[cuda_xth]"],
+            ["comm.channels", "[cuda_xth]", "cma, mpt_uv, basic"],
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -180,13 +189,31 @@ def test_keys_that_the_algorithm_does_not_use_are_named_once(
 
 @pytest.mark.gate
 def test_under_torchrun_only_rank_0_reports_bad_input_and_all_end(config: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc_per_node=3"]
     command += ["-m", "fslsage_rpc", "train", str(config), "transport=rpc", "clients.cuont=3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     assert done.returncode == 1  # torchrun's, whatever the ranks' was
     ours = [line for line in done.stderr.splitlines() if line.startswith("fslsage_rpc:")]
     assert ours == ["fslsage_rpc: clients.cuont: unknown key; did you mean clients.count?"]
     assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.gate
+def test_a_torchrun_job_with_an_address_needs_no_host_name_that_resolves(config: Path) -> None:
+    if subprocess.run(["sh", "-c", "unshare --uts hostname x"], capture_output=True).returncode != 0:
+        pytest.skip("nobody may give a host another name here")
+    start = "hostname nosuchhost.invalid && exec torchrun --standalone --local-addr=127.0.0.1"
+    job = f"--nproc_per_node=2 -m fslsage_rpc train {config} rounds=1 transport=rpc comm.transports=[uv]"
+    command = ["unshare", "--uts", "bash", "-c", f"{start} {job}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            shown, _ = process.communicate(timeout=100)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0
+    assert "round 1/1" in shown
 
 
 def test_rpc_is_refused_by_name_where_torch_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +223,18 @@ def test_rpc_is_refused_by_name_where_torch_lacks_it(monkeypatch: pytest.MonkeyP
         check(keys, ranks=3)
     keys.transport = "local"
     check(keys, ranks=1)
+
+
+def test_a_channel_that_this_build_of_torch_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_channel("basic")
+    assert not has_channel("nosuch")
+    monkeypatch.setattr("fslsage_rpc.training.experiment.has_channel", lambda name: name != "cma")
+    keys = fslsage_rpc.Config()
+    keys.comm.channels = ["basic", "cma"]
+    with pytest.raises(
+        InputError, match=r"comm\.channels: got 'cma', expected one that this build of torch has"
+    ):
+        check(keys, ranks=3)
 
 
 def test_one_rank_alone_is_refused_with_rpc() -> None:

@@ -39,3 +39,15 @@ def test_ci_runs_the_readmes_commands_in_the_readmes_words() -> None:
     train = "torchrun --standalone --nproc_per_node=3 -m fslsage_rpc train configs/quickstart.yaml"
     assert lines.count(f"{set_up}. && {train}") == 1
     assert lines.count(f"{set_up}'.[test,llm]' && pytest") == 1
+
+
+def test_jobs_that_the_repository_starts_by_torchrun_need_no_host_name_that_resolves() -> None:
+    alone, address = "--standalone", "--local-addr=127.0.0.1"
+    folders = [ROOT / name for name in (".ci", "benchmarks", "launch", "tests")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in ("", ".py", ".sh")]
+    starters = [text for path in files if path.is_file() and alone in (text := path.read_text())]
+    own = Path(__file__).read_text()
+    starters.remove(own)
+    assert len(starters) > 5
+    for text in starters:
+        assert text.count(alone) == text.count(address)

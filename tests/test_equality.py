@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from fslsage_rpc.comm import rpc
 from support.batch_norm_model import CUT, SMASHED_SAMPLE
 from support.equality import OWN_COLLECTIVES, assert_same, without_seconds
-from support.rank_program import Outcome, train_locally, train_on_ranks
+from support.rank_program import Outcome, train_and_save, train_locally, train_on_ranks
+from support.trees import merged
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for two jobs
 BATCH_NORM = "batch_norm"
@@ -179,6 +181,28 @@ def test_masks_are_the_same_on_every_transport_and_number_of_ranks(
 ) -> None:
     assert_same(local[case], two_ranks[case])
     assert_same(local[case], three_ranks[case])
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("transports", [["shm"], None], ids=["shm", "null where cores are many"])
+def test_shared_memory_carries_the_same_numbers(
+    transports: list[str] | None, trees: list[dict[str, Any]], local: list[Outcome], tmp_path: Path
+) -> None:
+    cases = (0, 3)
+    over_it = [merged(trees[case], {"comm": {"transports": transports}}) for case in cases]
+    found = train_on_ranks(2, over_it, tmp_path / "job", program=train_where_cores_are_many)
+    for case, outcome in zip(cases, found, strict=True):
+        assert outcome.tensors.keys() == local[case].tensors.keys()
+        for name, expected in local[case].tensors.items():
+            assert torch.equal(expected, outcome.tensors[name]), name
+        assert_same(local[case], outcome)
+
+
+def train_where_cores_are_many(configs: str, folder: str) -> None:
+    """One rank of a job: TensorPipe's own choice on one host is its transport by shared memory."""
+    rpc.SHM_CORES_PER_RANK = 0  # type: ignore[attr-defined]  # imported there
+    assert rpc._default_transports() is None
+    train_and_save(configs, folder)
 
 
 @pytest.mark.parametrize("case", [0, 3])

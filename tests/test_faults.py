@@ -50,8 +50,9 @@ def run_faulty(
     """
     config = write(tmp_path)
     restarts = len(faults) if restarts is None else restarts
-    command = [*within, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    command += [f"--max_restarts={restarts}", PROGRAM, "train", config, *overrides]
+    command = [*within, sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--local-addr=127.0.0.1"]
+    command += ["--nproc_per_node=3", f"--max_restarts={restarts}", PROGRAM, "train", config, *overrides]
     variables = {
         "FAULTS": " ".join(faults),
         "FAULT_FOLDER": str(tmp_path),

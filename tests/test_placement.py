@@ -5,6 +5,8 @@ import threading
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,17 @@ from torch import nn
 from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 
 from fslsage_rpc.comm import workers
-from fslsage_rpc.comm.placement import SHARED_GPUS, GpuPlace, choose_averaging, device_maps, fair_threads
+from fslsage_rpc.comm.placement import (
+    SHARED_GPUS,
+    GpuPlace,
+    choose_averaging,
+    choose_channels,
+    device_maps,
+    fair_threads,
+    hidden_gpus,
+)
 from fslsage_rpc.comm.priority import AUTOGROUP, NICE, gives_way
+from fslsage_rpc.comm.roll_call import Presence
 from fslsage_rpc.comm.rpc_link import _on_gpu
 from fslsage_rpc.comm.workers import Workers
 from fslsage_rpc.comm.world import open_world, server_workers, set_tf32, usable_cores
@@ -25,6 +36,7 @@ from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.requests import Answer
 from fslsage_rpc.parties.streams import WorkQueue, current_place
 from support.forked_ranks import run_ranks
+from support.user_input import mistake
 
 CPU = torch.device("cpu")
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -46,7 +58,12 @@ def test_nccl_averages_where_every_client_rank_has_a_gpu_of_its_own() -> None:
     assert choose_averaging("nccl", OWN, nccl_built=True) == "nccl"
     assert choose_averaging("gloo", OWN, nccl_built=True) == "gloo"
     assert choose_averaging("auto", OWN, nccl_built=False) == "gloo"
-    assert choose_averaging("auto", [GpuPlace.of(CPU)], nccl_built=True) == "gloo"
+    assert choose_averaging("auto", [GpuPlace.of(CPU)] * 2, nccl_built=True) == "gloo"
+
+
+@pytest.mark.parametrize("wanted", ["auto", "gloo", "nccl"])
+def test_one_client_rank_has_nobody_to_average_with(wanted: str) -> None:
+    assert choose_averaging(wanted, OWN[:1], nccl_built=True) is None
 
 
 def test_client_ranks_that_share_a_gpu_average_by_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +86,73 @@ def test_cores_are_shared_out_among_the_ranks_that_may_use_them() -> None:
     bound = [("a", first), ("a", second), ("b", first)]  # each to its own
     assert [fair_threads(rank, bound) for rank in range(3)] == [2, 2, 2]
     assert fair_threads(0, [("a", first)] * 5) == 1
+
+
+HOST = ["cma", "mpt_uv", "basic"]
+TO_FIRST = {1: (SECOND, FIRST)}
+
+
+def seeing(host: str, *visible: str) -> GpuPlace:
+    """A rank that computes on the first GPU that it sees."""
+    return GpuPlace(host, next(iter(visible), None), frozenset(visible))
+
+
+BOTH, FIRST_ALONE, SECOND_ALONE = seeing("a", "0", "1"), seeing("a", "0"), seeing("a", "1")
+ELSEWHERE = seeing("b", "2")
+
+
+def test_channels_are_those_that_tensors_need() -> None:
+    by_cuda = ["cuda_xth", "cuda_ipc", "cuda_basic"]
+    assert choose_channels(None, [BOTH, BOTH], {}) == HOST
+    assert choose_channels(None, [BOTH, BOTH], TO_FIRST) == HOST + by_cuda
+    assert choose_channels(None, [BOTH, BOTH, ELSEWHERE], TO_FIRST) == HOST + by_cuda
+    assert choose_channels(None, [BOTH, BOTH, seeing("a")], TO_FIRST) == HOST + by_cuda
+    own = ["cuda_gdr", "basic"]
+    assert choose_channels(own, [BOTH, BOTH], TO_FIRST) == own
+
+
+def test_cuda_ipc_is_left_out_where_a_host_hides_gpus_from_its_ranks() -> None:
+    without = [*HOST, "cuda_xth", "cuda_basic"]
+    for places in ([FIRST_ALONE, SECOND_ALONE], [ELSEWHERE, BOTH, FIRST_ALONE]):
+        assert choose_channels(None, places, TO_FIRST) == without
+    assert hidden_gpus([ELSEWHERE, BOTH, FIRST_ALONE]) == {"a": [1, 2]}
+    assert hidden_gpus([ELSEWHERE, BOTH, BOTH, seeing("a")]) == {}
+    assert choose_channels(["basic", "cuda_ipc"], [FIRST_ALONE, SECOND_ALONE], TO_FIRST)[1] == "cuda_ipc"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "places", "expected"),
+    [
+        (["cuda_basic"], [BOTH, BOTH], "expected one of cma, mpt_uv, basic among"),
+        (["cma", "cuda_basic"], [BOTH, ELSEWHERE], "expected one of mpt_uv, basic among"),
+        (
+            ["basic", "cuda_xth"],
+            [BOTH, BOTH],
+            "expected one of cuda_ipc, cuda_gdr, cuda_basic among",
+        ),
+        (["basic", "cuda_ipc"], [BOTH, ELSEWHERE], "expected one of cuda_gdr, cuda_basic among"),
+    ],
+)
+def test_channels_that_lead_nowhere_are_bad_input(
+    wanted: list[str], places: list[GpuPlace], expected: str
+) -> None:
+    message = mistake(choose_channels, wanted, places, TO_FIRST)
+    assert message.startswith(f"comm.channels: got [{', '.join(wanted)}], {expected}")
+    assert ("comm.device_maps=never" in message) == ("cuda" in expected)
+
+
+def test_a_rank_tells_the_others_which_gpus_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    def properties(device: Any) -> SimpleNamespace:
+        return SimpleNamespace(uuid=f"GPU-{torch.device(device).index}")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    there = Presence.here(3, SECOND)
+    assert there.place.gpu == "GPU-1"
+    assert there.place.visible == {"GPU-0", "GPU-1"}
+    read = Presence.read(there.written().encode())
+    assert (str(read), read.place, read.place.visible) == (str(there), there.place, there.place.visible)
+    assert Presence.here(0, CPU).place.visible == frozenset()
 
 
 @pytest.mark.nightly

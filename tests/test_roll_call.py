@@ -3,9 +3,10 @@
 from datetime import timedelta
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 
 from fslsage_rpc.comm.roll_call import await_all, claim_failure
+from fslsage_rpc.comm.rpc import RpcWorld
 from fslsage_rpc.errors import ConnectionLost
 
 KEYS = ["here/0", "here/1", "here/2"]
@@ -36,3 +37,15 @@ def test_when_one_has_failed_the_others_wait_no_longer() -> None:
     with pytest.raises(ConnectionLost, match="another rank has failed"):
         await_all(half, KEYS, AN_HOUR)
     assert not claim_failure(half, 1)
+
+
+def test_on_one_host_the_store_is_found_whatever_name_it_is_told_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    launchers = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "nosuchhost.invalid"}
+    variables |= {"MASTER_PORT": str(launchers.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    rank = RpcWorld.__new__(RpcWorld)
+    rank._hosts_store = False
+    rank._find_store(timedelta(seconds=5)).set("here", "")
+    assert launchers.check(["fslsage_rpc/0/here"])

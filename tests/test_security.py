@@ -107,7 +107,8 @@ linux = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Lin
 
 
 LOCAL = str(Path(__file__).parent.parent / "launch" / "local.sh")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1")
+TORCHRUN += ("--nproc_per_node=3", "-m")
 
 
 @linux

@@ -2,6 +2,8 @@
 
 import copy
 import statistics
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fslsage_rpc.config import Auxiliary, Model
+from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.models.cuts import list_cuts
+from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.segment import Segment, differentiated_twice
 from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.training.experiment import Experiment
+from support.equality import assert_same
+from support.rank_program import train_locally
+from support.trees import tree
+from support.user_input import mistake
 
 IMAGES = (3, 32, 32)
 LAST = torch.channels_last
@@ -165,3 +174,98 @@ def test_double_precision_stays_as_it_is() -> None:
     orders = Orders(parts.client)
     parts.client(images(8).double())
     assert orders == [False]
+
+
+# Asked for
+
+
+def asked(memory_format: str, name: str = "resnet18", **keys: Any) -> SplitModel:
+    return split(name, torch.float64, memory_format=memory_format, **keys)
+
+
+def alignment_step(parts: SplitModel, batch: int) -> list[Tensor]:
+    """Smashed data, its true gradient, and the auxiliary model's own in a step of a fit."""
+    x, y = images(batch).double(), torch.arange(batch) % 10
+    z = parts.client(x)
+    true = cut_layer_gradient(parts.server, z, y)
+    estimate = cut_layer_gradient(parts.auxiliary, z, y, create_graph=True)
+    (estimate - true).square().sum().backward()
+    assert all(tensor.is_contiguous() for tensor in (z, true, estimate))
+    weights = [parameter.grad for parameter in parts.auxiliary.parameters() if parameter.grad is not None]
+    return [z.detach(), true, *weights]
+
+
+@pytest.mark.parametrize(("memory_format", "expected"), [("channels_last", True), ("contiguous", False)])
+def test_an_order_that_is_asked_for_is_taken_in_every_pass(memory_format: str, expected: bool) -> None:
+    for batch in (4, 16):
+        parts = asked(memory_format)
+        usual = asked("contiguous")
+        orders = [Orders(part) for part in (parts.client, parts.server, parts.auxiliary)]
+        found = alignment_step(parts, batch)
+        assert orders == [[expected]] * 3
+        for mine, other in zip(found, alignment_step(usual, batch), strict=True):
+            assert (mine - other).norm() <= 1e-10 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "reordered"), [("channels_last", True), ("contiguous", False), ("auto", False)]
+)
+def test_another_device_than_a_cpu_reorders_where_that_is_asked_for(
+    memory_format: str, reordered: bool
+) -> None:
+    parts = split("resnet18", memory_format=memory_format)
+    assert isinstance(parts.server, Segment)
+    large = torch.empty(500, *parts.smashed_shape)
+    assert parts.server.reorders(large) == (memory_format != "contiguous")
+    assert parts.server.reorders(large.to("meta")) == reordered
+
+
+def test_smashed_data_in_bf16_is_reordered_too() -> None:
+    keys = Model(name="resnet18", memory_format="channels_last")
+    parts = build(keys, 10, IMAGES, 0, torch.float32, autocast=torch.bfloat16)
+    orders = Orders(parts.client), Orders(parts.server)
+    z = parts.client(images(2))
+    assert (z.dtype, z.is_contiguous()) == (torch.bfloat16, True)
+    assert parts.server(z).dtype == torch.float32
+    assert orders == ([True], [True])
+
+
+def test_a_run_is_the_same_in_either_order(tmp_path: Path) -> None:
+    keys = {"data": {"name": "synthetic", "train_limit": 24, "test_limit": 8, "partition": "iid"}}
+    keys |= {"clients": {"count": 2, "batch_size": 6}, "algorithm": {"alignment": {"batch_size": 6}}}
+    keys["optimizer"] = {party: {"name": "sgd", "lr": 0.01} for party in ("client", "server", "auxiliary")}
+    usual, reordered = (
+        train_locally(tree(tmp_path, keys, rounds=1, model={"name": "resnet18", "memory_format": each}))
+        for each in ("contiguous", "channels_last")
+    )
+    assert usual.lines[0]["alignment"] is not None
+    assert_same(usual, reordered)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "test_segment:Viewing", "cut": "stem"},
+        {"name": "test_segment:Viewing", "cut": "conv"},  # the uncut model alone fails
+        {"name": "resnet18", "auxiliary": {"kind": "test_segment:viewing_auxiliary"}},
+    ],
+)
+def test_a_model_that_needs_the_usual_order_is_bad_input(model: dict[str, Any], tmp_path: Path) -> None:
+    keys = {"data": {"name": "synthetic", "train_limit": 96}, "model": model}
+    config = from_tree(tree(tmp_path, keys, model={"memory_format": "channels_last"}))
+    said = mistake(Experiment.prepare, config)
+    expected = "model.memory_format: got 'channels_last', expected auto or contiguous: "
+    assert said.startswith(f"{expected}{model['name']} fails on images in that order (RuntimeError: view")
+    Experiment.prepare(from_tree(tree(tmp_path, keys)))
+
+
+def test_a_model_that_fails_anyway_does_so_by_no_order() -> None:
+    parts = asked("channels_last")
+    assert failure_by_order(parts, IMAGES, auxiliary=True) is None
+    assert all(part.training for part in (parts.client, parts.server, parts.uncut))
+
+    def fail(module: nn.Module, inputs: Any) -> None:
+        raise ValueError
+
+    parts.server.register_forward_pre_hook(fail)
+    assert failure_by_order(parts, IMAGES, auxiliary=True) is None

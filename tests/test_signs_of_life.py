@@ -131,7 +131,7 @@ class Job:
         self.clock = Advanced()
         self.store = MemoryStore(self.clock)
         self.dead: set[int] = set()
-        self.here = [Process(rank, host, 0, host, "cpu", self.dead) for rank, host in enumerate("abba")]
+        self.here = [Process(rank, host, 0, host, "cpu", dead=self.dead) for rank, host in enumerate("abba")]
         self.signs: dict[int, SignsOfLife] = {}
 
     def add(self, rank: int, policy: Policy) -> None:

@@ -27,8 +27,8 @@ from support.small_run import ROUNDS, TREE, write
 
 A_LONG_ROUND = "algorithm.alignment.epochs=1000000"
 ALONE = [sys.executable, "-m", "fslsage_rpc"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "-m"]
-TORCHRUN += ["fslsage_rpc"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+TORCHRUN += ["--nproc_per_node=3", "-m", "fslsage_rpc"]
 
 
 @contextmanager

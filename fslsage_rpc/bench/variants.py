@@ -5,7 +5,7 @@ from fslsage_rpc.configuration import FOLDER_NAME, from_tree, to_tree
 from fslsage_rpc.errors import InputError
 
 SHARED = ("name", "ranks", "transport", "device", "tf32", "output", "resume", "trace", "stop", "bench")
-SHARED_COMM = ("averaging", "interface", "transports", "device_maps", "timeout_seconds")
+SHARED_COMM = ("averaging", "interface", "transports", "channels", "device_maps", "timeout_seconds")
 """what belongs to the processes, not to a variant"""
 
 

@@ -9,7 +9,7 @@ from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
 from fslsage_rpc.check.links import CollectiveSpeed
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import Estimate, Memory
-from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK
+from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK, hidden_gpus
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.models.flat import module_bytes, trainable
@@ -148,7 +148,7 @@ class Findings:
         """Why weights are averaged by what they are averaged by."""
         wanted, places = self.config.comm.averaging, [each.machine.gpu for each in self.ranks[1:]]
         if self.world["averaging"] is None:
-            return "one process"
+            return "one client rank" if places else "one process"
         if wanted != "auto":
             return f"comm.averaging is {wanted}"
         if self.world["averaging"] == "nccl":
@@ -182,11 +182,20 @@ class Findings:
                 shared[each.machine.gpu].append(rank)
         for place, ranks in shared.items():
             if len(ranks) > 1:
+                by_mps = all(self.ranks[rank].machine.shares_by_mps for rank in ranks)
                 two_average = len([rank for rank in ranks if rank > 0]) > 1
                 found.append(
-                    f"ranks {_listed(ranks)} share one GPU of {place.host}: they take turns on it"
+                    f"ranks {_listed(ranks)} share one GPU of {place.host}"
+                    + (" by MPS" if by_mps else ": they take turns on it and never overlap")
                     + (", and NCCL refuses that" if two_average else "")
+                    + ("" if by_mps else "; MPS would help, started there by nvidia-cuda-mps-control -d")
                 )
+        for host, ranks in hidden_gpus([each.machine.gpu for each in self.ranks]).items():
+            found.append(
+                f"{host}: ranks {_listed(ranks)} do not see the same GPUs, so tensors between them pass "
+                "through host memory; let all ranks of a host see all of its GPUs, under SLURM by "
+                "--gpus-per-node and --gpu-bind=none"
+            )
         with_gpu = [each for each in self.ranks[1:] if each.machine.gpu.gpu is not None]
         if with_gpu and self.world["averaging"] == "gloo":
             found.append(f"weights are averaged by Gloo though there are GPUs: {self.why_averaging()}")

@@ -1,5 +1,6 @@
 """What one rank knows of the machine that it runs on."""
 
+import os
 import re
 import shutil
 import tempfile
@@ -47,6 +48,8 @@ class Machine:
     peak_bytes: int | None
     """the most that this rank has had so far"""
     gpu_free_bytes: int | None
+    shares_by_mps: bool
+    """NVIDIA's MPS runs here, by which processes that share a GPU overlap"""
     versions: dict[str, str | None]
 
     @classmethod
@@ -75,6 +78,7 @@ class Machine:
             resident_bytes=status_bytes("VmRSS"),
             peak_bytes=status_bytes("VmHWM"),
             gpu_free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+            shares_by_mps=_mps_runs(),
             versions=versions(),
         )
 
@@ -121,6 +125,12 @@ def status_bytes(key: str) -> int | None:
         found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
         return int(found[1]) * KIB if found else None
     return None
+
+
+def _mps_runs() -> bool:
+    """Is the control pipe of NVIDIA's Multi-Process Service there?"""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps"
+    return (Path(folder) / "control").exists()
 
 
 def _available_memory() -> int | None:

@@ -13,7 +13,15 @@ from fslsage_rpc.check.links import measure_averaging, measure_links
 from fslsage_rpc.check.machine import Disk, Machine, existing_folder
 from fslsage_rpc.check.memory import Estimate, Memory
 from fslsage_rpc.comm.sockets import hostname_address, interface_addresses
-from fslsage_rpc.comm.world import World, interfaces, job_ranks, on_one_host, open_world, server_workers
+from fslsage_rpc.comm.world import (
+    World,
+    interfaces,
+    is_first_rank,
+    job_ranks,
+    on_one_host,
+    open_world,
+    server_workers,
+)
 from fslsage_rpc.config import Config
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
@@ -36,7 +44,7 @@ def examine(config: Config, configured: bool) -> Findings | None:
     if configured:
         check(config, job_ranks(config))
         experiment = Experiment.prepare(config)  # as training does, so that memory is what it is there
-    for warning in unreachable(config):
+    for warning in [*unreachable(config), *risky(config)]:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     world = open_world(config)
     try:
@@ -81,6 +89,13 @@ def unreachable(config: Config) -> list[str]:
         f"{platform.node()}: ranks listen on {address}, {why}, and no other host can reach it; set "
         "comm.interface to one of " + ", ".join(interfaces())
     ]
+
+
+def risky(config: Config) -> list[str]:
+    """A warning of what may end the ranks while they meet."""
+    asked = config.transport == "rpc" and "cuda_gdr" in (config.comm.channels or ())
+    warning = "comm.channels: cuda_gdr ends ranks on some hosts as they meet (pytorch issue 130513)"
+    return [warning] if asked and is_first_rank(config) else []
 
 
 def _memory(estimate: Estimate, world: World) -> Memory:

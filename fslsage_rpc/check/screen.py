@@ -74,18 +74,15 @@ class CheckScreen:
                 world["request_tensors"][f"clients{rank}"],
             )
         self._console.print(table)
-        transports = world["rpc_transports"]
-        shown = transports if isinstance(transports, str) else ", ".join(transports)
-        self._say(f"RPC transports: {shown}. Interface: {world['interface']}.")
-        text = f"Averaging: {world['averaging']} ({findings.why_averaging()})"
+        transports, channels = (_named(world[f"rpc_{kind}"]) for kind in ("transports", "channels"))
+        self._say(f"RPC transports: {transports}; channels: {channels}. Interface: {world['interface']}.")
+        text = f"Averaging: {world['averaging'] or 'none'} ({findings.why_averaging()})"
         if findings.averaging:
             text += (
                 f"; an all-reduce over {len(findings.ranks) - 1} client ranks takes "
                 f"{1000 * findings.averaging.round_trip_seconds:.2f} ms at least, a large one "
                 f"{_rate(findings.averaging.bytes_per_second)}"
             )
-        else:
-            text += "; one client rank has nobody to average with"
         self._say(text + ".")
 
     def _show_memory(self, findings: Findings) -> None:
@@ -174,6 +171,10 @@ def _addresses(rank: Rank) -> str:
 
 def _sum(rank: Rank, parts: Sequence[str]) -> int:
     return sum(getattr(rank.memory, part) for part in parts)
+
+
+def _named(choice: str | Sequence[str]) -> str:
+    return choice if isinstance(choice, str) else ", ".join(choice)
 
 
 def _any(findings: Findings, parts: Sequence[str]) -> bool:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 from torch.distributed import autograd, rpc
 from torch.futures import Future
@@ -21,9 +20,8 @@ from torch.futures import Future
 from fslsage_rpc.comm.connections import open_sockets
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
-from fslsage_rpc.comm.placement import device_maps
 from fslsage_rpc.comm.regroup import NEWS_SECONDS, Generation, Regroup, cut
-from fslsage_rpc.comm.roll_call import await_all
+from fslsage_rpc.comm.roll_call import Presence, await_all
 from fslsage_rpc.comm.rpc import POLL_SECONDS, RpcWorld, first_line
 from fslsage_rpc.comm.rpc_link import SERVER, NamedServer, offer
 from fslsage_rpc.comm.signs_of_life import GRACE_SECONDS, leave
@@ -210,17 +208,16 @@ class ElasticWorld(RpcWorld):
         self._take_place(self._numbers.index(self.number), len(self._numbers))
         # A connection of its own, to be cut with the others: forming groups waits on it for a rank that dies.
         store = dist.PrefixStore(f"generation/{generation.number}", self._job.clone())
-        store.set(f"device/{self.rank}", str(self.device))
-        keys = [f"device/{rank}" for rank in range(self.size)]
+        store.set(f"here/{self.rank}", self._here.written())
+        keys = [f"here/{rank}" for rank in range(self.size)]
         while not store.check(keys):
             if self._generations.is_over(generation.number) or self._generations.run_over():
                 raise ConnectionLost("a rank was lost while the ranks met")
             time.sleep(POLL_SECONDS)
-        devices = [torch.device(store.get(key).decode()) for key in keys]
-        self._device_maps = device_maps(devices, self._config.comm.device_maps)
+        ranks = [Presence.read(store.get(key)) for key in keys]
         patience = self._timeout_seconds + GRACE_SECONDS  # a rank that is silent is lost before
         with self._generations.signs.expects_connections(patience):
-            self._join(store, replace(self._config.comm, averaging="gloo"))  # which can be cut, too
+            self._join(store, replace(self._config.comm, averaging="gloo"), ranks)  # which can be cut, too
         if self.rank == 0:
             for rank in range(1, self.size):
                 self._watch_process(rank, self._numbers[rank], generation.number)

@@ -66,6 +66,7 @@ class LocalWorld(World):
             "transport": "local",
             "averaging": None,
             "rpc_transports": None,
+            "rpc_channels": None,
             "request_tensors": None,
             "interface": None,
         }

@@ -1,8 +1,9 @@
 """Which GPU each rank is on, and what follows: how requests' tensors travel, what averages the weights."""
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,8 +15,11 @@ SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"
 SHM_CORES_PER_RANK = 2
 """TensorPipe's shm transport keeps up to a core busy per rank, also while it waits"""
 
-ONE_HOST_CHANNELS = ["cma", "mpt_uv", "basic", "cuda_xth", "cuda_ipc", "cuda_basic"]
-"""TensorPipe's, best first, without cuda_gdr: RDMA, of no use on one host, and some machines abort on it"""
+CPU_CHANNELS = ("cma", "mpt_uv", "basic")
+"""TensorPipe's ways for tensors in host memory, best first"""
+
+CUDA_CHANNELS = ("cuda_xth", "cuda_ipc", "cuda_basic")
+"""likewise for those on GPUs; without cuda_gdr, RDMA, on which some machines abort (pytorch issue 130513)"""
 
 DeviceMaps = dict[int, tuple[torch.device, torch.device]]
 """per client rank its GPU and the server's, each as its own rank calls it"""
@@ -35,6 +39,57 @@ def device_maps(devices: Sequence[torch.device], wanted: str) -> DeviceMaps:
     return {rank: (mine, server) for rank, mine in enumerate(clients, start=1) if mine.type == "cuda"}
 
 
+def choose_channels(
+    wanted: Sequence[str] | None, places: Sequence["GpuPlace"], maps: DeviceMaps
+) -> list[str]:
+    """The channels of TensorPipe, best first: those asked for, else all that suit the job, without cuda_gdr.
+
+    Some abort the process when it looks for a way to another rank, whether tensors then take that or not.
+
+    Args:
+        wanted: the key `comm.channels`.
+        places: where each rank is.
+        maps: see `device_maps`.
+
+    Raises:
+        InputError: those that are asked for lead from no rank's memory, or GPU, to the server's.
+    """
+    if wanted is None:
+        left_out = "cuda_ipc" if hidden_gpus(places) else None
+        return [each for each in (*CPU_CHANNELS, *(CUDA_CHANNELS if maps else ())) if each != left_out]
+    one_host = len({place.host for place in places}) == 1
+    leading: tuple[str, ...] = CPU_CHANNELS if one_host else ("mpt_uv", "basic")
+    if not set(leading) & set(wanted):
+        raise lacking(wanted, leading)
+    within_hosts = all(places[rank].host == places[0].host for rank in maps)
+    leading = (*(["cuda_ipc"] if within_hosts else []), "cuda_gdr", "cuda_basic")
+    if maps and not set(leading) & set(wanted):
+        raise lacking(wanted, leading, "for tensors on GPUs; or comm.device_maps=never")
+    return list(wanted)
+
+
+def lacking(wanted: Sequence[str], leading: Sequence[str], what_for: str = "") -> InputError:
+    """None of the channels asked for leads where tensors have to go, as one of these would."""
+    expected = f"expected one of {', '.join(leading)} among them"
+    return InputError(f"comm.channels: got [{', '.join(wanted)}], {expected} {what_for}".rstrip())
+
+
+def hidden_gpus(places: Sequence["GpuPlace"]) -> dict[str, list[int]]:
+    """The hosts whose ranks do not all see the same GPUs, and those of their ranks that see any.
+
+    TensorPipe's cuda_ipc aborts on a GPU that one rank of a host sees and another does not, in use or not:
+    tensorpipe issue 412.
+
+    Args:
+        places: where each rank is.
+    """
+    seeing = defaultdict(list)
+    for rank, place in enumerate(places):
+        if place.visible:
+            seeing[place.host].append(rank)
+    return {h: ranks for h, ranks in seeing.items() if len({places[r].visible for r in ranks}) > 1}
+
+
 Cores = tuple[str, frozenset[int]]
 """a host, and the cores of it that a rank may run on"""
 
@@ -52,21 +107,31 @@ def fair_threads(rank: int, cores: Sequence[Cores]) -> int:
 
 @dataclass(frozen=True)
 class GpuPlace:
-    """A rank's host and the identity of its GPU there, if it has one."""
+    """A rank's host and the identity of its GPU there, if it has one.
+
+    `visible`: the identities of all GPUs that it sees, none where it computes on a CPU.
+    """
 
     host: str
     gpu: str | None
+    visible: frozenset[str] = field(default=frozenset(), compare=False)
 
     @classmethod
     def of(cls, device: torch.device) -> "GpuPlace":
         """Where this process is, with this device."""
-        on_gpu = device.type == "cuda"
-        gpu = str(torch.cuda.get_device_properties(device).uuid) if on_gpu else None
-        return cls(os.uname().nodename, gpu)
+        host = os.uname().nodename
+        if device.type != "cuda":
+            return cls(host, None)
+        gpu, *seen = (
+            str(torch.cuda.get_device_properties(each).uuid)
+            for each in (device, *range(torch.cuda.device_count()))
+        )
+        return cls(host, gpu, frozenset(seen))
 
 
-def choose_averaging(wanted: str, clients: Sequence[GpuPlace], nccl_built: bool) -> str:
-    """nccl where it can be had, which needs every client rank on a GPU of its own; else gloo.
+def choose_averaging(wanted: str, clients: Sequence[GpuPlace], nccl_built: bool) -> str | None:
+    """nccl where it can be had, which needs every client rank on a GPU of its own; else gloo. None where one
+    client rank is alone, with nobody to average with.
 
     Args:
         wanted: the key `comm.averaging`.
@@ -83,5 +148,6 @@ def choose_averaging(wanted: str, clients: Sequence[GpuPlace], nccl_built: bool)
             raise InputError(f"{refused} not every client rank has a GPU and NCCL")
         if shared and os.environ.get(SHARED_GPUS) != "1":
             raise InputError(f"{refused} client ranks share a GPU, which NCCL refuses")
-        return "nccl"
-    return "nccl" if possible and not shared and wanted == "auto" else "gloo"
+    if len(clients) == 1:
+        return None
+    return "nccl" if wanted == "nccl" or (possible and not shared and wanted == "auto") else "gloo"

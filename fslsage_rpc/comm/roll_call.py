@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed import Store
 
+from fslsage_rpc.comm.placement import GpuPlace
 from fslsage_rpc.errors import ConnectionLost
 
 PROC = Path("/proc")
@@ -33,6 +35,8 @@ class Presence:
     process: int
     machine: str | None
     device: str
+    gpu: str | None = None
+    visible_gpus: Sequence[str] = ()
 
     @classmethod
     def here(cls, rank: int, device: torch.device) -> "Presence":
@@ -41,7 +45,23 @@ class Presence:
         with suppress(OSError):
             boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
             machine = f"{boot} {os.readlink(PROC / 'self/ns/pid')}"
-        return cls(rank, platform.node(), os.getpid(), machine, str(device))
+        place = GpuPlace.of(device)
+        seen = sorted(place.visible)
+        return cls(rank, platform.node(), os.getpid(), machine, str(device), place.gpu, seen)
+
+    @classmethod
+    def read(cls, text: bytes) -> "Presence":
+        """What another process has written of itself."""
+        return cls(**json.loads(text))
+
+    def written(self) -> str:
+        """What `read` reads."""
+        return json.dumps(asdict(self))
+
+    @property
+    def place(self) -> GpuPlace:
+        """Where it is."""
+        return GpuPlace(self.host, self.gpu, frozenset(self.visible_gpus))
 
     def __str__(self) -> str:
         return f"rank {self.rank} ({'server' if self.rank == 0 else 'clients'}, host {self.host})"
@@ -66,10 +86,10 @@ def roll_call(store: Store, mine: Presence, size: int, timeout: timedelta) -> li
     Raises:
         ConnectionLost: some did not, within the time-out.
     """
-    store.set(f"here/{mine.rank}", json.dumps(asdict(mine)))
+    store.set(f"here/{mine.rank}", mine.written())
     keys = [f"here/{rank}" for rank in range(size)]
     await_all(store, keys, timeout)
-    return [Presence(**json.loads(store.get(key))) for key in keys]
+    return [Presence.read(store.get(key)) for key in keys]
 
 
 def await_all(store: Store, keys: list[str], timeout: timedelta) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -25,10 +25,9 @@ from fslsage_rpc.comm.launching import LOOPBACK
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
 from fslsage_rpc.comm.link import CPU, ServerLink
 from fslsage_rpc.comm.placement import (
-    ONE_HOST_CHANNELS,
     SHM_CORES_PER_RANK,
-    GpuPlace,
     choose_averaging,
+    choose_channels,
     device_maps,
     fair_threads,
 )
@@ -75,6 +74,7 @@ class RpcWorld(World):
         self.home = self.number - 1 if self.number > 0 else None
         self._take_place(self.number, size)
         self.device = open_device(config, self._gpu_index())
+        self._here = Presence.here(self.number, self.device)
         self._interface = _bind_interface(config.comm)
         self._transports = config.comm.transports or _default_transports()
         self._workers = Workers(self.device)
@@ -97,19 +97,18 @@ class RpcWorld(World):
         timeout = timedelta(seconds=config.comm.timeout_seconds)
         self._store = store = self._find_store(timeout)
         self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
-        ranks = roll_call(store, Presence.here(self.rank, self.device), self.size, timeout)
-        devices = [torch.device(rank.device) for rank in ranks]
-        self._device_maps = device_maps(devices, config.comm.device_maps)
+        ranks = roll_call(store, self._here, self.size, timeout)
         self._signs = self._signs_of_life(config, EndTheJob(ranks, _launcher_hosts_store()))
         self._signs.start()
         with peers_may_be_lost(), self._signs.expects_connections(config.comm.timeout_seconds):
-            self._join(store, config.comm)
+            self._join(store, config.comm, ranks)
 
     def _signs_of_life(self, config: Config, policy: Policy) -> SignsOfLife:
         assert self._store is not None
-        store, here = self._store.clone(), Presence.here(self.number, self.device)
-        end = partial(leave, hosts_store=self._hosts_store)
-        return SignsOfLife(store, here, config.comm.timeout_seconds, lambda: self.activity(), policy, end)
+        store, end = self._store.clone(), partial(leave, hosts_store=self._hosts_store)
+        return SignsOfLife(
+            store, self._here, config.comm.timeout_seconds, lambda: self.activity(), policy, end
+        )
 
     def _find_store(self, timeout: timedelta) -> dist.Store:
         """The job's key-value store, its keys apart from those of earlier attempts of the same job.
@@ -117,7 +116,7 @@ class RpcWorld(World):
         Raises:
             ConnectionLost: it cannot be reached.
         """
-        if on_one_host() and not _launcher_hosts_store():
+        if on_one_host():  # and so is the store; the host's name, which torchrun takes, may not resolve
             os.environ["MASTER_ADDR"] = LOOPBACK  # which init_rpc reads
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         try:
@@ -142,13 +141,23 @@ class RpcWorld(World):
             ) from None
         return dist.PrefixStore(f"fslsage_rpc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
-    def _join(self, store: dist.Store, keys: Comm) -> None:
-        """Form the process groups and the RPC agents."""
+    def _join(self, store: dist.Store, keys: Comm, ranks: Sequence[Presence]) -> None:
+        """Form the process groups and the RPC agents.
+
+        Raises:
+            InputError: the ranks cannot be joined as configured.
+        """
+        places = [rank.place for rank in ranks]
+        self._device_maps = device_maps([torch.device(rank.device) for rank in ranks], keys.device_maps)
+        self._averaging = choose_averaging(keys.averaging, places[1:], dist.is_nccl_available())
+        chosen = choose_channels(keys.channels, places, self._device_maps)
+        # Without CUDA all of TensorPipe's own are sound, and not every build of torch has each of ours.
+        self._channels = chosen if torch.cuda.is_available() or keys.channels else None
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=FOREVER)
         options = rpc.TensorPipeRpcBackendOptions(
             rpc_timeout=keys.timeout_seconds,
             _transports=self._transports,
-            _channels=ONE_HOST_CHANNELS if torch.cuda.is_available() and on_one_host() else None,
+            _channels=self._channels,
         )
         if self.rank in self._device_maps:  # answers take the same way back; torch tells the server
             options.set_device_map(self._worker(0), dict([self._device_maps[self.rank]]))
@@ -158,15 +167,12 @@ class RpcWorld(World):
         # new_group is called by all ranks, also by rank 0, which is in neither group.
         clients = list(range(1, self.size))
         self._clients: Any = dist.new_group(clients, timeout=FOREVER, backend="gloo")
-        places: list[Any] = [None] * self.size
-        dist.all_gather_object(places, GpuPlace.of(self.device))
         cores: list[Any] = [None] * self.size
         dist.all_gather_object(cores, (os.uname().nodename, usable_cores()))
         if "OMP_NUM_THREADS" not in os.environ:  # torchrun and our launchers set it; plain srun does not
             torch.set_num_threads(fair_threads(self.rank, cores))
         if places[0].gpu is None and gives_way(self.rank, cores):
             give_way()
-        self._averaging = choose_averaging(keys.averaging, places[1:], dist.is_nccl_available())
         nccl = self._averaging == "nccl"
         self._averaging_group: Any = (
             dist.new_group(clients, timeout=FOREVER, backend="nccl") if nccl else self._clients
@@ -243,6 +249,8 @@ class RpcWorld(World):
 
     def all_reduce(self, weights: Weights, ledger: WireLedger) -> None:
         assert self.client_rank is not None
+        if self.client_ranks == 1:
+            return
         travelling = weights if self._averaging == "nccl" else weights.to(CPU)
         with peers_may_be_lost():
             dist.all_reduce(travelling.floats, dist.ReduceOp.SUM, self._averaging_group)
@@ -257,6 +265,7 @@ class RpcWorld(World):
             "transport": "rpc",
             "averaging": self._averaging,
             "rpc_transports": self._transports or "TensorPipe's own choice",
+            "rpc_channels": self._channels or "TensorPipe's own choice",
             "request_tensors": {
                 self._worker(rank): "{} to the server's {} and back, by device map".format(
                     *self._device_maps[rank]
@@ -285,7 +294,7 @@ class RpcWorld(World):
         if isinstance(error, ConnectionLost):
             seen = first_line(error)
             return "", self._signs.policy.explain_loss(seen) if self._signs else seen, 1
-        where = f"{Presence.here(self.number, self.device)} failed in {self.activity()}"
+        where = f"{self._here} failed in {self.activity()}"
         message = f"{where}: {type(error).__name__}: {first_line(error)}"
         return "".join(traceback.format_exception(error)), message, 1
 

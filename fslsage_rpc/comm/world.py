@@ -170,6 +170,17 @@ def rpc_available() -> bool:
     return rpc.is_available()
 
 
+def has_channel(name: str) -> bool:
+    """Does this build of torch, which has the RPC framework, know that channel of TensorPipe?"""
+    from torch.distributed import rpc
+
+    try:
+        rpc.TensorPipeRpcBackendOptions(_channels=[name])
+    except RuntimeError:
+        return False
+    return True
+
+
 def nccl_available() -> bool:
     """Could NCCL average here: is it built in, and is there a GPU?"""
     from torch import distributed

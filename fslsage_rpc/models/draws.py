@@ -34,7 +34,7 @@ def unkeyed_draws(split: SplitModel, sample_shape: Iterable[int], auxiliary: boo
     if auxiliary:
         parts["auxiliary model"] = split.auxiliary
     found = None
-    with torch.no_grad(), _left_as_they_were(parts.values()):
+    with torch.no_grad(), left_as_they_were(parts.values()):
         inputs = probe_inputs(split.client, sample_shape, PROBE_BATCHES[0])
         for name, part in parts.items():
             before = _generators()
@@ -84,7 +84,7 @@ def _generators() -> tuple[Any, ...]:
 
 
 @contextmanager
-def _left_as_they_were(parts: Iterable[nn.Module]) -> Iterator[None]:
+def left_as_they_were(parts: Iterable[nn.Module]) -> Iterator[None]:
     """A forward pass moves running statistics and generators; put them back."""
     parts = list(parts)
     buffers = [

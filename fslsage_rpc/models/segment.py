@@ -41,6 +41,7 @@ class Segment(nn.Module):
         self._gives = torch.float32
         self._convolution_weights = 0  # that would be reordered with the images
         self._reorders = {False: False, True: False}  # by whether it is differentiated twice
+        self._always = False
         self.calls_before: dict[str, int] = {}  # see `Masks`
         for graph in (graphs[True], graphs[False]):
             for node in graph.nodes:
@@ -61,37 +62,44 @@ class Segment(nn.Module):
         """
         self._computes, self._gives = computes, gives
 
-    def reorder_images(self, once: bool, twice: bool) -> None:
-        """From here on, on a CPU, have the channels of each pixel together in memory (`channels_last`), which
-        suits its convolutions; input and output stay in torch's usual order.
+    def reorder_images(self, once: bool, twice: bool, always: bool = False) -> None:
+        """From here on have the channels of each pixel together in memory (`channels_last`), which suits its
+        convolutions; input and output stay in torch's usual order.
 
         Every pass then reorders the weights too, so that only large batches gain: see `docs/performance.md`.
 
         Args:
             once: in passes that are differentiated at most once.
             twice: in those that are differentiated twice.
+            always: on every device and for all sizes; else on a CPU, where the input is large enough.
         """
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         self._convolution_weights = sum(module.weight.numel() for module in convolutions)
         self._reorders = {False: once, True: twice}
+        self._always = always
 
     def forward(self, input: Tensor) -> Tensor:
         """The output `[B, ...]` for an input `[B, ...]`."""
+        if self.reorders(input):
+            return self._compute(input.contiguous(memory_format=torch.channels_last)).contiguous()
+        return self._compute(input)
+
+    def reorders(self, input: Tensor) -> bool:
+        """Is such an input reordered?"""
+        weights = self._convolution_weights
+        if not self._reorders[_twice.get()] or input.dim() != 4 or weights == 0:
+            return False
+        pays = input.device.type == "cpu" and weights <= WEIGHTS_PER_NUMBER * input.numel()
+        return self._always or pays
+
+    def _compute(self, input: Tensor) -> Tensor:
+        """The output in its type."""
         if self._computes is None:
-            if self.reorders(input):
-                return self._pass_on(input.contiguous(memory_format=torch.channels_last)).contiguous()
             return self._pass_on(input)
         # The cache of cast weights is one for all threads, and here each weight is used once in a pass.
         with torch.autocast(input.device.type, self._computes, cache_enabled=False):
             output = self._pass_on(input)
         return output.to(self._gives)
-
-    def reorders(self, input: Tensor) -> bool:
-        """Is such an input reordered?"""
-        weights = self._convolution_weights
-        if not self._reorders[_twice.get()] or input.dim() != 4 or input.device.type != "cpu":
-            return False
-        return 0 < weights <= WEIGHTS_PER_NUMBER * input.numel()
 
     def _pass_on(self, input: Tensor) -> Tensor:
         """The output in whatever type the model gives."""

@@ -104,7 +104,10 @@ def build(
             classes,
         ).to(dtype)
     client, server, uncut = halves
-    if entry.reorders and dtype == torch.float32 and autocast is None:
+    if keys.memory_format == "channels_last":
+        for part in (client, server, uncut, auxiliary):
+            part.reorder_images(once=True, twice=True, always=True)
+    elif keys.memory_format == "auto" and entry.reorders and dtype == torch.float32 and autocast is None:
         for part in (client, server, uncut, *([] if is_own(keys.auxiliary.kind) else [auxiliary])):
             part.reorder_images(once=True, twice=entry.reorders_twice)
     if autocast is not None:

@@ -23,7 +23,7 @@ from fslsage_rpc.own import first_line, import_own, is_own
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 TORCHVISION = "torchvision/"
-ALL_READ = ("name", "cut", "auxiliary")
+ALL_READ = ("name", "cut", "memory_format", "auxiliary")
 """keys of the `model` section that concern every model"""
 
 
@@ -38,8 +38,8 @@ class Entry:
     what is inside the model takes means over positions. `head`: the modules at the model's end that an
     auxiliary model ends with too; none: it gets a linear classifier. `for_alignment` is done to an auxiliary
     model, so that it can be differentiated twice. `reorders`: it may be given images in any order of
-    memory and gains by `channels_last`; `reorders_twice`: also where its auxiliary model is differentiated
-    twice.
+    memory and gains by `channels_last` on a CPU; `reorders_twice`: also where its auxiliary model is
+    differentiated twice.
     """
 
     make: Callable[..., nn.Module]

@@ -1,6 +1,7 @@
 """What a configuration comes to, before any rank talks to another: data, clients, models, algorithm."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,15 @@ from torch import nn
 from fslsage_rpc.algorithms import Algorithm, create, find
 from fslsage_rpc.algorithms.base import Sizes
 from fslsage_rpc.comm.memory import physical_memory
-from fslsage_rpc.comm.world import choose_device, interfaces, nccl_available, rpc_available
+from fslsage_rpc.comm.placement import CPU_CHANNELS, lacking
+from fslsage_rpc.comm.world import choose_device, has_channel, interfaces, nccl_available, rpc_available
 from fslsage_rpc.config import Config
 from fslsage_rpc.data import partitions
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
+from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
 from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
@@ -85,8 +88,18 @@ def _check_ranks(config: Config, ranks: int) -> None:
         raise HostError(
             "comm.averaging: got 'nccl', expected auto or gloo: there is no NCCL or GPU to use it on"
         )
+    _check_channels(config.comm.channels)
     if interface is not None and interface not in interfaces():
         raise HostError(f"comm.interface: got {interface!r}, expected one of {', '.join(interfaces())}")
+
+
+def _check_channels(names: Sequence[str] | None) -> None:
+    """What can be known of them before the ranks meet."""
+    for name in names or ():
+        if not has_channel(name):
+            raise HostError(f"comm.channels: got {name!r}, expected one that this build of torch has")
+    if names and not set(CPU_CHANNELS) & set(names):
+        raise lacking(names, CPU_CHANNELS)
 
 
 def _check_drop(config: Config) -> None:
@@ -140,6 +153,7 @@ class Experiment:
         )
         split = task.build()
         algorithm = create(config.algorithm, federation)
+        _check_memory_format(task, split, algorithm)
         if algorithm.auxiliary == "aligned":
             _check_alignment_derivatives(task, split)
         used = (split.client, split.server, *([] if algorithm.auxiliary == "none" else [split.auxiliary]))
@@ -201,6 +215,19 @@ def _check_draws(task: Task, split: SplitModel, algorithm: Algorithm) -> list[st
         f"({place}), expected one whose random layers are nn.Dropout or torchvision's StochasticDepth, or "
         f"server.order: arrival (it is {order})"
     )
+
+
+def _check_memory_format(task: Task, split: SplitModel, algorithm: Algorithm) -> None:
+    """Models of the user's own may `view` what they compute, which needs images in torch's usual order."""
+    name, wanted = task.config.model.name, task.config.model.memory_format
+    if wanted != "channels_last":
+        return
+    error = failure_by_order(split, task.sample_shape, auxiliary=algorithm.auxiliary != "none")
+    if error:
+        raise InputError(
+            f"model.memory_format: got {wanted!r}, expected auto or contiguous: {name} fails on images in "
+            f"that order ({first_line(error)})"
+        )
 
 
 def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,20 @@ def train_locally(tree: dict[str, Any]) -> Outcome:
 
 
 def train_on_ranks(
-    ranks: int, trees: list[dict[str, Any]], folder: Path, timeout: float = 200
+    ranks: int,
+    trees: list[dict[str, Any]],
+    folder: Path,
+    timeout: float = 200,
+    program: Callable[[str, str], None] | None = None,
 ) -> list[Outcome]:
-    """Train on a job of so many ranks; the parties' tensors of all ranks together."""
+    """Train on a job of so many ranks; the parties' tensors of all ranks together.
+
+    Args:
+        program: of each rank, if not `train_and_save`; it ends in that.
+    """
     folder.mkdir()
     (folder / "configs.json").write_text(json.dumps(trees))
-    run_ranks(ranks, train_and_save, [str(folder / "configs.json"), str(folder)], folder, timeout)
+    run_ranks(ranks, program or train_and_save, [str(folder / "configs.json"), str(folder)], folder, timeout)
     outcomes = []
     for number in range(len(trees)):
         outcome = Outcome()
@@ -94,7 +103,8 @@ def run_on_ranks(ranks: int, trees: list[dict[str, Any]], folder: Path, timeout:
 
 def run_job(arguments: list[str], timeout: float) -> str:
     """Run a standalone torchrun job to its end, or kill all of it; its output, as text."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += arguments
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -62,5 +62,12 @@ NULLABLE = {
     "algorithm.align_every",
     "algorithm.alignment.tolerance",
 }
-NULLABLE |= {"comm.interface", "comm.transports", "checkpoint.every", "stop.paper_gib", "stop.accuracy"}
+NULLABLE |= {
+    "comm.interface",
+    "comm.transports",
+    "comm.channels",
+    "checkpoint.every",
+    "stop.paper_gib",
+    "stop.accuracy",
+}
 NULLABLE |= {"bench.target_accuracy"}
