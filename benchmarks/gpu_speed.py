@@ -1,128 +1,125 @@
-"""Samples per second on one GPU, against the same arithmetic alone: ResNet-18 on CIFAR-10 shapes.
+"""Samples per second of ResNet-18 on CIFAR-10 shapes, for `launch/gpu_check.sh`.
 
-    python benchmarks/gpu_speed.py FOLDER [--data ROOT] [--tiny]
+    python benchmarks/gpu_speed.py local|rpc ALGORITHM fp32|tf32|bf16 BATCH [--data ROOT]
 
-Starts a server rank and one client rank that share the GPU. For FSL-SAGE and SplitFedV1, in each precision,
-real rounds over RPC take turns with rounds of `transport: local` (one process), each with `graphs: never` and
-`graphs: auto`, and with the floor: the bare arithmetic of the same round, in one process and on one stream,
-without graphs, transport, order, data preparation or averaging. All are wall-clock seconds with the device
-idle before and after. The floor computes one thing after the other. The two processes of rounds over RPC
-take turns on the GPU and never overlap, unless NVIDIA's MPS runs; the server's lanes and fits, which have
-streams of their own, may overlap with each other. Captured steps may be faster than the floor.
+- local: rounds in one process, eager and with CUDA graphs, and their bare arithmetic
+- rpc: rounds of a server rank and a client rank that share the GPU, and the client rank's own in one process
 
-Reckoned for one H200, not measured: a full fp32 round is about 1.5 s (0.4 TFLOP a batch, 32 batches, 10 to 15
-TFLOP/s, and the fits), one of TF32 or bf16 a third of it; 20 turns of 2 rounds of FSL-SAGE and of 1 round of
-SplitFedV1 in each precision come to 90 s + 2 x 30 s, and with building models and capturing to 3 minutes.
+Bare arithmetic has one stream, and no graphs, transport, order, data preparation or averaging.
+Two processes that share a GPU take turns on it and never overlap, unless NVIDIA's MPS runs.
+
+The ways take turns. All seconds are wall-clock, with the device idle before and after. Figures are medians
+over the turns after the first, which warms up and captures. They are noted after every turn, until the time
+of the measurement is up.
 
 Images are synthetic, or CIFAR-10's from a folder that holds them; nothing here looks at what is learnt.
-Writes gpu-speed.json and gpu-speed.md into FOLDER. Without a GPU a tiny setting runs on the CPU, which shows
-only that the program works; `--tiny` takes it on a GPU too.
+Without a GPU a tiny setting runs on the CPU, and is named so.
 """
 
 import argparse
-import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from step_floor import Arithmetic
 
 from fslsage_rpc.comm.local import LocalWorld
-from fslsage_rpc.comm.world import World, open_world, set_tf32
+from fslsage_rpc.comm.world import World, open_world
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.training.run_folder import versions
 from fslsage_rpc.training.trainer import Trainer
+from launch.gpu_check import note, seconds_left
 
-RANKS = 2
-ALGORITHMS = ("fsl_sage", "splitfed_v1")
 PRECISIONS = {
     "fp32": {"precision": "fp32", "tf32": False},
     "tf32": {"precision": "fp32", "tf32": True},
     "bf16": {"precision": "bf16"},
 }
-FULL = {"clients": 4, "batch": 128, "batches": 8, "pairs": 3}
-TINY = {"clients": 2, "batch": 4, "batches": 2, "pairs": 1}
-WAYS = {"rpc": "never", "rpc graphed": "auto", "local": "never", "local graphed": "auto"}
-"""and the key `graphs` of each"""
+TURNS = 6
+"""at most, the first included"""
+Ways = dict[str, Callable[[range], float]]
+"""by name, what trains some rounds and returns their seconds"""
 
 
-def configuration(algorithm: str, keys: dict[str, Any], setting: dict[str, int], data: str | None) -> Config:
-    """FSL-SAGE aligns every second round, five passes over two batches."""
-    samples = setting["clients"] * setting["batches"] * setting["batch"]
-    images = {"name": "cifar10", "root": data, "download": False} if data else {"name": "synthetic"}
-    return from_tree(
-        {
-            "ranks": RANKS,
-            "clients": {"count": setting["clients"], "batch_size": setting["batch"]},
-            "data": {**images, "partition": "iid", "train_limit": samples, "test_limit": 100},
-            "model": {"name": "resnet18"},
-            "algorithm": {
-                "name": algorithm,
-                "align_every": 2,
-                "alignment": {
-                    "epochs": 5,
-                    "batch_size": setting["batch"],
-                    "buffer_size": 2 * setting["batch"],
-                },
-                "measure_drift": False,
-            },
-            **keys,
-        }
-    )
+def configuration(options: argparse.Namespace, **changes: Any) -> Config:
+    """Rounds of a few batches of each client: FSL-SAGE aligns every second one, five passes over a batch."""
+    on_gpu = torch.cuda.is_available()
+    batch, clients = (options.batch, 2 if options.way == "rpc" else 1) if on_gpu else (4, 1)
+    batches = max(5, 500 // batch) if on_gpu else 2
+    images = {"name": "cifar10", "root": options.data, "download": False}
+    tree = {
+        "ranks": 2,
+        "transport": options.way,
+        "clients": {"count": clients, "batch_size": batch},
+        "data": {
+            **(images if options.data else {"name": "synthetic"}),
+            "partition": "iid",
+            "train_limit": clients * batches * batch,
+            "test_limit": 10,
+        },
+        "model": {"name": "resnet18"},
+        "algorithm": {
+            "name": options.algorithm,
+            "align_every": 2,
+            "alignment": {"epochs": 5, "batch_size": batch, "buffer_size": batch},
+            "measure_drift": False,
+        },
+        **PRECISIONS[options.precision],
+    }
+    return from_tree(tree, [f"{key}={value}" for key, value in changes.items()])
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds, the device idle before and after."""
-    synchronise(device)
-    started = clock()
-    work()
-    synchronise(device)
-    return clock() - started
+def ways(options: argparse.Namespace, world: World) -> tuple[Ways, list[Trainer]]:
+    """The ways that this rank has a part in, in the same order on both, and those trainers with graphs."""
+    found: Ways = {}
+    captured = []
+    kinds = {"": {"graphs": "never"}, " graphs": {"graphs": "auto"}}
+    if options.way == "local":
+        kinds[" graphs, channels_last"] = {"graphs": "auto", "model.memory_format": "channels_last"}
+    if world.device.type != "cuda":
+        kinds = {"": kinds[""]}
+
+    def add(name: str, trainer: Trainer) -> None:
+        found[name] = lambda rounds: sum(trainer.train_round(round) for round in rounds)
+        if trainer.experiment.config.graphs == "auto":
+            captured.append(trainer)
+
+    if options.way == "rpc":
+        for kind, keys in kinds.items():
+            add(f"rpc{kind}", Trainer(Experiment.prepare(configuration(options, **keys)), world))
+    if options.way == "local" or not world.hosts_server:
+        for kind, keys in kinds.items():
+            config = configuration(options, **keys, transport="local")
+            trainer = Trainer(Experiment.prepare(config), LocalWorld(config))
+            add(kind.strip() or "eager", trainer)
+            if options.way == "local" and not kind:
+                found["bare"] = bare(trainer)
+    return found, captured
 
 
-def measure(config: Config, world: World, pairs: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Median seconds per round of each way, which take turns, on the client rank; and on every rank how many
-    graphs it has captured in the ways that have them.
-    """
-    set_tf32(config.tf32)  # the world was opened with another configuration's
-    trainers: dict[str, Trainer] = {}
-    for way, graphs in WAYS.items():
-        if graphs == "auto" and world.device.type != "cuda":
-            continue
-        mine = replace(config, graphs=graphs)  # type: ignore[arg-type]
-        if way.startswith("rpc"):
-            trainers[way] = Trainer(Experiment.prepare(mine), world)
-        elif not world.hosts_server:
-            trainers[way] = Trainer(Experiment.prepare(mine), LocalWorld(mine))
-    interval = trainers["rpc"].experiment.algorithm.interval
-    arithmetic = None if world.hosts_server else Arithmetic(trainers["local"], trainers["local"].world)
-    taken: dict[str, list[float]] = {}
-    for pair in range(pairs + 1):
-        rounds = range(pair * interval, (pair + 1) * interval)
-        for way, trainer in trainers.items():
-            if not way.startswith("rpc"):
-                synchronise(world.device)
-            taken.setdefault(way, []).append(sum(trainer.train_round(round) for round in rounds) / interval)
-        if arithmetic:
-            floor = arithmetic
-            seconds = seconds_of(lambda floor=floor, rounds=rounds: floor.run(rounds), world.device)  # type: ignore[misc]
-            taken.setdefault("floor", []).append(seconds / interval)
-        world.barrier()
-    medians = {way: statistics.median(values[1:]) for way, values in taken.items()}  # the first one warms up
-    return medians, {way: captured(trainer) for way, trainer in trainers.items() if "graphed" in way}
+def bare(trainer: Trainer) -> Callable[[range], float]:
+    """The arithmetic of a trainer's rounds alone, as its seconds."""
+    arithmetic = Arithmetic(trainer, trainer.world)
+
+    def seconds(rounds: range) -> float:
+        started = clock()
+        arithmetic.run(rounds)
+        synchronise(trainer.world.device)
+        return clock() - started
+
+    return seconds
 
 
-def captured(trainer: Trainer) -> int:
-    """The graphs of the parties that this rank hosts."""
+def graphs_of(trainer: Trainer) -> int:
+    """How many were captured by the parties that this rank hosts."""
     graphs = [graphed for client in trainer.clients.values() for graphed in (client.passes, client.estimates)]
     if trainer.server:
         lanes = {id(lane): lane for lane in trainer.server.lanes.values()}.values()
@@ -131,117 +128,64 @@ def captured(trainer: Trainer) -> int:
     return sum(graphed.shapes for graphed in graphs)
 
 
-def as_rank(options: argparse.Namespace) -> None:
-    """One rank of the job; the server's rank writes."""
-    tiny = options.tiny or not torch.cuda.is_available()
-    setting = TINY if tiny else FULL
-    world: World | None = None
-    rows: list[dict[str, Any]] = []
-    environment: dict[str, Any] = {}
-    for algorithm in ALGORITHMS:
-        for precision, keys in PRECISIONS.items():
-            if precision == "tf32" and not torch.cuda.is_available():
-                continue
-            config = configuration(algorithm, keys, setting, options.data)
-            world = world or open_world(replace(config, graphs="auto"))  # captures need its stream
-            gathered = world.gather(measure(config, world, setting["pairs"]))
-            if gathered:
-                (_, graphs_of_server), (seconds, graphs_of_clients) = gathered
-                samples = setting["clients"] * setting["batches"] * setting["batch"]
-                row = {"algorithm": algorithm, "precision": precision, "round_seconds": seconds}
-                row["samples_per_second"] = {way: samples / value for way, value in seconds.items()}
-                row["graphs_captured"] = {
-                    way: graphs_of_server.get(way, 0) + count for way, count in graphs_of_clients.items()
-                }
-                rows.append(row)
-                print(line(row), flush=True)
-                environment = world.describe()
-    assert world is not None
-    if world.hosts_server:
-        write(Path(options.folder), world.device, environment, setting, options.data, rows)
+def measure(options: argparse.Namespace) -> None:
+    """Take turns until the time is up; as the only process, or as one rank of two."""
+    config = configuration(options, graphs="auto")  # captures need its stream
+    world = open_world(config)
+    mine, captured = ways(options, world)
+    interval = Experiment.prepare(config).algorithm.interval
+    samples = config.data.train_limit
+    assert samples is not None
+    label = " ".join(map(str, (options.algorithm, options.precision, options.batch)))
+    if world.device.type == "cpu":
+        label = f"{options.algorithm} {options.precision}, tiny, on a CPU"
+    taken: dict[str, list[float]] = {way: [] for way in mine}
+    for turn in range(TURNS):
+        began = clock()
+        rounds = range(turn * interval, (turn + 1) * interval)
+        for way, train in mine.items():
+            synchronise(world.device)
+            taken[way].append(train(rounds) / interval)
+        world.barrier()
+        medians = {way: statistics.median(seconds[1:] or seconds) for way, seconds in taken.items()}
+        gathered = world.gather((medians, sum(map(graphs_of, captured))))
+        if gathered:
+            rates = {way: round(samples / seconds, 1) for way, seconds in gathered[-1][0].items()}
+            graphs = sum(count for _, count in gathered)
+            note(speed={"setting": label, "rates": rates, "captured": graphs, "turns": turn})
+        if not world.broadcast(seconds_left() > 1 + 1.2 * (clock() - began)):
+            break
     world.close()
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row of the table."""
-    rates = row["samples_per_second"]
-    speeds = " | ".join(f"{rates[way]:,.0f}" if way in rates else "-" for way in (*WAYS, "floor"))
-    shares = " | ".join(f"{rates[way] / rates['floor']:.2f}" if way in rates else "-" for way in WAYS)
-    graphs = " + ".join(str(count) for count in row["graphs_captured"].values()) or "-"
-    return f"| {row['algorithm']} | {row['precision']} | {speeds} | {shares} | {graphs} |"
-
-
-def write(
-    folder: Path,
-    device: torch.device,
-    environment: dict[str, Any],
-    setting: dict[str, int],
-    data: str | None,
-    rows: list[dict[str, Any]],
-) -> None:
-    """gpu-speed.json and gpu-speed.md."""
-    on_gpu = device.type == "cuda"
-    card = torch.cuda.get_device_name(device) if on_gpu else "no GPU: a tiny setting on the CPU"
-    result = {
-        "device": card,
-        "versions": {
-            **versions(),
-            "cudnn": torch.backends.cudnn.version() if on_gpu else None,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else None,
-        },
-        "environment": environment,
-        "cores": os.cpu_count(),
-        "setting": {**setting, "model": "resnet18", "data": "cifar10" if data else "synthetic"},
-        "rows": rows,
-    }
-    names = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)  # type: ignore[attr-defined]
-    text = [
-        "# Samples per second on one GPU",
-        "",
-        f"{card}; {os.cpu_count()} cores; {names}.",
-        "",
-        f"ResNet-18 on CIFAR-10 shapes ({result['setting']['data']}), {setting['clients']} clients, "  # type: ignore[index]
-        f"{setting['batches']} batches of {setting['batch']} each in a round; medians of {setting['pairs']} "
-        "turns, after one that warms up; samples per second. The floor is the same arithmetic alone, "
-        "one thing after the other and without graphs (`benchmarks/gpu_speed.py`). The last column counts "
-        "the graphs that were captured, over RPC and locally."
-        + ("" if on_gpu else " Graphed: skipped, as there is no GPU; nor is there TF32."),
-        "",
-        f"Averaging: {environment['averaging']}; requests: {environment['request_tensors']}.",
-        "",
-        " | ".join(
-            ("| algorithm | precision", *WAYS, "floor", *(f"{way} / floor" for way in WAYS), "graphs |")
-        ),
-        "|" + "---|" * (2 * len(WAYS) + 4),
-        *map(line, rows),
-        "",
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gpu-speed.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "gpu-speed.md").write_text("\n".join(text))
-    print(f"Written: {folder / 'gpu-speed.md'}", flush=True)
+def start_ranks() -> None:
+    """Both ranks, without a launcher; leaves with the first status that says that one failed."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environments = [{**os.environ, **job, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    ranks = [subprocess.Popen([sys.executable, *sys.argv], env=environment) for environment in environments]
+    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.kill()
+    sys.exit(max(abs(rank.wait()) for rank in ranks))
 
 
 def main() -> None:
-    """As one rank of a job; without one, start it."""
+    """As one rank of two, as the only process, or to start ranks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="where gpu-speed.json and gpu-speed.md go")
-    parser.add_argument(
-        "--data", metavar="ROOT", help="folder with torchvision's CIFAR-10; else synthetic images"
-    )
-    parser.add_argument("--tiny", action="store_true", help="the small setting, also on a GPU")
+    parser.add_argument("way", choices=("local", "rpc"))
+    parser.add_argument("algorithm")
+    parser.add_argument("precision", choices=PRECISIONS)
+    parser.add_argument("batch", type=int)
+    parser.add_argument("--data", metavar="ROOT", help="folder with torchvision's CIFAR-10")
     options = parser.parse_args()
-    if "RANK" in os.environ:
-        as_rank(options)
-        return
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    launcher += [f"--nproc_per_node={RANKS}"]
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # both ranks on one
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-    command = [sys.executable, *launcher, str(Path(__file__)), *sys.argv[1:]]
-    sys.exit(subprocess.run(command, env=environment).returncode)
+    if options.way == "rpc" and "RANK" not in os.environ:
+        start_ranks()
+    measure(options)
 
 
 if __name__ == "__main__":

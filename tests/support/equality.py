@@ -97,3 +97,14 @@ def assert_close_runs(a: Path, b: Path) -> None:
     models = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
     for name, weights in models[0].items():
         torch.testing.assert_close(models[1][name], weights, rtol=1e-10, atol=1e-12)
+
+
+def assert_device_seconds(outcome: Outcome) -> None:
+    """FSL-SAGE on a GPU has the device's seconds of every phase that computes, and of no wait."""
+    for round, line in enumerate(outcome.lines):
+        seconds = line["device_seconds"]
+        assert {"data", "forward_backward", "estimate", "averaging"} <= seconds["client"].keys()
+        assert {"step", "drift", "averaging"} <= seconds["server"].keys()
+        assert seconds["server"].get("alignment", 0.0) > 0 or round == 1
+        assert not any(name.endswith("_wait") for name in seconds["client"])
+        assert 0 < sum(seconds["client"].values()) <= 1.1 * line["round_seconds"]

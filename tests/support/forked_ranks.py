@@ -3,9 +3,11 @@ torchrun take seconds. They end without the interpreter's own clean-up; nothing 
 and the launchers have tests of their own.
 """
 
+import faulthandler
 import multiprocessing
 import multiprocessing.context
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +37,7 @@ def run_ranks(
     store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     variables = {**job_variables(ranks, store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     said = folder / f"said-{time.monotonic_ns()}"
+    said.touch()  # a rank may end before it says anything
     processes: list[RankProcess] = []
     deadline = time.monotonic() + timeout
     try:
@@ -42,13 +45,19 @@ def run_ranks(
             processes.append(fork(rank, variables, said, program, arguments))
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
+        late = [process for process in processes if process.exitcode is None]
+        for process in late:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGABRT)  # for the stacks of its threads, where they are asked for
+            process.join(1)
         statuses = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.join()
     output = said.read_text()
-    assert statuses == [0] * ranks, f"{statuses}\n{output}"
+    why = f"after {timeout:.0f} s" if late else output.strip().rpartition("\n")[2]
+    assert statuses == [0] * ranks, f"exit statuses {statuses}: {why}\n{output}"
     return output
 
 
@@ -80,6 +89,8 @@ def _rank(
 ) -> None:
     os.environ.clear()
     os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+    if faulthandler.is_enabled():  # PYTHONFAULTHANDLER asks for it
+        faulthandler.enable(os.dup(2))  # stacks go where the tests' own output goes
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -19,6 +19,7 @@ import torch
 
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.training.experiment import Experiment
@@ -26,6 +27,7 @@ from fslsage_rpc.training.run import _train as train_run
 from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
 from support.forked_ranks import run_ranks
+from support.random_delays import delayed_phase
 
 Tensors = dict[str, torch.Tensor]
 
@@ -119,9 +121,14 @@ def run_job(arguments: list[str], timeout: float) -> str:
 
 
 def train_and_save(configs: str, folder: str) -> None:
-    """One rank of a job; with the variable GRAPHS_OR_ERROR a step that cannot be captured is an error."""
+    """One rank of a job; with the variable GRAPHS_OR_ERROR a step that cannot be captured is an error, and
+    RANDOM_DELAYS is the seed of delays.
+    """
     if "GRAPHS_OR_ERROR" in os.environ:
         warnings.filterwarnings("error", "graphs")
+    if "RANDOM_DELAYS" in os.environ:
+        seed = int(os.environ["RANDOM_DELAYS"]) + int(os.environ["RANK"])
+        Timeline.phase = delayed_phase(seed)  # type: ignore[method-assign]  # for as long as this rank lives
     experiments = [Experiment.prepare(from_tree(tree)) for tree in json.loads(Path(configs).read_text())]
     world = open_world(experiments[0].config)
     for number, experiment in enumerate(experiments):
