@@ -11,9 +11,9 @@ from fslsage_rpc.comm.world import server_workers
 class Workers:
     """Runs pieces of work of several kinds, those of one kind on at most `server_workers` threads.
 
-    On a CPU the first free thread takes the next piece. On a GPU all pieces of one lane, or of one fit, run
-    on one thread: cuBLAS's workspaces and cuDNN's plans are a thread's own, so that they would multiply, and
-    a thread might make its first ones while it captures.
+    On a CPU the first free thread takes the next piece. On a GPU all pieces of one lane, or of one fit, have
+    one thread: cuBLAS's workspaces and cuDNN's plans are a thread's own. On several threads they would
+    multiply, and a thread might make its first ones while it captures.
     """
 
     def __init__(self, device: torch.device):

@@ -20,7 +20,7 @@ from fslsage_rpc.models.segment import differentiated_twice
 from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import Loss
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.parties.streams import Place, WorkQueue
+from fslsage_rpc.parties.streams import WorkQueue
 from fslsage_rpc.randomness import START, LocalStep
 
 Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
@@ -179,8 +179,6 @@ class AuxiliaryFit:
     graphs: bool = False
     loss: Loss = F.cross_entropy
     seed: int = 0
-    done: Place = None
-    """the end of the last fit, from where on the model is what it made"""
 
     def __post_init__(self) -> None:
         self.masks = Masks(self.model, self.seed)

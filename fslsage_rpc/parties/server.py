@@ -216,7 +216,8 @@ class Server:
         for lane, saved in zip(self._distinct, state["lanes"], strict=True):
             lane.load_state(saved)
         for client, fit in self.fits.items():
-            fit.load_state(state["fits"][client])
+            with self.lanes[client].queue.after(current_place(self._device)):  # where its buffer grows
+                fit.load_state(state["fits"][client])
 
     def _take_device_seconds(self) -> dict[str, float]:
         lanes = [lane.timeline.take_device_seconds() for lane in self._distinct]
@@ -255,8 +256,8 @@ class Server:
                     if fit is not None:
                         fit.buffer.add(body.z, body.y)
                 if gradient is not None and fit is not None:
+                    # The last fit of this client has been answered, so the device is through with it.
                     with lane.timeline.phase("drift"):
-                        lane.queue.wait_for(fit.done)
                         fit.masks.begin(at)
                         estimate = cut_layer_gradient(fit.model, body.z, body.y, fit.loss)
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
@@ -365,10 +366,9 @@ class Server:
                 with self._activity.of("fit"):
                     weights = self._fit(at, targets.value)
                 self._on_device.add(client, Align.kind, place, began, current_place(self._device))
-                fit.done = fit.queue.end()
                 queue, compute = started - waiting, clock() - started
                 answer = Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute)
-                self._answer_once_done("fit", client, fit.done, answer, reply)
+                self._answer_once_done("fit", client, fit.queue.end(), answer, reply)
             if next(self._fits_made) % FITS_BETWEEN == 0:
                 give_back_free_pages()
             with self._changed:

@@ -62,14 +62,9 @@ class WorkQueue:
         if self._stream is None or place is None:
             yield
             return
-        self.wait_for(place)
+        self._stream.wait_event(place)
         with torch.cuda.stream(self._stream):  # makes its device the thread's current one, too
             yield
-
-    def wait_for(self, place: Place) -> None:
-        """What is queued here from now on comes after a place in some other stream."""
-        if self._stream is not None and place is not None:
-            self._stream.wait_event(place)
 
     def keep(self, *tensors: Tensor) -> None:
         """Tensors that were made on another stream: when they are freed, their memory is used again only
