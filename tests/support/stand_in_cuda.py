@@ -1,11 +1,17 @@
 """A stand-in for CUDA on a CPU that finds races: streams, events, the allocator and graphs, all logical.
 
-Every operation computes at once, on the CPU, so numbers are a CPU's. Beside it the stand-in keeps what a GPU
-would go by: which stream an operation is queued in, and what comes before it there, in vector clocks. It
-writes down every access that nothing orders, every block that is freed while another stream may still use it,
-every touch of a stream that another thread captures, and all that a capture does not allow.
+Every operation computes at once, on the CPU, so numbers are a CPU's. What would order operations on a GPU is
+kept beside them: the stream of each, and vector clocks of what comes before it. `Cuda.check` reports:
 
-A `Process` has streams and an allocator of its own, so that threads can stand for the ranks of a job.
+- an access to memory that nothing orders behind the last one;
+- memory that is freed while another stream may still use it;
+- a touch of a stream that another thread captures;
+- whatever else a capture does not allow: waits of the host, events across its edge, a library's first plan;
+- tensors of the host and of the GPU in one operation, and times of events that nobody knows to be done.
+
+A thread of the host knows what it has waited for. What another one knows it is told through the package's
+queues and conditions, by the starts of threads and by calls. A `Process` has streams and an allocator of its
+own, so threads can stand for the ranks of a job.
 """
 
 import os
@@ -14,7 +20,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -38,6 +44,7 @@ UNDECLARED = ("running_mean", "running_var")
 WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
 """what the host waits for"""
 HERE = os.path.dirname(fslsage_rpc.__file__)
+OURS = HERE, os.path.dirname(os.path.dirname(__file__))
 
 
 def merged(a: Times, b: Times) -> Times:
@@ -96,12 +103,13 @@ class Block:
 
 
 class Process:
-    """What stands for a process that uses the GPU.
+    """Stands for a process that uses the GPU.
 
     Attributes:
         captures: pools that the allocator takes a capture to be under way for.
-        pools: how many captures and graphs use each pool.
         deferred: freed blocks that wait for the end of all captures.
+        draws_captured: the random generator takes itself for captured. Up to torch 2.11 it does so until a
+            capture ends well, and no graph can be replayed meanwhile.
     """
 
     def __init__(self, cuda: "Cuda", name: str, rank: int = 0):
@@ -110,9 +118,10 @@ class Process:
         self.streams = [self.default]
         self._pools: dict[int, list[Stream]] = {}
         self._taken: Counter[int] = Counter()
+        cuda.processes.append(self)
         self.captures: list[Any] = []
-        self.pools: Counter[Any] = Counter()
         self.deferred = 0
+        self.draws_captured = False
 
     def stream(self, priority: int = 0) -> "Stream":
         """The next stream of a priority."""
@@ -126,7 +135,8 @@ class Process:
 
     def capture_ended(self, pool: Any) -> None:
         """The allocator is told."""
-        assert pool in self.captures, "endAllocatePool: not currently recording to mempool_id"
+        if pool not in self.captures:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
         self.captures.remove(pool)
         if not self.captures:
             self.deferred = 0
@@ -241,7 +251,7 @@ class Event:
 
 
 class Capture:
-    """What a stream is asked while it is captured: operations that a replay does again.
+    """Operations that a stream is asked for while it is captured, and a replay does again.
 
     What they write over is put back at the end, as nothing has been computed.
     """
@@ -300,12 +310,12 @@ class Graph:
             stream, process = cuda.current_stream(), cuda.thread.process
             if stream is process.default:
                 raise RuntimeError("CUDA graphs must be captured on a non-default stream")
+            if any(other.capture for other in process.streams):
+                cuda.say(f"{cuda.where('capture_begin')} while another capture is under way")
             self._pool, self._process = pool or cuda.pool_handle(), process
-            process.pools[self._pool] += 1
+            process.draws_captured = True
             process.captures.append(self._pool)
-            if cuda.refuse == "begin":
-                raise RuntimeError("CUDA error: operation not permitted\nsecond line")
-            assert stream.capture is None
+            cuda.refuse_at("begin")
             self._capture = stream.capture = cuda.thread.capture = Capture(stream)
         cuda.captures += 1
         cuda.capture_begun(process)
@@ -319,10 +329,10 @@ class Graph:
             with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
                 capture.end()
             capture.stream.capture = cuda.thread.capture = None
-            if cuda.refuse == "end":
-                raise RuntimeError("CUDA error: operation failed due to a previous error\nsecond line")
+            cuda.refuse_at("end")
             assert self._process is not None
             self._process.capture_ended(self._pool)
+            self._process.draws_captured = False
             self._ended = True
 
     def replay(self) -> None:
@@ -331,17 +341,15 @@ class Graph:
         assert self._ended
         with self._cuda.lock:
             self._cuda.say_if_capturing("replay")
+            if self._cuda.thread.process.draws_captured:
+                self._cuda.say(f"{self._cuda.where('replay')} while random numbers are captured")
             self._cuda.launch("replay", self._cuda.current_stream(), capture.reads, capture.writes)
             self._cuda.replays += 1
             capture.compute()
 
-    def __del__(self) -> None:
-        if self._ended and self._process is not None:
-            self._process.pools[self._pool] -= 1
-
 
 class HostThread:
-    """What a thread of the host knows to be done."""
+    """Knows what is done, as one thread of the host does."""
 
     def __init__(self) -> None:
         self.knows: Times = {}
@@ -350,10 +358,8 @@ class HostThread:
 class ThreadState(threading.local):
     """A thread's own: its process and current stream, what it knows, and its libraries' plans."""
 
-    process: Process
-    current: Stream
-
-    def __init__(self) -> None:
+    def __init__(self, process: Process) -> None:
+        self.process, self.current = process, process.default
         self.inside = False
         self.host = HostThread()
         self.target: str | None = None
@@ -366,16 +372,17 @@ class Cuda:
 
     Attributes:
         violations: what is wrong with the program, once each.
-        refuse: "begin" or "end": captures fail there.
+        refuses: at "begin" or "end": how many captures fail there from now on.
         capture_begun: called in the middle of each capture.
         captures, replays: how many there were.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.thread = ThreadState()
+        self.processes: list[Process] = []
+        self.thread = ThreadState(Process(self, "nobody"))
         self.violations: list[str] = []
-        self.refuse: str | None = None
+        self.refuses: Counter[str] = Counter()
         self.capture_begun: Callable[[Process], None] = lambda process: None
         self.captures = self.replays = 0
         self.milliseconds = 0.0
@@ -385,27 +392,43 @@ class Cuda:
 
     @contextmanager
     def inside(self, process: Process) -> Iterator[Process]:
-        """What this thread does inside is done by a process on the GPU."""
+        """Let a process, on the GPU, do what this thread does inside."""
         thread = self.thread
         assert not thread.inside
+        outside = thread.process, thread.current
         thread.inside, thread.process, thread.current = True, process, process.default
         try:
             with Redirection(self), Tracking(self):
                 yield process
         finally:
             thread.inside = False
+            thread.process, thread.current = outside
 
     def say(self, violation: str) -> None:
         with self.lock:
             if self.active and violation not in self.violations:
                 self.violations.append(violation)
 
+    def check(self) -> None:
+        """Raise where something was wrong.
+
+        Raises:
+            AssertionError: with all of it.
+        """
+        assert not self.violations, "\n".join(["", *self.violations])
+
+    def refuse_at(self, place: str) -> None:
+        """Fail as torch up to 2.11 does: before the allocator is told."""
+        if self.refuses[place]:
+            self.refuses[place] -= 1
+            raise RuntimeError("CUDA error: operation not permitted\nsecond line")
+
     def say_if_capturing(self, what: str) -> None:
         if self.thread.capture is not None:
             self.say(f"{self.where(what)} while this thread captures")
 
     def where(self, what: str) -> str:
-        """What is done, and the lines of the package that do it."""
+        """Says what is done, and the lines of the package that do it."""
         frame, lines = sys._getframe(1), []
         while frame is not None and len(lines) < 3:
             if frame.f_code.co_filename.startswith(HERE):
@@ -463,9 +486,6 @@ class Cuda:
     def end_allocation(self, device: Any, pool: Any) -> None:
         with self.lock:
             self.thread.process.capture_ended(pool)
-
-    def release_pool(self, device: Any, pool: Any) -> None:
-        self.thread.process.pools[pool] -= 1
 
     # What happens on the GPU
 
@@ -536,7 +556,9 @@ class Cuda:
         """An operation of torch, as autograd and everybody else asks for it."""
         thread = self.thread
         written, view = self._schema(func)
-        inputs = [(tensor, index in written) for index, each in enumerate(args) for tensor in tensors_of(each)]
+        inputs = [
+            (tensor, index in written) for index, each in enumerate(args) for tensor in tensors_of(each)
+        ]
         inputs += [(tensor, name in written) for name, each in kwargs.items() for tensor in tensors_of(each)]
         blocks = [(tensor, self.block_of(tensor), writes) for tensor, writes in inputs]
         on_gpu = any(block is not None for _, block, _ in blocks)
@@ -625,7 +647,7 @@ class Tracking(TorchDispatchMode):
 
 
 class Redirection(TorchFunctionMode):
-    """Has what is asked for on a GPU made on the CPU, as the stand-in's; such tensors say that they are on it."""
+    """Has the stand-in's tensors made on the CPU, where a GPU is asked for; they say that they are on it."""
 
     def __init__(self, cuda: Cuda):
         super().__init__()
@@ -792,6 +814,11 @@ def install(patch: pytest.MonkeyPatch) -> Cuda:
             thread.run = run_inside  # type: ignore[method-assign]  # the one that is about to begin
         _start(thread)
 
+    def condition(lock: Any = None) -> threading.Condition:
+        """The package's own tell what its threads know; those of Python's thread pools would by chance."""
+        ours = sys._getframe(1).f_code.co_filename.startswith(OURS)
+        return _Condition(HostLock(cuda, lock or threading.RLock()) if ours else lock)
+
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -815,7 +842,7 @@ def install(patch: pytest.MonkeyPatch) -> Cuda:
     patch.setattr(Tensor, "record_stream", lambda tensor, stream: cuda.record_stream(tensor, stream))
     patch.setattr(torch.accelerator, "current_stream", cuda.current_stream)
     patch.setattr(torch._C, "_cuda_endAllocateToPool", cuda.end_allocation, raising=False)
-    patch.setattr(torch._C, "_cuda_releasePool", cuda.release_pool, raising=False)
+    patch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: None, raising=False)
     grouped = torch.optim.Optimizer._group_tensors_by_device_and_dtype
 
     def group(lists: Any, *how: Any) -> Any:
@@ -828,15 +855,14 @@ def install(patch: pytest.MonkeyPatch) -> Cuda:
 
     patch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(group))
     patch.setattr(threading.Thread, "start", start)
-    patch.setattr(
-        threading, "Condition", lambda lock=None: _Condition(HostLock(cuda, lock or threading.RLock()))
-    )
+    patch.setattr(threading, "Condition", condition)
     patch.setattr(queue, "SimpleQueue", lambda: HostQueue(cuda))
     return cuda
 
 
-def end(cuda: Cuda) -> None:
-    """Nothing that is freed from here on is looked at."""
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
+    """The stand-in; what is freed after the test is not looked at."""
+    cuda = install(monkeypatch)
+    yield cuda
     cuda.active = False
-    with suppress(AttributeError):
-        del cuda.thread.capture

@@ -1,7 +1,7 @@
 """A stand-in for torch RPC, and for a job's ranks, in one process: each rank is a thread and a `Process`.
 
-Calls are carried as TensorPipe does: tensors of a GPU travel on streams of torch's pool, which wait for the
-caller's current one; functions and callbacks run on other threads, with such a stream as their current one.
+Calls are carried as TensorPipe does. Tensors of a GPU travel on streams of torch's pool, which wait for the
+caller's current one. Functions and callbacks run on other threads, with such a stream as their current one.
 Answers come at the worst moment: while the rank that waits for them captures, or once it can do nothing else.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fslsage_rpc.comm import rpc as production
 from fslsage_rpc.comm import rpc_link
@@ -67,7 +68,7 @@ def load(dumped: bytes, tensors: list[Tensor]) -> Any:
 
 
 class Message:
-    """What travels: sent from the stream that is current, which the sending one waits for."""
+    """A value under way, sent from the stream that is current, which the sending one waits for."""
 
     def __init__(self, cuda: Cuda, value: Any, mapped: bool):
         self._cuda = cuda
@@ -96,7 +97,9 @@ class Message:
             stream.done = merged(stream.done, self._done)
             with bare():
                 tensors = [tensor.clone() for tensor in self._tensors]
-                blocks = [cuda.place(tensor) for tensor, gpu in zip(tensors, self._on_gpu, strict=True) if gpu]
+                blocks = [
+                    cuda.place(tensor) for tensor, gpu in zip(tensors, self._on_gpu, strict=True) if gpu
+                ]
             if blocks:
                 cuda.launch("receive", stream, (), blocks)
         return load(self._dumped, tensors)
@@ -105,14 +108,12 @@ class Message:
 @contextmanager
 def bare() -> Iterator[None]:
     """Operations that nobody is told of."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
         yield
 
 
 class Inbox:
-    """What has come to a rank and is taken out of turn by threads of its RPC agent.
+    """Holds what has come to a rank until threads of its RPC agent take it, out of turn.
 
     Args:
         holds: keep it back until the rank captures, or waits.
@@ -144,7 +145,7 @@ class Inbox:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """What comes is handed over at once."""
+        """Hand over at once what comes meanwhile."""
         with self._changed:
             self._open += 1
             self._changed.notify_all()
@@ -175,7 +176,10 @@ class Inbox:
                         return
                     self._changed.wait(0.02)
                 _, action = self._there.pop(self._job.chance.randrange(len(self._there)))
-            action()
+            try:
+                action()
+            except BaseException as error:
+                self._job.fail(error)
 
 
 class Future:
@@ -201,7 +205,9 @@ class Future:
     def set_result(self, value: Any) -> None:
         blocks = [block for block in map(self._cuda.block_of, dump(value)[1]) if block is not None]
         if blocks and not self._devices:
-            raise ValueError("The result contained tensors residing on device(s) cuda:0 which are not expected")
+            raise ValueError(
+                "The result contained tensors residing on device(s) cuda:0 which are not expected"
+            )
         if blocks:
             self._event = self._cuda.current_stream().record_event()
         self._blocks, self._value = blocks, value
@@ -267,7 +273,9 @@ class Job:
     def __init__(self, cuda: Cuda, ranks: int, mapped: bool, seed: int):
         self.cuda, self.mapped = cuda, mapped
         self.chance = random.Random(seed)
-        self.processes = [Process(cuda, "server" if rank == 0 else f"clients {rank}", rank) for rank in range(ranks)]
+        self.processes = [
+            Process(cuda, "server" if rank == 0 else f"clients {rank}", rank) for rank in range(ranks)
+        ]
         self.failure: BaseException | None = None
         self.ended = False
         self.groups = {(): Group(self, range(ranks)), "clients": Group(self, range(1, ranks))}
@@ -297,13 +305,14 @@ class Job:
 
         def of_rank(rank: int) -> None:
             with self.cuda.inside(self.processes[rank]):
-                self._inboxes[self.processes[rank]] = Inbox(self, self.processes[rank], holds=rank > 0)
-                self.groups[()].barrier.wait()
                 try:
                     results[rank] = work(rank)
                 except BaseException as error:
                     self.fail(error)
 
+        for process in self.processes:
+            with self.cuda.inside(process):
+                self._inboxes[process] = Inbox(self, process, holds=process.rank > 0)
         threads = [
             threading.Thread(target=of_rank, args=(rank,), name=f"rank {rank}", daemon=True)
             for rank in range(len(self.processes))
@@ -470,7 +479,9 @@ def train_on_threads(
     patch.setattr(production, "dist", distributed)
     # One module for all ranks, of which the server's offers.
     patch.setattr(production, "offer", lambda server: rpc_link.offer(server) if server else None)
-    patch.setattr("fslsage_rpc.parties.scheduler.queue", SimpleNamespace(SimpleQueue=lambda: WaitingQueue(job)))
+    patch.setattr(
+        "fslsage_rpc.parties.scheduler.queue", SimpleNamespace(SimpleQueue=lambda: WaitingQueue(job))
+    )
     experiment = Experiment.prepare(config)
 
     def work(rank: int) -> Outcome:
