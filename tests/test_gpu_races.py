@@ -99,6 +99,17 @@ class TestNoRace:
         assert (cuda.replays > 2 * cuda.captures > 0) == (graphs == "auto")
 
 
+@pytest.mark.parametrize("device_maps", ["auto", "never"])
+def test_nor_in_whatever_order_two_client_ranks_are_served(
+    device_maps: str, cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"server": {"order": "arrival"}, "comm": {"device_maps": device_maps}}
+    keys = config(tmp_path, "fsl_sage", graphs="auto", **changes)
+    train_on_threads(cuda, keys, monkeypatch, ranks=3, seed=1)
+    cuda.check()
+    assert cuda.replays > cuda.captures > 0
+
+
 @pytest.mark.parametrize("place", ["begin", "end"])
 def test_where_captures_fail_the_run_goes_on_without(
     place: str, on_a_cpu: Any, cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

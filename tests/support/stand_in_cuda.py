@@ -154,7 +154,6 @@ class Stream:
         self.count = 0
         self.capture: Capture | None = None
         self._host: Times | None = None  # whose knowledge it has
-        self.device = GPU
 
     def __str__(self) -> str:
         return self._name
@@ -201,10 +200,6 @@ class Stream:
             self.touch("synchronize")
             self.cuda.host_waits("Stream.synchronize", {**self.done, self: self.count})
 
-    def query(self) -> bool:
-        self.touch("query")
-        return True
-
     def is_capturing(self) -> bool:
         return self.capture is not None
 
@@ -221,27 +216,19 @@ class Event:
         self.capture: Capture | None = None
         self.milliseconds = 0.0
 
-    def record(self, stream: Stream | None = None) -> None:
+    def record(self, stream: Stream) -> None:
         with self.cuda.lock:
-            stream = stream or self.cuda.current_stream()
             stream.touch("record_event")
             stream.advance()
             self.done, self.capture = dict(stream.done), stream.capture
             self.cuda.milliseconds += 2.0
             self.milliseconds = self.cuda.milliseconds
 
-    def wait(self, stream: Stream | None = None) -> None:
-        (stream or self.cuda.current_stream()).wait_event(self)
-
     def synchronize(self) -> None:
         with self.cuda.lock:
             if self.capture is not None:
                 self.cuda.say(f"{self.cuda.where('synchronize')}: the event is of a capture")
             self.cuda.host_waits("Event.synchronize", self.done)
-
-    def query(self) -> bool:
-        self.cuda.say_if_capturing("Event.query")
-        return True
 
     def elapsed_time(self, end: "Event") -> float:
         for event in (self, end):
@@ -655,11 +642,8 @@ class Redirection(TorchFunctionMode):
         self._own = {
             Tensor.device.__get__: self._device,  # type: ignore[attr-defined]
             Tensor.is_cuda.__get__: self._is_cuda,  # type: ignore[attr-defined]
-            Tensor.is_cpu.__get__: lambda tensor: not self._is_cuda(tensor),  # type: ignore[attr-defined]
-            Tensor.get_device: lambda tensor: 0 if self._is_cuda(tensor) else -1,
             Tensor.to: self._to,
             Tensor.cpu: lambda tensor, **how: self._to(tensor, "cpu", **how),
-            Tensor.cuda: lambda tensor, **how: self._to(tensor, "cuda", **how),
             Tensor.pin_memory: lambda tensor, *device: tensor.clone(),
             Tensor.tolist: self._tolist,
             Tensor.numpy: self._numpy,
@@ -845,9 +829,9 @@ def install(patch: pytest.MonkeyPatch) -> Cuda:
     patch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: None, raising=False)
     grouped = torch.optim.Optimizer._group_tensors_by_device_and_dtype
 
-    def group(lists: Any, *how: Any) -> Any:
+    def group(lists: Any, **how: Any) -> Any:
         """By the devices that tensors say they are on."""
-        found = grouped(lists, *how)
+        found = grouped(lists, **how)
         return {
             (value[0][0][0].device, *key[1:]) if value[0][0] and value[0][0][0] is not None else key: value
             for key, value in found.items()

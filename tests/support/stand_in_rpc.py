@@ -35,8 +35,8 @@ from support.stand_in_cuda import Block, Cuda, HostQueue, Process, Stream, Times
 
 PATIENCE_SECONDS = 0.2
 """after which an answer comes at any rate"""
-CAPTURE_SECONDS = 0.05
-"""for which a capture waits for answers that are to come in the middle of it"""
+CAPTURE_SECONDS = 0.02
+"""for which a capture waits for what is to come in the middle of it"""
 LIMIT_SECONDS = 60
 """for a run"""
 
@@ -199,9 +199,6 @@ class Future:
     def __class_getitem__(cls, of: Any) -> Any:
         return cls
 
-    def done(self) -> bool:
-        return self._is_done
-
     def set_result(self, value: Any) -> None:
         blocks = [block for block in map(self._cuda.block_of, dump(value)[1]) if block is not None]
         if blocks and not self._devices:
@@ -252,9 +249,6 @@ class Future:
         self._synchronise()
         return self._value
 
-    def value(self) -> Any:
-        return self.wait()
-
     def _synchronise(self) -> None:
         stream: Stream = self._cuda.current_stream()
         if self._event is not None:
@@ -296,8 +290,14 @@ class Job:
         return self._inboxes[self.cuda.thread.process]
 
     def _capture_begun(self, process: Process) -> None:
-        if process in self._inboxes:
+        """Let answers come to a client rank in the middle of it, and other lanes of the server go on."""
+        if process.rank:
             self._inboxes[process].flush(CAPTURE_SECONDS)
+            return
+        others = [stream for stream in process.streams if stream.capture is None]
+        before, ends = sum(stream.count for stream in others), time.monotonic() + CAPTURE_SECONDS
+        while sum(stream.count for stream in others) == before and time.monotonic() < ends:
+            time.sleep(0.0005)
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """Have every rank do it; what they return."""
