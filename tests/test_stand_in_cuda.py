@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fslsage_rpc.comm.world import choose_device
+from support import stand_in_rpc
 from support.stand_in_cuda import GPU, Cuda, Process, cuda
 from support.stand_in_rpc import Future, Job
 
@@ -384,7 +385,11 @@ def test_an_answer_that_is_not_waited_for_is_a_race(cuda: Cuda) -> None:
     assert "reads what is written by receive" in cuda.violations[0]
 
 
-def test_a_callback_that_queues_in_the_callers_stream_is_caught_while_that_captures(cuda: Cuda) -> None:
+def test_a_callback_that_queues_in_the_callers_stream_is_caught_while_that_captures(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in_rpc, "CAPTURE_SECONDS", stand_in_rpc.LIMIT_SECONDS)
+
     def work(caller: Caller, taken_by: str) -> None:
         mine = torch.cuda.Stream(priority=-1)
         x = torch.ones(3, device=GPU)
