@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ import torch
 from fslsage_rpc.comm.local import LocalWorld
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.training.checkpoint_files import RankState
+from fslsage_rpc.training.checkpoints import snapshot
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.trainer import Trainer
 from support.batch_norm_model import CUT
 from support.rank_program import Outcome, train
 from support.stand_in_cuda import Cuda, Process, cuda
@@ -108,6 +113,36 @@ def test_nor_in_whatever_order_two_client_ranks_are_served(
     train_on_threads(cuda, keys, monkeypatch, ranks=3, seed=1)
     cuda.check()
     assert cuda.replays > cuda.captures > 0
+
+
+class InMemory:
+    """Stands for `Checkpoints`."""
+
+    def complete(self) -> None:
+        pass
+
+    def begin(self, rounds: int, last: bool, state: Callable[[int], RankState]) -> None:
+        self.saved: RankState = snapshot(state(rounds))
+
+
+def train_in_two_parts(experiment: Experiment, world: Any) -> Outcome:
+    """As a run that stops after its first round, and is gone on with."""
+    lines: list[dict[str, Any]] = []
+    checkpoints: Any = InMemory()
+    first = Trainer(replace(experiment), world)
+    first.train(lambda line, reports: lines.append(line), checkpoints, stop_requested=lambda: True)
+    return train(experiment, world, checkpoints.saved, lines)
+
+
+@pytest.mark.parametrize("graphs", ["never", "auto"])
+def test_nor_where_a_run_is_gone_on_with(
+    graphs: str, on_a_cpu: Any, cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers that are not full yet grow in a lane's stream."""
+    expected = on_a_cpu("fsl_sage")
+    keys = config(tmp_path, "fsl_sage", graphs=graphs)
+    assert_same(expected, train_on_threads(cuda, keys, monkeypatch, training=train_in_two_parts))
+    cuda.check()
 
 
 @pytest.mark.parametrize("place", ["begin", "end"])

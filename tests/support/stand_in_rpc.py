@@ -29,8 +29,7 @@ from fslsage_rpc.comm.workers import Workers
 from fslsage_rpc.comm.world import open_device
 from fslsage_rpc.config import Config
 from fslsage_rpc.training.experiment import Experiment
-from support import rank_program
-from support.rank_program import Outcome
+from support.rank_program import Outcome, train
 from support.stand_in_cuda import Block, Cuda, HostQueue, Process, Stream, Times, merged
 
 PATIENCE_SECONDS = 0.2
@@ -457,9 +456,18 @@ class ThreadsWorld(production.RpcWorld):
 
 
 def train_on_threads(
-    cuda: Cuda, config: Config, patch: pytest.MonkeyPatch, ranks: int = 2, seed: int = 0
+    cuda: Cuda,
+    config: Config,
+    patch: pytest.MonkeyPatch,
+    ranks: int = 2,
+    seed: int = 0,
+    training: Callable[[Experiment, Any], Outcome] = train,
 ) -> Outcome:
-    """Train on ranks that are threads; the parties' tensors of all ranks together."""
+    """Train on ranks that are threads; the parties' tensors of all ranks together.
+
+    Args:
+        training: done by every rank.
+    """
     job = Job(cuda, ranks, config.comm.device_maps != "never", seed)
 
     class OfJob(Future):
@@ -486,7 +494,7 @@ def train_on_threads(
 
     def work(rank: int) -> Outcome:
         world = ThreadsWorld(config, job, rank)
-        outcome = rank_program.train(replace(experiment), world)
+        outcome = training(replace(experiment), world)
         world.close()
         return outcome
 
