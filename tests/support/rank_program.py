@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.report.screen import Screen
+from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.run import _train as train_run
 from fslsage_rpc.training.run_folder import RunFolder
@@ -40,10 +41,12 @@ class Outcome:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(experiment: Experiment, world: Any) -> Outcome:
-    """Train and take hold of what this rank hosts."""
-    trainer = Trainer(experiment, world)
-    outcome = Outcome()
+def train(
+    experiment: Experiment, world: Any, saved: RankState | None = None, lines: Sequence[dict[str, Any]] = ()
+) -> Outcome:
+    """Train, from what was saved on, and take hold of what this rank hosts."""
+    trainer = Trainer(experiment, world, saved, lines)
+    outcome = Outcome(lines=list(lines))
     trainer.train(lambda line, reports: outcome.lines.append(line))
 
     def keep(name: str, weights: Weights) -> None:
