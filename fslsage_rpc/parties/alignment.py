@@ -101,11 +101,7 @@ class AlignmentBuffer:
         self._rings = None
         self._samples = self._end = 0
         if state:
-            batch = state["z"].to(device), state["y"].to(device)
-            self._rings = self._larger(
-                self.size, batch
-            )  # not to be freed by a lane, in whose stream they are not
-            self.add(*batch)
+            self.add(state["z"].to(device), state["y"].to(device))
 
     def _larger(self, samples: int, batch: Batch) -> Batch:
         """Rings with so many places, the samples so far in the first ones."""
