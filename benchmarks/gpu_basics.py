@@ -25,8 +25,6 @@ from datetime import timedelta
 from launch.gpu_check import note, seconds_left
 
 KIB, MIB = 2**10, 2**20
-CHANNELS = ["cma", "mpt_uv", "basic", "cuda_xth", "cuda_ipc", "cuda_basic"]
-"""TensorPipe's, without cuda_gdr"""
 PEERS = ("asking", "answering")
 
 
@@ -69,7 +67,7 @@ def name() -> None:
 
 
 def streams() -> None:
-    """The priorities that streams may have, and the seconds that NCCL needs to start and to sum."""
+    """The priorities that streams may have, and the seconds that NCCL takes to start, and to reduce."""
     import torch
     from torch import distributed
 
@@ -120,13 +118,15 @@ def be_peer(transport: str, store: str, me: str) -> None:
     import torch
     from torch.distributed import rpc
 
+    from fslsage_rpc.comm.placement import CPU_CHANNELS, CUDA_CHANNELS
+
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     on_gpu = device.type == "cuda"
     options = rpc.TensorPipeRpcBackendOptions(
         init_method=f"file://{store}",
         rpc_timeout=min(60.0, seconds_left()),
         _transports=[transport],
-        _channels=CHANNELS if on_gpu else None,
+        _channels=[*CPU_CHANNELS, *CUDA_CHANNELS] if on_gpu else None,
     )
     if on_gpu:
         options.set_device_map(PEERS[1 - PEERS.index(me)], {device: device})

@@ -31,6 +31,7 @@ import torch
 import yaml
 from cifar10_parts import read
 
+from fslsage_rpc.cli import OneLineParser
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load, to_tree
@@ -46,18 +47,25 @@ from fslsage_rpc.training.trainer import Trainer
 CONFIGS = Path(__file__).parent.parent / "configs" / "paper" / "cifar10_resnet18"
 ALGORITHMS = ("fsl_sage", "cse_fsl", "splitfed_v1")
 SETTINGS = (
-    *(
-        "graphs=auto",
-        "precision=fp32",
-        "tf32=true",
-    ),  # bf16 halves the bytes of smashed data, in the ledger too
-    *(
-        "evaluation.every=2",
-        "algorithm.measure_drift=false",
-    ),  # in one process, drift is on the training clock
+    "graphs=auto",
+    "precision=fp32",  # bf16 would halve the bytes of smashed data, in the ledger too
+    "tf32=true",
+    "evaluation.every=2",
+    "algorithm.measure_drift=false",  # in one process drift is on the training clock
 )
 """what the paper leaves open"""
-OURS = ("name", "output", "transport", "checkpoint", "data.name", "data.root", "algorithm.name")
+OURS = [
+    "name",
+    "output",
+    "resume",
+    "transport",
+    "ranks",
+    "trace",
+    "checkpoint",
+    "data.name",
+    "data.root",
+    "algorithm.name",
+]
 """keys that no override may change"""
 CAUTION = 1.1
 """a round may take so many times the seconds of the last one of its kind"""
@@ -251,6 +259,14 @@ def show(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
+def seconds_of(text: str) -> float:
+    """A number of seconds that ends."""
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
 def say(text: str) -> None:
     """Print at once: the program may be killed at any moment."""
     print(text, flush=True)
@@ -263,6 +279,8 @@ def prepare(options: argparse.Namespace) -> tuple[list[Training], dict[str, Any]
         InputError: DATA, FOLDER or an override is not what it should be.
     """
     folder = options.folder
+    if "=" in str(folder):
+        raise InputError(f"FOLDER: got {str(folder)!r}, expected a folder before any key=value")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"FOLDER: got {str(folder)!r}, expected a new or an empty folder")
     configs = configurations(options.data, folder, options.overrides)
@@ -292,19 +310,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 1 where an algorithm was given up, 2 for wrong input.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(
+        prog="launch/gpu_paper.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("seconds", metavar="SECONDS", type=float, help="for everything")
+    parser.add_argument("seconds", metavar="SECONDS", type=seconds_of, help="for everything")
     parser.add_argument("data", metavar="DATA", help="folder that holds cifar-10-batches-py")
     parser.add_argument("folder", metavar="FOLDER", nargs="?", type=Path, default=Path("runs/gpu-paper"))
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the configurations")
     parser.add_argument(
         "--started", type=float, default=time.time(), help="UNIX time from which SECONDS count"
     )
-    options = parser.parse_args(arguments)
-    deadline = clock() + options.seconds - (time.time() - options.started) - ENDING_SECONDS
     try:
+        options = parser.parse_args(arguments)
+        deadline = clock() + options.seconds - (time.time() - options.started) - ENDING_SECONDS
         trainings, environment = prepare(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

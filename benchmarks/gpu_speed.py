@@ -1,18 +1,18 @@
 """Samples per second of ResNet-18 on CIFAR-10 shapes, for `launch/gpu_check.sh`.
 
-    python benchmarks/gpu_speed.py local|rpc ALGORITHM fp32|tf32|bf16 BATCH [--data ROOT]
+    python benchmarks/gpu_speed.py local|rpc ALGORITHM fp32|tf32|bf16 BATCH
 
-- local: rounds in one process, eager and with CUDA graphs, and their bare arithmetic
+- local: rounds in one process, eager and with CUDA graphs, and their floor, the bare arithmetic
 - rpc: rounds of a server rank and a client rank that share the GPU, and the client rank's own in one process
 
-Bare arithmetic has one stream, and no graphs, transport, order, data preparation or averaging.
+The floor has one stream, and no graphs, transport, order, data preparation or averaging.
 Two processes that share a GPU take turns on it and never overlap, unless NVIDIA's MPS runs.
 
 The ways take turns. All seconds are wall-clock, with the device idle before and after. Figures are medians
 over the turns after the first, which warms up and captures. They are noted after every turn, until the time
 of the measurement is up.
 
-Images are synthetic, or CIFAR-10's from a folder that holds them; nothing here looks at what is learnt.
+Images are synthetic, as nothing here looks at what is learnt.
 Without a GPU a tiny setting runs on the CPU, and is named so.
 """
 
@@ -54,13 +54,12 @@ def configuration(options: argparse.Namespace, **changes: Any) -> Config:
     on_gpu = torch.cuda.is_available()
     batch, clients = (options.batch, 2 if options.way == "rpc" else 1) if on_gpu else (4, 1)
     batches = max(5, 500 // batch) if on_gpu else 2
-    images = {"name": "cifar10", "root": options.data, "download": False}
     tree = {
         "ranks": 2,
         "transport": options.way,
         "clients": {"count": clients, "batch_size": batch},
         "data": {
-            **(images if options.data else {"name": "synthetic"}),
+            "name": "synthetic",
             "partition": "iid",
             "train_limit": clients * batches * batch,
             "test_limit": 10,
@@ -101,11 +100,11 @@ def ways(options: argparse.Namespace, world: World) -> tuple[Ways, list[Trainer]
             trainer = Trainer(Experiment.prepare(config), LocalWorld(config))
             add(kind.strip() or "eager", trainer)
             if options.way == "local" and not kind:
-                found["bare"] = bare(trainer)
+                found["floor"] = floor(trainer)
     return found, captured
 
 
-def bare(trainer: Trainer) -> Callable[[range], float]:
+def floor(trainer: Trainer) -> Callable[[range], float]:
     """The arithmetic of a trainer's rounds alone, as its seconds."""
     arithmetic = Arithmetic(trainer, trainer.world)
 
@@ -181,7 +180,6 @@ def main() -> None:
     parser.add_argument("algorithm")
     parser.add_argument("precision", choices=PRECISIONS)
     parser.add_argument("batch", type=int)
-    parser.add_argument("--data", metavar="ROOT", help="folder with torchvision's CIFAR-10")
     options = parser.parse_args()
     if options.way == "rpc" and "RANK" not in os.environ:
         start_ranks()

@@ -1,6 +1,6 @@
 """Measurements of a machine with a GPU, each a process of its own: nothing that fails costs another one.
 
-    python3 launch/gpu_check.py FOLDER [--stages 1-4] [--data DATA]
+    python3 launch/gpu_check.py FOLDER [--stages 1-4]
     python3 launch/gpu_check.py FOLDER --summary
 
 `launch/gpu_check.sh` is the command. This file needs the standard library alone, on Linux.
@@ -71,8 +71,6 @@ class Measurement:
     """seconds of its stage's limit that earlier ones leave to it; 0: it gets what is left"""
     on_cpu: bool = False
     """it can do something without a GPU"""
-    takes_data: bool = False
-    """it takes `--data DATA`"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def _basics(what: str) -> tuple[str, ...]:
 
 def _speed(way: str, what: str, share: float, on_cpu: bool = False) -> Measurement:
     arguments = ("benchmarks/gpu_speed.py", way, *what.split())
-    return Measurement(f"{what} {way}", arguments, share, on_cpu, takes_data=True)
+    return Measurement(f"{what} {way}", arguments, share, on_cpu)
 
 
 def _tests(name: str, share: float, *tests: str) -> Measurement:
@@ -278,19 +276,18 @@ _signals: list[int] = []
 """that have asked for the end"""
 
 
-def measure(folder: Path, stage: Stage, measurement: Measurement, limit: float, data: list[str]) -> Record:
+def measure(folder: Path, stage: Stage, measurement: Measurement, limit: float) -> Record:
     """Run one to its end, or to its limit in seconds; nothing of it is left. The record of its end."""
     started = time.monotonic()
     this = {"stage": stage.number, "name": measurement.name}
     told = {**this, "file": str(folder / RESULTS), "ends": started + limit - GRACE_SECONDS}
     now = time.strftime("%FT%TZ", time.gmtime())
     append(folder / RESULTS, {**this, "started": now, "limit": round(limit, 1)})
-    arguments = [*measurement.arguments, *(data if measurement.takes_data else [])]
     try:
-        title = f"{stage.number} {measurement.name}: {' '.join(arguments)}"
+        title = f"{stage.number} {measurement.name}: {' '.join(measurement.arguments)}"
         with Output(folder / stage.log, title) as output:
             process = subprocess.Popen(
-                [sys.executable, *arguments],
+                [sys.executable, *measurement.arguments],
                 cwd=ROOT,
                 env=_environment(told),
                 stdin=subprocess.DEVNULL,
@@ -496,7 +493,7 @@ def _reap(process: subprocess.Popen[bytes]) -> list[int]:
 # All of them.
 
 
-def run(folder: Path, stages: Sequence[Stage], data: list[str]) -> int:
+def run(folder: Path, stages: Sequence[Stage]) -> int:
     """Run all measurements of these stages; the exit status."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     _, most = resource.getrlimit(resource.RLIMIT_CORE)
@@ -513,7 +510,7 @@ def run(folder: Path, stages: Sequence[Stage], data: list[str]) -> int:
                 append(folder / RESULTS, {"stage": stage.number, "name": measurement.name, "started": None})
                 end = _end(folder, stage, measurement, "skipped", reason)
             else:
-                end = measure(folder, stage, measurement, limit, data)
+                end = measure(folder, stage, measurement, limit)
             bad = bad or end["outcome"] in BAD
             say(_progress(end))
     return 128 + _signals[0] if _signals else int(bad)
@@ -668,13 +665,14 @@ def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] = STAGE
         say(summary(read(options.folder), stages))
         return 0
     wanted = [stage for stage in stages if stage.number in (0, *options.stages)]
-    status = run(options.folder, wanted, ["--data", str(options.data)] if options.data else [])
+    status = run(options.folder, wanted)
     say(summary(read(options.folder), stages))
+    say(f"\nResults and logs: {options.folder}")
     return status
 
 
 def parse(arguments: Sequence[str] | None, numbers: Sequence[int]) -> argparse.Namespace:
-    """Checked arguments: `folder`, which is there then, `stages`, `data` and `summary`.
+    """Checked arguments: `folder`, which is there then, `stages` and `summary`.
 
     Args:
         numbers: of the stages that there are.
@@ -687,15 +685,10 @@ def parse(arguments: Sequence[str] | None, numbers: Sequence[int]) -> argparse.N
     )
     parser.add_argument("folder", type=lambda word: Path(word).absolute(), help="for results and logs")
     parser.add_argument("--stages", help="as 3, 1-4 or 2,5-7; all if it is not given")
-    parser.add_argument(
-        "--data", type=lambda word: Path(word).absolute(), help="folder with torchvision's CIFAR-10"
-    )
     parser.add_argument("--summary", action="store_true", help="only of what is there")
     options = parser.parse_args(arguments)
     known = [number for number in numbers if number]
     options.stages = known if options.stages is None else _numbers(options.stages, known)
-    if options.data and not options.data.is_dir():
-        raise WrongArguments(f"--data: got {str(options.data)!r}, expected a folder")
     try:
         if options.summary:
             (options.folder / RESULTS).read_bytes()

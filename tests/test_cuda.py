@@ -224,11 +224,14 @@ class TestPrecision:
 
 @pytest.mark.filterwarnings("error:graphs")
 class TestResnet18:
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    @pytest.mark.parametrize("algorithm", ["fsl_sage", "splitfed_v1"])
+    @pytest.mark.parametrize(
+        ("algorithm", "precision"),
+        [("fsl_sage", "fp32"), ("fsl_sage", "tf32"), ("fsl_sage", "bf16"), ("splitfed_v1", "bf16")],
+    )
     def test_with_graphs_it_trains_as_without(self, algorithm: str, precision: str, tmp_path: Path) -> None:
         """To what its BatchNorms make of rounding: kernels may add in another order."""
-        changes = {"precision": precision, "model": {"name": "resnet18"}, "rounds": 2}
+        keys = {"precision": "fp32", "tf32": True} if precision == "tf32" else {"precision": precision}
+        changes = {**keys, "model": {"name": "resnet18"}, "rounds": 2}
         first, second = (
             train_locally(tree(tmp_path, algorithm, graphs=graphs, **changes)).lines
             for graphs in ("never", "auto")
@@ -236,9 +239,8 @@ class TestResnet18:
         for line, expected in zip(second, first, strict=True):
             assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=NEAR_IN_BF16)
 
-    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-    def test_with_channels_last_it_trains_as_without(self, precision: str, tmp_path: Path) -> None:
-        changes = {"precision": precision, "rounds": 2, "graphs": "auto"}
+    def test_with_channels_last_it_trains_as_without(self, tmp_path: Path) -> None:
+        changes = {"precision": "bf16", "rounds": 2, "graphs": "auto"}
         first, second = (
             train_locally(
                 tree(tmp_path, "fsl_sage", model={"name": "resnet18", "memory_format": each}, **changes)

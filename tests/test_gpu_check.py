@@ -38,7 +38,6 @@ class TestArguments:
             (["OUT", "--stages", "4-1"], "--stages"),
             (["OUT", "--stages", "1-8"], "--stages"),
             (["OUT", "--stages", "one"], "--stages"),
-            (["OUT", "--data", "nowhere"], "--data"),
             (["OUT", "--summary"], "FOLDER"),
             (["/dev/null/OUT"], "FOLDER"),
             (["OUT", "--what"], "--what"),

@@ -100,6 +100,7 @@ def damaged(root: Path) -> None:
         (lambda root: write(root, *A), ["transport=rpc"], "transport: got an override"),
         (lambda root: write(root, *A), ["data={name: digits}"], "data: got an override"),
         (lambda root: write(root, *A), ["clients.cuont=2"], "did you mean clients.count"),
+        (lambda root: write(root, *A), ["ranks=5"], "ranks: got an override"),
         (lambda root: (root / "out").mkdir() or (root / "out" / "x").touch(), [], "FOLDER: got"),
     ],
 )
@@ -117,6 +118,25 @@ def test_wrong_input_is_one_line(
     assert output.err.count("\n") == 1
     assert not output.out
     assert not (tmp_path / "out" / "environment.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "SECONDS"),
+        (["abc", "data"], "SECONDS"),
+        (["nan", "data"], "SECONDS"),
+        (["inf", "data"], "SECONDS"),
+        (["60", "data", "clients.count=3"], "FOLDER: got 'clients.count=3', expected a folder before"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_paper.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_it_leaves_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

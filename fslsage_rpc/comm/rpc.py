@@ -44,7 +44,14 @@ from fslsage_rpc.comm.rpc_link import (
 )
 from fslsage_rpc.comm.signs_of_life import EndTheJob, Policy, SignsOfLife, leave
 from fslsage_rpc.comm.workers import Workers
-from fslsage_rpc.comm.world import World, interfaces, on_one_host, open_device, usable_cores
+from fslsage_rpc.comm.world import (
+    World,
+    has_channel,
+    interfaces,
+    on_one_host,
+    open_device,
+    usable_cores,
+)
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import FIRST_WORD_SECONDS, ConnectionLost, InputError
 from fslsage_rpc.measure.clock import synchronise
@@ -151,8 +158,7 @@ class RpcWorld(World):
         self._device_maps = device_maps([torch.device(rank.device) for rank in ranks], keys.device_maps)
         self._averaging = choose_averaging(keys.averaging, places[1:], dist.is_nccl_available())
         chosen = choose_channels(keys.channels, places, self._device_maps)
-        # Without CUDA all of TensorPipe's own are sound, and not every build of torch has each of ours.
-        self._channels = chosen if torch.cuda.is_available() or keys.channels else None
+        self._channels = [name for name in chosen if has_channel(name)]  # not every build of torch has all
         dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=FOREVER)
         options = rpc.TensorPipeRpcBackendOptions(
             rpc_timeout=keys.timeout_seconds,
@@ -265,7 +271,7 @@ class RpcWorld(World):
             "transport": "rpc",
             "averaging": self._averaging,
             "rpc_transports": self._transports or "TensorPipe's own choice",
-            "rpc_channels": self._channels or "TensorPipe's own choice",
+            "rpc_channels": self._channels,
             "request_tensors": {
                 self._worker(rank): "{} to the server's {} and back, by device map".format(
                     *self._device_maps[rank]

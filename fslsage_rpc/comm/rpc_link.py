@@ -159,8 +159,8 @@ class RpcLink(ServerLink):
         travelling = Request(request.client, request.number, request.body.to(self.carrier))
 
         def deliver(answered: Future[Any]) -> None:
-            # On a thread of torch's, whose current stream is one of torch's that waits for the answer's
-            # tensors (`Future.add_done_callback`). The clients' stream, which their thread may be capturing,
+            # torch calls this on a thread of its own. The current stream there waits for the answer's tensors
+            # (`Future.add_done_callback`). The clients' thread may be capturing its own stream now, which
             # waits for them when that thread takes the answer.
             there = None
             try:

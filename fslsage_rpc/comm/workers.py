@@ -29,8 +29,10 @@ class Workers:
         threads, pool = server_workers(self._device), 0
         if self._device.type == "cuda":
             threads, pool = 1, number % threads
-        new = ThreadPoolExecutor(threads, thread_name_prefix=kind)  # without threads until it gets work
-        self._pools.setdefault((kind, pool), new).submit(work)
+        if (kind, pool) not in self._pools:
+            new = ThreadPoolExecutor(threads, thread_name_prefix=kind)
+            self._pools.setdefault((kind, pool), new)  # another thread may have been first
+        self._pools[kind, pool].submit(work)
 
     def dissolve(self) -> None:
         """Wait for what runs, and drop what has yet to begin."""
