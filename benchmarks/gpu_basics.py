@@ -52,6 +52,30 @@ def machine() -> None:
             query, capture_output=True, text=True, timeout=10, check=True
         ).stdout.split()[0]
     note(machine={"versions": ", ".join(f"{name} {version}" for name, version in versions.items())})
+    seconds = [first_kernels(), first_kernels()]
+    note(fact=f"first kernels of all libraries: {seconds[0]:.1f} s; again {seconds[1]:.3f} s")
+
+
+def first_kernels() -> float:
+    """Seconds of a small convolution and what is around it, forward and backward, in each precision.
+
+    The first time it reads the libraries from the disk, so that measurements need not wait for that.
+    """
+    import torch
+
+    started = time.monotonic()
+    for precision in (torch.float64, torch.float32, torch.bfloat16):
+        layers = (
+            torch.nn.Conv2d(3, 8, 3),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.Flatten(),
+            torch.nn.Linear(288, 2),
+        )
+        model = torch.nn.Sequential(*layers).to("cuda", precision)
+        model(torch.ones(4, 3, 8, 8, device="cuda", dtype=precision)).square().sum().backward()
+        torch.optim.Adam(model.parameters(), fused=True).step()
+    torch.cuda.synchronize()
+    return time.monotonic() - started
 
 
 def name() -> None:
@@ -114,7 +138,8 @@ def echo(transport: str) -> None:
 
 def be_peer(transport: str, store: str, me: str) -> None:
     """One of the two processes of an echo."""
-    os.environ.setdefault("TP_SOCKET_IFNAME", "lo")
+    for library in ("TP", "GLOO"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     import torch
     from torch.distributed import rpc
 

@@ -9,8 +9,8 @@ The floor has one stream, and no graphs, transport, order, data preparation or a
 Two processes that share a GPU take turns on it and never overlap, unless NVIDIA's MPS runs.
 
 The ways take turns. All seconds are wall-clock, with the device idle before and after. Figures are medians
-over the turns after the first, which warms up and captures. They are noted after every turn, until the time
-of the measurement is up.
+over the turns after the first, which warms up and captures. They are noted as they come, until the time of
+the measurement is up; with `turns: 0` they are those of the first turn.
 
 Images are synthetic, as nothing here looks at what is learnt.
 Without a GPU a tiny setting runs on the CPU, and is named so.
@@ -43,7 +43,7 @@ PRECISIONS = {
     "tf32": {"precision": "fp32", "tf32": True},
     "bf16": {"precision": "bf16"},
 }
-TURNS = 6
+TURNS = 5
 """at most, the first included"""
 Ways = dict[str, Callable[[range], float]]
 """by name, what trains some rounds and returns their seconds"""
@@ -77,9 +77,9 @@ def configuration(options: argparse.Namespace, **changes: Any) -> Config:
 
 
 def ways(options: argparse.Namespace, world: World) -> tuple[Ways, list[Trainer]]:
-    """The ways that this rank has a part in, in the same order on both, and those trainers with graphs."""
+    """The ways that this rank has a part in, in the same order on both, and their trainers."""
     found: Ways = {}
-    captured = []
+    trainers = []
     kinds = {"": {"graphs": "never"}, " graphs": {"graphs": "auto"}}
     if options.way == "local":
         kinds[" graphs, channels_last"] = {"graphs": "auto", "model.memory_format": "channels_last"}
@@ -88,8 +88,7 @@ def ways(options: argparse.Namespace, world: World) -> tuple[Ways, list[Trainer]
 
     def add(name: str, trainer: Trainer) -> None:
         found[name] = lambda rounds: sum(trainer.train_round(round) for round in rounds)
-        if trainer.experiment.config.graphs == "auto":
-            captured.append(trainer)
+        trainers.append(trainer)
 
     if options.way == "rpc":
         for kind, keys in kinds.items():
@@ -101,7 +100,7 @@ def ways(options: argparse.Namespace, world: World) -> tuple[Ways, list[Trainer]
             add(kind.strip() or "eager", trainer)
             if options.way == "local" and not kind:
                 found["floor"] = floor(trainer)
-    return found, captured
+    return found, trainers
 
 
 def floor(trainer: Trainer) -> Callable[[range], float]:
@@ -119,6 +118,8 @@ def floor(trainer: Trainer) -> Callable[[range], float]:
 
 def graphs_of(trainer: Trainer) -> int:
     """How many were captured by the parties that this rank hosts."""
+    if trainer.experiment.config.graphs == "never":
+        return 0
     graphs = [graphed for client in trainer.clients.values() for graphed in (client.passes, client.estimates)]
     if trainer.server:
         lanes = {id(lane): lane for lane in trainer.server.lanes.values()}.values()
@@ -131,28 +132,35 @@ def measure(options: argparse.Namespace) -> None:
     """Take turns until the time is up; as the only process, or as one rank of two."""
     config = configuration(options, graphs="auto")  # captures need its stream
     world = open_world(config)
-    mine, captured = ways(options, world)
-    interval = Experiment.prepare(config).algorithm.interval
+    mine, trainers = ways(options, world)
+    interval = trainers[0].experiment.algorithm.interval
     samples = config.data.train_limit
     assert samples is not None
     label = " ".join(map(str, (options.algorithm, options.precision, options.batch)))
     if world.device.type == "cpu":
         label = f"{options.algorithm} {options.precision}, tiny, on a CPU"
-    taken: dict[str, list[float]] = {way: [] for way in mine}
+    taken: dict[str, list[float]] = {}
+
+    def tell(turn: int) -> None:
+        medians = {way: statistics.median(seconds[1:] or seconds) for way, seconds in taken.items()}
+        gathered = world.gather((medians, sum(map(graphs_of, trainers))))
+        if gathered:
+            rates = {way: round(samples / seconds, 1) for way, seconds in gathered[-1][0].items()}
+            graphs = sum(count for _, count in gathered)
+            note(speed={"setting": label, "rates": rates, "captured": graphs, "turns": turn})
+
     for turn in range(TURNS):
         began = clock()
         rounds = range(turn * interval, (turn + 1) * interval)
         for way, train in mine.items():
             synchronise(world.device)
-            taken[way].append(train(rounds) / interval)
+            taken.setdefault(way, []).append(train(rounds) / interval)
+            if options.way == "local":
+                tell(turn)  # at once: the next may end the process
         world.barrier()
-        medians = {way: statistics.median(seconds[1:] or seconds) for way, seconds in taken.items()}
-        gathered = world.gather((medians, sum(map(graphs_of, captured))))
-        if gathered:
-            rates = {way: round(samples / seconds, 1) for way, seconds in gathered[-1][0].items()}
-            graphs = sum(count for _, count in gathered)
-            note(speed={"setting": label, "rates": rates, "captured": graphs, "turns": turn})
-        if not world.broadcast(seconds_left() > 1 + 1.2 * (clock() - began)):
+        tell(turn)
+        # The first turn warms up: the next is worth a try, whatever it took, as figures are noted at once.
+        if not world.broadcast(turn == 0 or seconds_left() > 1 + 1.2 * (clock() - began)):
             break
     world.close()
 

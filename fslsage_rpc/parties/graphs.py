@@ -47,19 +47,24 @@ def capture(work: Callable[[], Tensors], pool: Any) -> tuple[Callable[[], None],
             raise
         graph.capture_end()
     except BaseException:
-        _clean_up(pool)
+        _clean_up(graph, pool)
         raise
     return graph.replay, outputs
 
 
-def _clean_up(pool: Any) -> None:
-    """Leave torch, after a capture that failed, as if it had not been begun.
+_failed: list[torch.cuda.CUDAGraph] = []
+"""kept, as torch's allocator of pinned memory goes on to ask a graph of 2.11 whose capture failed"""
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Let torch go on, after a capture that failed, as if it had not been begun.
 
     Up to 2.11 `capture_end`, and `capture_begin`, throw before the allocator is told: it would go on to take
     this thread's blocks from the pool, keep those that other streams have used for ever, and fail an
     assertion in `empty_cache`. And the device's random generator would take itself for captured, so that
     every draw and every replay failed, until the end of a capture that succeeds: here of one small kernel.
     """
+    _failed.append(graph)
     device = torch.cuda.current_device()
     with suppress(RuntimeError):  # it has been told
         torch._C._cuda_endAllocateToPool(device, pool)
