@@ -26,7 +26,8 @@ from fslsage_rpc.training.assembly import build_server
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 from support.batch_norm_model import CUT
-from support.rank_program import Outcome, train_locally
+from support.equality import assert_same_bits
+from support.rank_program import train_locally
 from support.recorded_graphs import Recorder, recorder
 from support.stand_in_cuda import GPU, Cuda, Process, cuda, process
 from support.unequal_clients import unequal_clients
@@ -51,21 +52,11 @@ def tree(folder: Path, algorithm: str, graphs: str = "auto", **changes: Any) -> 
     }
 
 
-def assert_same(a: Outcome, b: Outcome) -> None:
-    """The same weights, losses, alignments and drifts, to the last bit."""
-    assert a.tensors.keys() == b.tensors.keys()
-    for name, expected in a.tensors.items():
-        assert torch.equal(b.tensors[name], expected), name
-    for expected_line, line in zip(a.lines, b.lines, strict=True):
-        for key in ("train_loss", "test_loss", "alignment", "drift", "wire_bytes"):
-            assert line[key] == expected_line[key], key
-
-
 @pytest.mark.parametrize("algorithm", ["splitfed_v2", "fedavg"])
 def test_captured_steps_change_no_number(algorithm: str, tmp_path: Path, recorder: Recorder) -> None:
     without = train_locally(tree(tmp_path, algorithm, "never"))
     assert recorder.captures == 0
-    assert_same(without, train_locally(tree(tmp_path, algorithm)))
+    assert_same_bits(without, train_locally(tree(tmp_path, algorithm)))
     assert recorder.captures > 0
     assert recorder.replays > 2 * recorder.captures
 
@@ -77,7 +68,7 @@ def test_running_statistics_and_a_warm_start_in_bf16_too(tmp_path: Path, recorde
     keys = [tree(tmp_path, "fsl_sage", graphs, **changes) for graphs in ("never", "auto")]
     for each in keys:
         each["algorithm"]["warm_start"] = True
-    assert_same(train_locally(keys[0]), train_locally(keys[1]))
+    assert_same_bits(train_locally(keys[0]), train_locally(keys[1]))
     assert recorder.captures > 0
 
 
@@ -87,7 +78,7 @@ def test_what_is_refused_runs_without_and_says_so_once(tmp_path: Path, recorder:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")  # as a program's: the same once
         refused = train_locally(tree(tmp_path, "fsl_sage"))
-    assert_same(without, refused)
+    assert_same_bits(without, refused)
     said = [str(warning.message) for warning in caught]
     assert said == ["graphs: could not capture (CUDA error: operation not permitted): such steps run without"]
     assert recorder.captures == 0
