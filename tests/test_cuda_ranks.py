@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,49 +48,37 @@ IN_BF16 = ("fsl_sage", "splitfed_v1")
 class Job:
     """One job that trains with each algorithm, and is held to the numbers of a CPU.
 
-    Args:
-        comm: keys beside `comm.timeout_seconds`.
-        keys: others.
+    Attributes:
+        device_maps, averaging: keys of `comm`.
         variables: of the ranks.
-        bf16: it trains at that precision too.
     """
 
-    ranks: int
-    trees: Callable[[Path], dict[str, dict[str, Any]]]
-    variables: Mapping[str, str]
+    ranks = 2
+    device_maps = averaging = "auto"
+    graphs = "never"
+    variables: tuple[tuple[str, str], ...] = ()
 
-    def __init_subclass__(
-        cls,
-        ranks: int = 2,
-        comm: Mapping[str, str] | None = None,
-        keys: Mapping[str, str] | None = None,
-        variables: Mapping[str, str] | None = None,
-        bf16: bool = False,
-    ):
-        def trees(folder: Path) -> dict[str, dict[str, Any]]:
-            found = {name: tree(folder, name, **keys or {}) for name in ALGORITHMS}
-            if bf16:
-                found |= {f"{name} bf16": tree(folder, name, precision="bf16") for name in IN_BF16}
-            return {name: {**each, "comm": {**each["comm"], **(comm or {})}} for name, each in found.items()}
-
-        cls.ranks, cls.trees, cls.variables = ranks, staticmethod(trees), variables or {}
-
-    @pytest.fixture(scope="class")
-    def outcomes(
-        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-    ) -> dict[str, Outcome]:
-        folder, job = tmp_path_factory.mktemp("job"), request.cls
-        trees = job.trees(folder)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in job.variables.items():
-                patch.setenv(name, value)
-            outcomes = train_on_ranks(job.ranks, list(trees.values()), folder / "ranks", job_seconds())
-        return dict(zip(trees, outcomes, strict=True))
+    @classmethod
+    def trees(cls, folder: Path) -> dict[str, dict[str, Any]]:
+        comm = {"timeout_seconds": 60, "device_maps": cls.device_maps, "averaging": cls.averaging}
+        return {name: tree(folder, name, graphs=cls.graphs, comm=comm) for name in ALGORITHMS}
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_its_numbers_are_those_of_a_cpu(self, algorithm: str, outcomes: dict[str, Outcome]) -> None:
         one_client_rank = self.ranks == 2  # it has nobody to average with
         assert_as_on_a_cpu(outcomes[algorithm], algorithm, bytes=one_client_rank)
+
+
+@pytest.fixture(scope="class")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Outcomes of a class's job, by name of the tree."""
+    folder, job = tmp_path_factory.mktemp("job"), request.cls
+    trees = job.trees(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in job.variables:
+            patch.setenv(name, value)
+        found = train_on_ranks(job.ranks, list(trees.values()), folder / "ranks", job_seconds())
+    return dict(zip(trees, found, strict=True))
 
 
 class Mapped(Job):
@@ -107,7 +95,12 @@ class Mapped(Job):
                     assert times["compute_seconds"] >= 0.9 * server["alignment"]
 
 
-class TestDeviceMaps(Mapped, bf16=True):
+class TestDeviceMaps(Mapped):
+    @classmethod
+    def trees(cls, folder: Path) -> dict[str, dict[str, Any]]:
+        in_bf16 = {f"{name} bf16": tree(folder, name, precision="bf16") for name in IN_BF16}
+        return super().trees(folder) | in_bf16
+
     def test_device_seconds_stand_beside_the_hosts_phases(self, outcomes: dict[str, Outcome]) -> None:
         assert_device_seconds(outcomes["fsl_sage"])
 
@@ -124,28 +117,29 @@ class TestDeviceMaps(Mapped, bf16=True):
         assert kept == {torch.float32}
 
 
-class TestHostMemory(Job, ranks=3, comm={"device_maps": "never"}):
-    """Two client ranks."""
+class TestHostMemory(Job):
+    ranks = 3
+    device_maps = "never"
 
 
-class TestGraphsByDeviceMap(Mapped, keys={"graphs": "auto"}, variables={"GRAPHS_OR_ERROR": "1"}):
-    """A step that cannot be captured is an error."""
+class TestGraphsByDeviceMap(Mapped):
+    graphs = "auto"
 
 
-class TestGraphsThroughHostMemory(
-    Job, ranks=3, comm={"device_maps": "never"}, keys={"graphs": "auto"}, variables={"GRAPHS_OR_ERROR": "1"}
-):
-    """Likewise."""
+class TestGraphsThroughHostMemory(TestHostMemory):
+    graphs = "auto"
 
 
-class TestDelaysByDeviceMap(Job, variables={"RANDOM_DELAYS": "1"}):
+class TestDelaysByDeviceMap(Job):
     """Late work changes no number."""
 
+    variables = (("RANDOM_DELAYS", "1"),)
 
-class TestDelaysThroughHostMemory(
-    Job, ranks=3, comm={"device_maps": "never"}, variables={"RANDOM_DELAYS": "2"}
-):
-    """Likewise."""
+
+class TestDelaysThroughHostMemory(TestHostMemory):
+    """Late work changes no number."""
+
+    variables = (("RANDOM_DELAYS", "2"),)
 
 
 class TestCommandLine:
@@ -177,5 +171,9 @@ class TestCommandLine:
     not torch.cuda.is_available() or torch.cuda.nccl.version() < (2, 30),
     reason="NCCL before 2.30 refuses ranks that share a GPU",
 )
-class TestNccl(Job, ranks=3, comm={"averaging": "nccl"}, variables={SHARED_GPUS: "1"}):
+class TestNccl(Job):
     """Client ranks that share the GPU are averaged by NCCL, where it allows that."""
+
+    ranks = 3
+    averaging = "nccl"
+    variables = ((SHARED_GPUS, "1"),)
