@@ -70,6 +70,13 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(each)
 
 
+@contextmanager
+def bare() -> Iterator[None]:
+    """Operations that nobody is told of."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
+
+
 class Access:
     """One stream's last access to a block, of one kind: its number in the stream, and where it came from."""
 
@@ -274,7 +281,7 @@ class Capture:
         self.operations.append((func, args, kwargs, kept))
 
     def compute(self) -> None:
-        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        with bare():
             for func, args, kwargs, kept in self.operations:
                 for mine, new in zip(kept, tensors_of(func(*args, **kwargs)), strict=False):
                     if mine is not None:
@@ -313,9 +320,8 @@ class Graph:
         cuda = self._cuda
         with cuda.lock:
             capture = self._capture
-            if capture is None or capture.stream.capture is None:
-                raise RuntimeError("CUDA error: no capture is under way")
-            with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+            assert capture is not None
+            with bare():
                 capture.end()
             capture.stream.capture = cuda.thread.capture = None
             cuda.refuse_at("end")
