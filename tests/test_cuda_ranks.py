@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,53 +43,49 @@ def one_gpu() -> Iterator[None]:
 
 
 IN_BF16 = ("fsl_sage", "splitfed_v1")
-REQUESTING = ("fsl_sage", "splitfed_v1", "cse_fsl")
-NOTHING: Mapping[str, Any] = {}
-STAGED = {"device_maps": "never", "transports": ["uv"]}
-"""through host memory, over uv: other jobs take shm where there are many cores"""
-GRAPHS, OR_ERROR = {"graphs": "auto"}, {"GRAPHS_OR_ERROR": "1"}
-DELAYED = {"RANDOM_DELAYS": "1"}
-AVERAGED_BY_NCCL, ALLOWED = {"averaging": "nccl"}, {SHARED_GPUS: "1"}
+IN_HASTE: tuple[str, ...] = ("fsl_sage", "splitfed_v1", "cse_fsl")
+"""of jobs with little time"""
 
 
 class Job:
-    """One job that trains with some algorithms, and is held to the numbers of a CPU."""
+    """One job that trains with some algorithms, and is held to the numbers of a CPU.
+
+    Attributes:
+        device_maps, averaging, transports: keys of `comm`.
+        variables: of the ranks.
+    """
 
     ranks = 2
-    algorithms: Sequence[str] = ALGORITHMS
-    comm: Mapping[str, Any] = NOTHING
-    """keys beside `comm.timeout_seconds`"""
-    keys: Mapping[str, Any] = NOTHING
-    """others"""
-    variables: Mapping[str, str] = NOTHING
-    """of the ranks"""
-    in_bf16: Sequence[str] = ()
-    """it trains with these at that precision too"""
+    algorithms = ALGORITHMS
+    device_maps = averaging = "auto"
+    transports: tuple[str, ...] | None = None
+    graphs = "never"
+    variables: tuple[tuple[str, str], ...] = ()
 
-    def trees(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """By name, what it trains."""
-        found = {name: tree(folder, name, **self.keys) for name in self.algorithms}
-        found |= {f"{name} bf16": tree(folder, name, precision="bf16") for name in self.in_bf16}
-        return {name: {**each, "comm": {**each["comm"], **self.comm}} for name, each in found.items()}
-
-    @pytest.fixture(scope="class")
-    def outcomes(
-        self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-    ) -> dict[str, Outcome]:
-        folder, job = tmp_path_factory.mktemp("job"), request.cls()
-        trees = job.trees(folder)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in job.variables.items():
-                patch.setenv(name, value)
-            outcomes = train_on_ranks(job.ranks, list(trees.values()), folder / "ranks", job_seconds())
-        return dict(zip(trees, outcomes, strict=True))
+    @classmethod
+    def trees(cls, folder: Path) -> dict[str, dict[str, Any]]:
+        comm = {"timeout_seconds": 60, "device_maps": cls.device_maps, "averaging": cls.averaging}
+        comm["transports"] = cls.transports and list(cls.transports)
+        return {name: tree(folder, name, graphs=cls.graphs, comm=comm) for name in cls.algorithms}
 
     @pytest.mark.parametrize("algorithm", ALGORITHMS)
     def test_its_numbers_are_those_of_a_cpu(self, algorithm: str, outcomes: dict[str, Outcome]) -> None:
         if algorithm not in self.algorithms:
-            pytest.skip("not one of this job's")
+            pytest.skip("no time")
         one_client_rank = self.ranks == 2  # it has nobody to average with
         assert_as_on_a_cpu(outcomes[algorithm], algorithm, bytes=one_client_rank)
+
+
+@pytest.fixture(scope="class")
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Outcomes of a class's job, by name of the tree."""
+    folder, job = tmp_path_factory.mktemp("job"), request.cls
+    trees = job.trees(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in job.variables:
+            patch.setenv(name, value)
+        found = train_on_ranks(job.ranks, list(trees.values()), folder / "ranks", job_seconds())
+    return dict(zip(trees, found, strict=True))
 
 
 class Mapped(Job):
@@ -107,7 +103,10 @@ class Mapped(Job):
 
 
 class TestDeviceMaps(Mapped):
-    in_bf16 = IN_BF16
+    @classmethod
+    def trees(cls, folder: Path) -> dict[str, dict[str, Any]]:
+        in_bf16 = {f"{name} bf16": tree(folder, name, precision="bf16") for name in IN_BF16}
+        return super().trees(folder) | in_bf16
 
     def test_device_seconds_stand_beside_the_hosts_phases(self, outcomes: dict[str, Outcome]) -> None:
         assert_device_seconds(outcomes["fsl_sage"])
@@ -125,44 +124,35 @@ class TestDeviceMaps(Mapped):
         assert kept == {torch.float32}
 
 
-class Staged(Job):
-    """Two client ranks, and requests' tensors through host memory."""
+class TestHostMemory(Job):
+    """Over uv: other jobs take shm where there are many cores."""
 
     ranks = 3
-    comm = STAGED
-
-
-class TestHostMemory(Staged):
-    """As it is."""
+    device_maps = "never"
+    transports = ("uv",)
 
 
 class TestGraphsByDeviceMap(Mapped):
-    """A step that cannot be captured is an error."""
-
-    keys = GRAPHS
-    variables = OR_ERROR
+    graphs = "auto"
 
 
-class TestGraphsThroughHostMemory(Staged):
-    """Likewise."""
-
-    keys = GRAPHS
-    variables = OR_ERROR
-    algorithms = REQUESTING
+class TestGraphsThroughHostMemory(TestHostMemory):
+    algorithms = IN_HASTE
+    graphs = "auto"
 
 
 class TestDelaysByDeviceMap(Job):
     """Late work changes no number."""
 
-    variables = DELAYED
-    algorithms = REQUESTING
+    algorithms = IN_HASTE
+    variables = (("RANDOM_DELAYS", "1"),)
 
 
-class TestDelaysThroughHostMemory(Staged):
-    """Likewise."""
+class TestDelaysThroughHostMemory(TestHostMemory):
+    """Late work changes no number."""
 
-    variables = DELAYED
-    algorithms = REQUESTING
+    algorithms = IN_HASTE
+    variables = (("RANDOM_DELAYS", "2"),)
 
 
 class TestCommandLine:
@@ -198,5 +188,5 @@ class TestNccl(Job):
     """Client ranks that share the GPU are averaged by NCCL, where it allows that."""
 
     ranks = 3
-    comm = AVERAGED_BY_NCCL
-    variables = ALLOWED
+    averaging = "nccl"
+    variables = ((SHARED_GPUS, "1"),)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fslsage_rpc.comm.local import LocalWorld
 from fslsage_rpc.config import Config
@@ -19,6 +18,7 @@ from fslsage_rpc.training.checkpoints import snapshot
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 from support.batch_norm_model import CUT
+from support.equality import assert_same_bits
 from support.rank_program import Outcome, train
 from support.stand_in_cuda import Cuda, Process, cuda
 from support.stand_in_rpc import train_on_threads
@@ -63,16 +63,6 @@ def on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return outcome
 
 
-def assert_same(a: Outcome, b: Outcome) -> None:
-    """The same weights, losses, alignments, drifts and bytes, to the last bit."""
-    assert a.tensors.keys() == b.tensors.keys()
-    for name, expected in a.tensors.items():
-        assert torch.equal(b.tensors[name], expected), name
-    for expected_line, line in zip(a.lines, b.lines, strict=True):
-        for key in ("train_loss", "test_loss", "alignment", "drift"):
-            assert line[key] == expected_line[key], key
-
-
 @pytest.mark.parametrize("graphs", ["never", "auto"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 class TestNoRace:
@@ -82,7 +72,7 @@ class TestNoRace:
         expected = on_a_cpu(algorithm)
         with cuda.inside(Process(cuda, "the process")):
             keys = config(tmp_path, algorithm, transport="local", graphs=graphs)
-            assert_same(expected, train(Experiment.prepare(keys), LocalWorld(keys)))
+            assert_same_bits(expected, train(Experiment.prepare(keys), LocalWorld(keys)))
         cuda.check()
         assert (cuda.replays > 2 * cuda.captures > 0) == (graphs == "auto")
 
@@ -99,7 +89,7 @@ class TestNoRace:
     ) -> None:
         expected = on_a_cpu(algorithm)
         keys = config(tmp_path, algorithm, graphs=graphs, comm={"device_maps": device_maps})
-        assert_same(expected, train_on_threads(cuda, keys, monkeypatch))
+        assert_same_bits(expected, train_on_threads(cuda, keys, monkeypatch))
         cuda.check()
         assert (cuda.replays > 2 * cuda.captures > 0) == (graphs == "auto")
 
@@ -141,7 +131,7 @@ def test_nor_where_a_run_is_gone_on_with(
     """Buffers that are not full yet grow in a lane's stream."""
     expected = on_a_cpu("fsl_sage")
     keys = config(tmp_path, "fsl_sage", graphs=graphs)
-    assert_same(expected, train_on_threads(cuda, keys, monkeypatch, training=train_in_two_parts))
+    assert_same_bits(expected, train_on_threads(cuda, keys, monkeypatch, training=train_in_two_parts))
     cuda.check()
 
 
@@ -155,7 +145,7 @@ def test_where_captures_fail_the_run_goes_on_without(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         keys = config(tmp_path, "splitfed_v1", graphs="auto")
-        assert_same(expected, train_on_threads(cuda, keys, monkeypatch))
+        assert_same_bits(expected, train_on_threads(cuda, keys, monkeypatch))
     said = {str(warning.message) for warning in caught if "graphs" in str(warning.message)}
     assert said == {"graphs: could not capture (CUDA error: operation not permitted): such steps run without"}
     cuda.check()

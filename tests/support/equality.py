@@ -41,6 +41,16 @@ def assert_same(a: Outcome, b: Outcome) -> None:
         assert by_rpc[0] == by_rpc[1]
 
 
+def assert_same_bits(a: Outcome, b: Outcome) -> None:
+    """The same weights, losses, alignments, drifts and bytes, to the last bit."""
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, expected in a.tensors.items():
+        assert torch.equal(b.tensors[name], expected), name
+    for expected_line, line in zip(a.lines, b.lines, strict=True):
+        for key in ("train_loss", "test_loss", "alignment", "drift", "wire_bytes"):
+            assert line[key] == expected_line[key], key
+
+
 def assert_identical(a: Run, b: Run) -> None:
     """Bit for bit: every party's state, the model, and the figures that are not seconds."""
     expected, found = everything(a), everything(b)

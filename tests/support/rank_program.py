@@ -124,11 +124,8 @@ def run_job(arguments: list[str], timeout: float) -> str:
 
 
 def train_and_save(configs: str, folder: str) -> None:
-    """One rank of a job; with the variable GRAPHS_OR_ERROR a step that cannot be captured is an error, and
-    RANDOM_DELAYS is the seed of delays.
-    """
-    if "GRAPHS_OR_ERROR" in os.environ:
-        warnings.filterwarnings("error", "graphs")
+    """One rank of a job: a step that cannot be captured is an error; RANDOM_DELAYS is the seed of delays."""
+    warnings.filterwarnings("error", "graphs")
     if "RANDOM_DELAYS" in os.environ:
         seed = int(os.environ["RANDOM_DELAYS"]) + int(os.environ["RANK"])
         Timeline.phase = delayed_phase(seed)  # type: ignore[method-assign]  # for as long as this rank lives

@@ -70,6 +70,13 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(each)
 
 
+@contextmanager
+def bare() -> Iterator[None]:
+    """Operations that nobody is told of."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        yield
+
+
 class Access:
     """One stream's last access to a block, of one kind: its number in the stream, and where it came from."""
 
@@ -210,7 +217,7 @@ class Stream:
 class Event:
     """A place in a stream; as a clock it reads 2 ms more each time."""
 
-    def __init__(self, cuda: "Cuda", **how: Any):
+    def __init__(self, cuda: "Cuda"):
         self.cuda = cuda
         self.done: Times = {}
         self.capture: Capture | None = None
@@ -274,7 +281,7 @@ class Capture:
         self.operations.append((func, args, kwargs, kept))
 
     def compute(self) -> None:
-        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+        with bare():
             for func, args, kwargs, kept in self.operations:
                 for mine, new in zip(kept, tensors_of(func(*args, **kwargs)), strict=False):
                     if mine is not None:
@@ -297,6 +304,8 @@ class Graph:
             stream, process = cuda.current_stream(), cuda.thread.process
             if stream is process.default:
                 raise RuntimeError("CUDA graphs must be captured on a non-default stream")
+            if capture_error_mode != "thread_local":
+                cuda.say(f"{cuda.where('capture_begin')} for all threads, but others go on")
             if any(other.capture for other in process.streams):
                 cuda.say(f"{cuda.where('capture_begin')} while another capture is under way")
             self._pool, self._process = pool or cuda.pool_handle(), process
@@ -311,9 +320,8 @@ class Graph:
         cuda = self._cuda
         with cuda.lock:
             capture = self._capture
-            if capture is None or capture.stream.capture is None:
-                raise RuntimeError("CUDA error: no capture is under way")
-            with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+            assert capture is not None
+            with bare():
                 capture.end()
             capture.stream.capture = cuda.thread.capture = None
             cuda.refuse_at("end")
@@ -426,13 +434,10 @@ class Cuda:
     # What torch.cuda has
 
     def event(self, **how: Any) -> Event:
-        return Event(self, **how)
+        return Event(self)
 
-    def stream(self, device: Any = None, priority: int = 0, **how: Any) -> Stream:
+    def stream(self, device: Any = None, priority: int = 0) -> Stream:
         return self.thread.process.stream(priority)
-
-    def graph(self, keep_graph: bool = False) -> Graph:
-        return Graph(self)
 
     def current_stream(self, device: Any = None) -> Stream:
         return self.thread.current
@@ -643,8 +648,8 @@ class Redirection(TorchFunctionMode):
             Tensor.device.__get__: self._device,  # type: ignore[attr-defined]
             Tensor.is_cuda.__get__: self._is_cuda,  # type: ignore[attr-defined]
             Tensor.to: self._to,
-            Tensor.cpu: lambda tensor, **how: self._to(tensor, "cpu", **how),
-            Tensor.pin_memory: lambda tensor, *device: tensor.clone(),
+            Tensor.cpu: lambda tensor: self._to(tensor, "cpu"),
+            Tensor.pin_memory: lambda tensor: tensor.clone(),
             Tensor.tolist: self._tolist,
             Tensor.numpy: self._numpy,
             Tensor.__deepcopy__: self._deepcopy,
@@ -682,8 +687,6 @@ class Redirection(TorchFunctionMode):
         return GPU if self._is_cuda(tensor) else tensor.device
 
     def _to(self, tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
-        if args and isinstance(args[0], Tensor):
-            args = self._device(args[0]), args[0].dtype, *args[1:]
         device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         dtype = dtype or tensor.dtype
         format = {} if memory_format is None else {"memory_format": memory_format}
@@ -695,10 +698,10 @@ class Redirection(TorchFunctionMode):
     def _tolist(self, tensor: Tensor) -> Any:
         return (self._to(tensor, "cpu") if self._is_cuda(tensor) else tensor).tolist()
 
-    def _numpy(self, tensor: Tensor, **how: Any) -> Any:
+    def _numpy(self, tensor: Tensor) -> Any:
         if self._is_cuda(tensor):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
-        return tensor.numpy(**how)
+        return tensor.numpy()
 
     def _deepcopy(self, tensor: Tensor, memo: Any) -> Any:
         assert not self._is_cuda(tensor), "the stand-in copies no tensor of the GPU that way"
@@ -709,46 +712,37 @@ class Redirection(TorchFunctionMode):
 
 
 class HostLock:
-    """A lock whose next holder knows what the last one did."""
+    """A condition's lock, whose next holder knows what the last one did."""
 
-    def __init__(self, cuda: Cuda, lock: Any):
-        self._cuda, self._lock = cuda, lock
+    def __init__(self, cuda: Cuda):
+        self._cuda = cuda
+        self._lock: Any = threading.RLock()
         self._host: Times = {}
 
-    def acquire(self, *how: Any, **more: Any) -> bool:
-        got: bool = self._lock.acquire(*how, **more)
-        if got:
-            self._cuda.know(self._host)
-        return got
+    def acquire(self) -> None:
+        self._lock.acquire()
+        self._cuda.know(self._host)
 
     def release(self) -> None:
         self._host = merged(self._host, self._cuda.thread.host.knows)
         self._lock.release()
 
-    def __enter__(self) -> bool:
-        return self.acquire()
+    def __enter__(self) -> None:
+        self.acquire()
 
     def __exit__(self, *raised: Any) -> None:
         self.release()
 
     def _release_save(self) -> Any:
         self._host = merged(self._host, self._cuda.thread.host.knows)
-        save = getattr(self._lock, "_release_save", None)
-        return save() if save else self._lock.release()
+        return self._lock._release_save()
 
     def _acquire_restore(self, state: Any) -> None:
-        restore = getattr(self._lock, "_acquire_restore", None)
-        _ = restore(state) if restore else self._lock.acquire()
+        self._lock._acquire_restore(state)
         self._cuda.know(self._host)
 
     def _is_owned(self) -> bool:
-        owned = getattr(self._lock, "_is_owned", None)
-        if owned:
-            return bool(owned())
-        if self._lock.acquire(False):
-            self._lock.release()
-            return False
-        return True
+        return bool(self._lock._is_owned())
 
 
 class HostQueue:
@@ -758,13 +752,11 @@ class HostQueue:
         self._cuda = cuda
         self._items: Any = _SimpleQueue()
 
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+    def put(self, item: Any) -> None:
         self._items.put((self._cuda.thread.host.knows, item))
 
-    put_nowait = put
-
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        host, item = self._items.get(block, timeout)
+    def get(self, block: bool = True) -> Any:
+        host, item = self._items.get(block)
         self._cuda.know(host)
         return item
 
@@ -773,9 +765,6 @@ class HostQueue:
 
     def empty(self) -> bool:
         return bool(self._items.empty())
-
-    def qsize(self) -> int:
-        return int(self._items.qsize())
 
 
 _SimpleQueue, _Condition, _start = queue.SimpleQueue, threading.Condition, threading.Thread.start
@@ -801,7 +790,7 @@ def install(patch: pytest.MonkeyPatch) -> Cuda:
     def condition(lock: Any = None) -> threading.Condition:
         """The package's own tell what its threads know; those of Python's thread pools would by chance."""
         ours = sys._getframe(1).f_code.co_filename.startswith(OURS)
-        return _Condition(HostLock(cuda, lock or threading.RLock()) if ours else lock)
+        return _Condition(HostLock(cuda) if ours else lock)  # type: ignore[arg-type]  # it has what is called
 
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
@@ -816,7 +805,7 @@ def install(patch: pytest.MonkeyPatch) -> Cuda:
         "Stream": cuda.stream,
         "Event": cuda.event,
         "synchronize": cuda.synchronize,
-        "CUDAGraph": cuda.graph,
+        "CUDAGraph": lambda: Graph(cuda),
         "graph_pool_handle": cuda.pool_handle,
         "is_current_stream_capturing": lambda: cuda.thread.capture is not None,
         "empty_cache": cuda.empty_cache,
@@ -850,3 +839,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     cuda = install(monkeypatch)
     yield cuda
     cuda.active = False
+
+
+@pytest.fixture
+def process(cuda: Cuda) -> Iterator[Process]:
+    """The test is a process on the GPU."""
+    with cuda.inside(Process(cuda, "one")) as process:
+        yield process

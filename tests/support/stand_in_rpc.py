@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fslsage_rpc.comm import rpc as production
 from fslsage_rpc.comm import rpc_link
@@ -30,7 +29,7 @@ from fslsage_rpc.comm.world import open_device
 from fslsage_rpc.config import Config
 from fslsage_rpc.training.experiment import Experiment
 from support.rank_program import Outcome, train
-from support.stand_in_cuda import Block, Cuda, HostQueue, Process, Stream, Times, merged
+from support.stand_in_cuda import Block, Cuda, HostQueue, Process, Stream, Times, bare, merged
 
 PATIENCE_SECONDS = 0.2
 """after which an answer comes at any rate"""
@@ -102,13 +101,6 @@ class Message:
             if blocks:
                 cuda.launch("receive", stream, (), blocks)
         return load(self._dumped, tensors)
-
-
-@contextmanager
-def bare() -> Iterator[None]:
-    """Operations that nobody is told of."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
-        yield
 
 
 class Inbox:
@@ -190,7 +182,6 @@ class Future:
         self._changed = threading.Condition()
         self._is_done = False
         self._value: Any = None
-        self._error: Exception | None = None
         self._event: Any = None
         self._blocks: list[Block] = []
         self._callbacks: list[Callable[[Future], None]] = []
@@ -207,13 +198,6 @@ class Future:
         if blocks:
             self._event = self._cuda.current_stream().record_event()
         self._blocks, self._value = blocks, value
-        self._complete()
-
-    def set_exception(self, error: Exception) -> None:
-        self._error = error
-        self._complete()
-
-    def _complete(self) -> None:
         with self._changed:
             assert not self._is_done
             self._is_done = True
@@ -243,8 +227,6 @@ class Future:
                     self._job.go_on()
         with self._changed:
             pass  # what was done before it was completed is known
-        if self._error:
-            raise self._error
         self._synchronise()
         return self._value
 
@@ -346,26 +328,18 @@ class Job:
     def _serve(self, func: Callable[..., Any], request: Message, caller: Process, future: Future) -> None:
         """On a thread of the server's."""
         with self.cuda.use(self.cuda.stream()):
-            try:
-                result = func(*request.receive())
-            except Exception as error:
-                self._answer(caller, partial(future.set_exception, error))
-                return
+            result = func(*request.receive())
             if isinstance(result, Future):
                 result.add_done_callback(lambda done: self._send(done.wait(), caller, future))
             else:
                 self._send(result, caller, future)
 
     def _send(self, value: Any, caller: Process, future: Future) -> None:
-        answer = Message(self.cuda, value, self.mapped)
-        self._answer(caller, lambda: future.set_result(answer.receive()))
-
-    def _answer(self, caller: Process, complete: Callable[[], None]) -> None:
-        inbox = self._inboxes[caller]
+        answer, inbox = Message(self.cuda, value, self.mapped), self._inboxes[caller]
 
         def hand_over() -> None:
             with self.cuda.use(self.cuda.stream()):
-                complete()
+                future.set_result(answer.receive())
             inbox.expect(-1)
 
         inbox.put(hand_over)
