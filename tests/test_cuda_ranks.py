@@ -43,7 +43,7 @@ def one_gpu() -> Iterator[None]:
 
 
 IN_BF16 = ("fsl_sage", "splitfed_v1")
-IN_HASTE: tuple[str, ...] = ("fsl_sage", "splitfed_v1", "cse_fsl")
+IN_HASTE = ("fsl_sage", "splitfed_v1", "cse_fsl")
 """of jobs with little time"""
 
 
@@ -56,7 +56,7 @@ class Job:
     """
 
     ranks = 2
-    algorithms = ALGORITHMS
+    algorithms: tuple[str, ...] = ALGORITHMS
     device_maps = averaging = "auto"
     transports: tuple[str, ...] | None = None
     graphs = "never"
