@@ -274,9 +274,9 @@ def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _report(error: InputError) -> None:
     """The one line, from rank 0; another rank speaks only of its own host, which rank 0 cannot know."""
-    rank = int(os.environ.get("RANK", 0))
+    rank, on_host = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     where = f" (on rank {rank}, host {platform.node()})" if rank else ""
-    if rank:
-        time.sleep(FIRST_WORD_SECONDS)  # if rank 0 has the same problem, its end ends this rank
+    if rank:  # if rank 0, or the first rank of another host, has the same problem, its end ends this rank
+        time.sleep(FIRST_WORD_SECONDS * (2 if 0 < on_host < rank else 1))
     if not rank or isinstance(error, HostError):
         print(f"fslsage_rpc: {error}{where}", file=sys.stderr, flush=True)

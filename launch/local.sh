@@ -93,8 +93,8 @@ while running "$main"; do
     sleep 0.5 || true
     if [ "$on_loss" = drop ] && [ "$stops" = 0 ]; then start_lost_again; fi
     if [ "${#asked[@]}" -gt 0 ] && ! running "${asked[@]}"; then
-        wait_for 5 "$main"
-        kill -TERM "$main" 2>/dev/null || true # it starts ranks again that died before they could obey
+        if [ "$stops" = 1 ]; then wait_for 5 "$main"; fi # ranks that have stopped let it end by itself
+        kill -TERM "$main" 2>/dev/null || true           # it starts ranks again that died before they could obey
         break
     fi
 done

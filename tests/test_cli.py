@@ -12,8 +12,9 @@ import torch
 import yaml
 
 import fslsage_rpc
-from fslsage_rpc import InputError
+from fslsage_rpc import InputError, cli
 from fslsage_rpc.comm.world import has_channel
+from fslsage_rpc.errors import FIRST_WORD_SECONDS, HostError
 from fslsage_rpc.training.experiment import check
 from support.commands import fslsage, said
 
@@ -261,3 +262,26 @@ def test_an_alignment_batch_of_one_sample_is_refused_where_there_is_batch_norm(t
     }
     with pytest.raises(InputError, match=r"algorithm\.alignment\.batch_size: got 49"):
         fslsage_rpc.train({**keys, "algorithm": {"alignment": {"batch_size": 49}}})
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "waits"),
+    [(0, 0, 0), (1, 1, 1), (2, 0, 1), (3, 1, 2)],
+    ids=["rank 0", "rank 1", "rank 2", "rank 3"],
+)
+def test_the_first_rank_of_a_host_is_the_one_that_speaks_of_it(
+    rank: int,
+    local_rank: int,
+    waits: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Others wait longer, for its end to end them."""
+    waited: list[float] = []
+    monkeypatch.setattr("fslsage_rpc.cli.time.sleep", waited.append)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    cli._report(HostError("comm.interface: got 'fast0'"))
+    assert sum(waited) == waits * FIRST_WORD_SECONDS
+    assert "comm.interface: got 'fast0'" in capsys.readouterr().err
