@@ -38,7 +38,10 @@ stop() { # asks the ranks, not torchrun, which would give them 30 seconds
     stops=$((stops + 1))
     if [ "$stops" -gt 2 ]; then kill -KILL "${started[@]}" "${asked[@]}" 2>/dev/null || true; fi
     asked=("${started[@]}")
-    if [ -z "$elastic" ]; then mapfile -t asked < <(pgrep -P "${started[0]}"); fi
+    if [ -z "$elastic" ]; then
+        mapfile -t asked < <(pgrep -P "${started[0]}")
+        if [ "$stops" = 2 ]; then kill -KILL "${started[0]}" 2>/dev/null || true; fi # it would start them again
+    fi
     kill -TERM "${asked[@]:-${started[0]}}" 2>/dev/null || true
 }
 trap stop TERM INT HUP
@@ -93,16 +96,16 @@ while running "$main"; do
     sleep 0.5 || true
     if [ "$on_loss" = drop ] && [ "$stops" = 0 ]; then start_lost_again; fi
     if [ "${#asked[@]}" -gt 0 ] && ! running "${asked[@]}"; then
-        if [ "$stops" = 1 ]; then wait_for 5 "$main"; fi # ranks that have stopped let it end by itself
-        kill -TERM "$main" 2>/dev/null || true           # it starts ranks again that died before they could obey
+        wait_for 5 "$main"
+        kill -TERM "$main" 2>/dev/null || true # it starts ranks again that died before they could obey
         break
     fi
 done
 while running "$main"; do wait "$main" || true; done # which a signal ends early
 status=0
 wait "$main" || status=$?
-wait_for 15 "${started[@]}" # the other ranks see that rank 0 has left
-kill -KILL "${started[@]}" 2>/dev/null || true
+wait_for 15 "${started[@]}" "${asked[@]}" # the other ranks see that rank 0 has left
+kill -KILL "${started[@]}" "${asked[@]}" 2>/dev/null || true
 wait_for 5 "${started[@]}" # it takes a moment to end a process
 if [ "$1" = train ] && [ -e "$folder/STOPPED" ]; then status=75; fi
 exit "$status"
