@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 
@@ -116,7 +116,9 @@ def streams() -> None:
             started = time.monotonic()
         distributed.destroy_process_group()
     assert values.eq(1).all()
-    note(fact=f"NCCL {version} of one: start and first sum {seconds[0]:.2f} s, second {seconds[1]:.4f} s")
+    note(
+        fact=f"NCCL {version}, group of one: start and all-reduce {seconds[0]:.2f} s, next {seconds[1]:.4f} s"
+    )
     assert between, "graphs need a priority between the lowest and the highest"
 
 
@@ -125,15 +127,20 @@ def echo(transport: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "echo", transport, f"{folder}/store"]
         peers = [subprocess.Popen([*command, peer]) for peer in PEERS]
-        try:
-            while any(peer.poll() is None for peer in peers) and not any(peer.poll() for peer in peers):
-                time.sleep(0.05)
-        finally:
-            for peer in peers:
-                peer.kill()
-        statuses = [peer.wait() for peer in peers]
+        statuses = statuses_of(peers)
     if any(statuses):
         sys.exit(f"echo over {transport}: exit statuses {statuses}")
+
+
+def statuses_of(peers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """The exit statuses of processes that need each other: once one has failed, the others are killed."""
+    try:
+        while any(peer.poll() is None for peer in peers) and not any(peer.poll() for peer in peers):
+            time.sleep(0.05)
+    finally:
+        for peer in peers:
+            peer.kill()
+    return [peer.wait() for peer in peers]
 
 
 def be_peer(transport: str, store: str, me: str) -> None:

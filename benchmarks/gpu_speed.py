@@ -22,11 +22,11 @@ import socket
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu_basics import statuses_of
 from step_floor import Arithmetic
 
 from fslsage_rpc.comm.local import LocalWorld
@@ -172,11 +172,7 @@ def start_ranks() -> None:
     job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environments = [{**os.environ, **job, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
     ranks = [subprocess.Popen([sys.executable, *sys.argv], env=environment) for environment in environments]
-    while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-        time.sleep(0.05)
-    for rank in ranks:
-        rank.kill()
-    sys.exit(max(abs(rank.wait()) for rank in ranks))
+    sys.exit(max(map(abs, statuses_of(ranks))))
 
 
 def main() -> None:
