@@ -31,7 +31,6 @@ from fslsage_rpc.comm.placement import (
     device_maps,
     fair_threads,
 )
-from fslsage_rpc.comm.priority import give_way, gives_way
 from fslsage_rpc.comm.roll_call import Presence, claim_failure, roll_call
 from fslsage_rpc.comm.rpc_link import (
     SERVER,
@@ -177,8 +176,6 @@ class RpcWorld(World):
         dist.all_gather_object(cores, (os.uname().nodename, usable_cores()))
         if "OMP_NUM_THREADS" not in os.environ:  # torchrun and our launchers set it; plain srun does not
             torch.set_num_threads(fair_threads(self.rank, cores))
-        if places[0].gpu is None and gives_way(self.rank, cores):
-            give_way()
         nccl = self._averaging == "nccl"
         self._averaging_group: Any = (
             dist.new_group(clients, timeout=FOREVER, backend="nccl") if nccl else self._clients
