@@ -181,7 +181,7 @@ def _assert_priority_stays() -> None:
 
 
 def _session_priority() -> str:
-    """What Linux weighs this process's session with, where it does."""
+    """The weight that Linux gives this process's session, where it does."""
     autogroup = Path("/proc/self/autogroup")
     return autogroup.read_text() if autogroup.exists() else ""
 
