@@ -36,6 +36,12 @@ PEAKS = Path(__file__).with_name("support") / "peak_program.py"
 GIB = 2**30
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks at what others do on this host for too short a time to see anything: tests may run beside it."""
+    monkeypatch.setattr("fslsage_rpc.check.run.WAIT_SECONDS", 0.0)
+
+
 # What a run will take
 
 

@@ -73,6 +73,8 @@ class Variant:
     paper_bytes: float | None
     bound_seconds: float | None
     efficiency: float | None
+    busy_samples: float | None
+    """those whose seconds others' work on the host has changed"""
     target: Target | None
 
 
@@ -249,6 +251,7 @@ def _read_variant(name: str, tree: Any) -> Variant:
         _number(tree, name, "paper_bytes"),
         _number(tree, name, "bound_seconds"),
         _number(tree, name, "efficiency"),
+        _number(tree, name, "busy_samples"),
         target,
     )
 

@@ -65,7 +65,8 @@ def bench_table(bench: Bench) -> Table:
             _quartiles(variant.round_seconds, show_seconds),
             _quartiles(variant.ratio_to_reference, "{:.3f}".format),
             _or_unknown(variant.bound_seconds, show_seconds),
-            _or_unknown(variant.efficiency, "{:.3f}".format),
+            _or_unknown(variant.efficiency, "{:.3f}".format)
+            + (" (busy host)" if variant.busy_samples else ""),
             _or_unknown(variant.wire_bytes, show_mib),
             _or_unknown(variant.paper_bytes, show_mib),
         ]
