@@ -9,18 +9,23 @@ is complete in `--runs` is not run again. Prints the measured part of docs/resul
 should run meanwhile.
 """
 
+import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fslsage_rpc.bench.table import table
 from fslsage_rpc.configuration import load
 from fslsage_rpc.measure.cores import usable_cores
-from fslsage_rpc.plan.calibration import Calibration
+from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.here import at_batch_size, calibrate_here
-from fslsage_rpc.plan.run import link_speed
+from fslsage_rpc.plan.run import link_speed, predictions
+from fslsage_rpc.report.figures import display_name
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "bench" / "latency.yaml"
@@ -58,7 +63,7 @@ class Case:
         ]
 
     def folder(self, runs: Path) -> Path:
-        """Of its benchmark."""
+        """Holds its benchmark."""
         return runs / f"{self.cut}-{self.clients}x{self.batch_size}{'-links' if self.links else ''}"
 
     def measure(self, runs: Path) -> None:
@@ -138,8 +143,8 @@ def page(all: Sequence[Comparison]) -> str:
         off = [one.measured / one.predicted[how] for one in all]
         wrong = sum(wrong_order(a, b, how) for a, b in itertools.combinations(all, 2) if a.case == b.case)
         said.append(
-            f"From {how}: measured / predicted is {min(off):.2f} to {max(off):.2f}; of the pairs of algorithms "
-            f"whose seconds differ by more than 10 %, {wrong} are predicted in the wrong order."
+            f"From {how}: measured / predicted is {min(off):.2f} to {max(off):.2f}; {wrong} pairs of algorithms "
+            "whose seconds differ by more than 10 % are predicted in the wrong order."
         )
     return "\n\n".join([table(headers, rows), *said])
 

@@ -58,7 +58,7 @@ def at_batch_size(measured: Calibration, config: Config) -> Calibration:
 
 
 def _ratio(costs: Mapping[str, Costs], to: Mapping[str, Costs], name: str, key: str) -> float:
-    """Of a cost of one algorithm; 1 where there is none to compare."""
+    """How much larger a cost of one algorithm is; 1 where there is none to compare."""
     if name not in costs or name not in to or not getattr(to[name], key):
         return 1.0
     return float(getattr(costs[name], key) / getattr(to[name], key))
