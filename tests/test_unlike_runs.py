@@ -8,7 +8,7 @@ from fslsage_rpc.cli import main
 from support.report_folders import write_bench, write_run
 
 pytest.importorskip("matplotlib")
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from fslsage_rpc.report import comparison, tables
@@ -31,7 +31,7 @@ def unlike(folder: Path, number: int, *, finished: bool = True) -> Path:
         finished=finished,
         rounds=30 + number,
         clients={"count": 4 + number, "batch_size": 16 + number, "participation": 1 - number / 100},
-        data={"alpha": 1.0 + number, "train_limit": 200 + number, "test_limit": 50 + number},
+        data={"alpha": 1.0 + number, "train_limit": 200 + number},
         algorithm={
             "upload_every": 1 + number,
             "align_every": 2 + number,
@@ -57,7 +57,7 @@ def test_runs_that_differ_in_many_keys_have_their_folders_names(tmp_path: Path) 
     runs = [unlike(tmp_path / "warm", 2), unlike(tmp_path / "cold", 1)]
     series = series_of(*runs, unlike(tmp_path / last, 3, finished=False))
     labels = [one.label for one in series]
-    assert labels == ["warm", "cold", "a-long-name-of…id-not-end-b, unfinished"]
+    assert labels == ["warm", "cold", "a-long-name-of…did-not-end-b, unfinished"]
     assert max(map(len, labels)) == 40
     table = tables.settings_table(series)
     assert table is not None
@@ -152,7 +152,6 @@ def test_seeds_with_unlike_labels_are_several_curves(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"{seed}", [0.5], seed=seed) for seed in range(3)]
     series = series_of(*folders, labels=("b", "a", "b"))
     assert [(one.label, len(one.runs)) for one in series] == [("b", 2), ("a", 1)]
-    assert len({look.color for look in comparison._looks(series).values()}) == 2
 
 
 REFUSALS = {
@@ -194,11 +193,10 @@ def test_curves_and_bars_of_a_run_have_one_colour(tmp_path: Path, monkeypatch: p
     series = series_of(*(unlike(tmp_path / f"{number}", number) for number in range(3)))
     comparison.compose(series, [])
     handles = figures[0].legends[0].legend_handles
-    curves = [handle.get_color() for handle in handles]  # type: ignore[union-attr]  # lines have one
+    curves = [handle.get_color().lower() for handle in handles]
     assert len(set(curves)) == 3
     bars = next(figure for figure in figures if "per round" in figure.axes[0].get_xlabel())
-    faces = [patch.get_facecolor() for patch in bars.axes[0].patches[::5]]
-    assert [tuple(face) for face in faces] == [to_rgba(color) for color in curves]
+    assert [to_hex(patch.get_facecolor()) for patch in bars.axes[0].patches[::5]] == curves
 
 
 def test_the_legend_of_14_unlike_runs_is_less_than_a_third(tmp_path: Path) -> None:
