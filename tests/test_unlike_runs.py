@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fslsage_rpc.cli import main
+from fslsage_rpc.errors import InputError
 from support.report_folders import write_bench, write_run
 
 pytest.importorskip("matplotlib")
@@ -152,6 +153,13 @@ def test_seeds_with_unlike_labels_are_several_curves(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / f"{seed}", [0.5], seed=seed) for seed in range(3)]
     series = series_of(*folders, labels=("b", "a", "b"))
     assert [(one.label, len(one.runs)) for one in series] == [("b", 2), ("a", 1)]
+
+
+def test_a_folder_that_is_named_twice_has_one_label(tmp_path: Path) -> None:
+    run = unlike(tmp_path / "run", 0)
+    assert labels_of(run, run, labels=("a", "a")) == ["a"]
+    with pytest.raises(InputError, match="--label: got more than one for"):
+        labels_of(run, run, labels=("a", "b"))
 
 
 REFUSALS = {

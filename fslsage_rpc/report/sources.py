@@ -100,7 +100,7 @@ def read(paths: Sequence[str], labels: Sequence[str] = ()) -> tuple[list[Run], l
 
     Raises:
         InputError: a folder is missing, is neither of a run nor of a bench, or what it holds is damaged;
-            there are not as many labels as paths, or one is empty.
+            there are not as many labels as paths, one is empty, or a folder has several.
     """
     if labels and len(labels) != len(paths):
         raise InputError(
@@ -115,11 +115,11 @@ def read(paths: Sequence[str], labels: Sequence[str] = ()) -> tuple[list[Run], l
         try:
             names = {file.name for file in folder.iterdir()}
             folders.setdefault(folder.resolve(), folder)
-            if labels:
-                labelled.setdefault(folder.resolve(), labels[number])
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "a loop of links"
             raise InputError(f"RUN: got {path!r}, which cannot be read ({reason}); {EXPECTED}") from None
+        if labels and labelled.setdefault(folder.resolve(), labels[number]) != labels[number]:
+            raise InputError(f"--label: got more than one for {path}, expected the same wherever it is named")
         if not names & {"config.yaml", "bench.json"}:
             raise InputError(f"RUN: got {path!r}, which has neither config.yaml nor bench.json; {EXPECTED}")
     runs: list[Run] = []
