@@ -211,7 +211,7 @@ def test_reports_import_nothing_and_put_the_users_own_last(tmp_path: Path) -> No
 
 def test_algorithms_of_the_users_own_look_the_same_in_all_figures() -> None:
     figures = pytest.importorskip("fslsage_rpc.report.figures")
-    looks = {name: figures.curve_of(name, name, 0, True, []) for name in ("fedavg", "a:A", "a:B", "b:A")}
+    looks = {name: figures.look_of(name) for name in ("fedavg", "a:A", "a:B", "b:A")}
     assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
     assert looks["a:A"].color == figures.color_of("a:A")
     assert looks["a:A"].color not in {color for _, color in figures.ALGORITHMS.values()}
