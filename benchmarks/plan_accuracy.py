@@ -143,7 +143,7 @@ def page(all: Sequence[Comparison]) -> str:
         off = [one.measured / one.predicted[how] for one in all]
         wrong = sum(wrong_order(a, b, how) for a, b in itertools.combinations(all, 2) if a.case == b.case)
         said.append(
-            f"From {how}: measured / predicted is {min(off):.2f} to {max(off):.2f}; of the pairs of algorithms "
+            f"From {how}: measured / predicted is {min(off):.2f} to {max(off):.2f}. Of pairs of algorithms "
             f"that are more than 10 % apart, {wrong} are predicted in the wrong order."
         )
     return "\n\n".join([table(headers, rows), *said])
