@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
+from fslsage_rpc.tasks.hashes import sample_hashes
 
 GIB = 2**30
 
@@ -177,6 +179,17 @@ class Experiment:
             split=split,
             warnings=_check_draws(task, split, algorithm),
         )
+
+    @cached_property
+    def training_hashes(self) -> dict[str, Any]:
+        """`sample_hashes` of all training samples; first asked for while they are here."""
+        assert self.train is not None
+        return sample_hashes(self.train)
+
+    @cached_property
+    def test_hashes(self) -> dict[str, Any]:
+        """`sample_hashes` of the test samples."""
+        return sample_hashes(self.task.load(train=False))
 
     def client_model(self) -> nn.Module:
         """What a client holds: its half of the model, or all of it."""
