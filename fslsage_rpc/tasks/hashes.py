@@ -42,5 +42,5 @@ def _hash(*tensors: Tensor) -> str:
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         chosen = tensor[:: max(1, -(-tensor.nbytes // HASHED_BYTES))]
-        digest.update(memoryview(chosen.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(chosen.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
