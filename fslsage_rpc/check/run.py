@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from fslsage_rpc.check.findings import Findings, Rank, Run
@@ -26,6 +27,7 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys
+from fslsage_rpc.training.run_folder import check_place
 
 
 def examine(config: Config, configured: bool) -> Findings | None:
@@ -42,6 +44,9 @@ def examine(config: Config, configured: bool) -> Findings | None:
     """
     experiment = None
     if configured:
+        if is_first_rank(config):
+            with suppress(OSError):  # a problem of the disk, which is said below
+                check_place(Path(config.output) / config.name)
         check(config, job_ranks(config))
         experiment = Experiment.prepare(config)  # as training does, so that memory is what it is there
     for warning in [*unreachable(config), *risky(config)]:
