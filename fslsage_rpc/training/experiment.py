@@ -146,7 +146,7 @@ class Experiment:
         task = open_task(config)
         train = task.load(train=True)
         clients = config.clients
-        _check_labels(task, train)
+        _check_labels(config.data.name, task, train)
         parts = partitions.partition(config.data, train.labels.numpy(), clients.count, config.seed)
         federation = Federation(
             [len(part) for part in parts],
@@ -232,12 +232,12 @@ def _check_draws(task: Task, split: SplitModel, algorithm: Algorithm) -> list[st
     )
 
 
-def _check_labels(task: Task, train: Samples) -> None:
+def _check_labels(name: str, task: Task, train: Samples) -> None:
     """Labels count histograms and classes: one too large is not for the model to answer for."""
     least, most = int(train.labels.min()), int(train.labels.max())
     if least < 0 or most >= task.groups:
         raise InputError(
-            f"data.name: got {task.config.data.name!r}, which gives training labels {least} to {most}, "
+            f"data.name: got {name!r}, which gives training labels {least} to {most}, "
             f"expected 0 to {task.groups - 1}"
         )
 
