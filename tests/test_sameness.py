@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -229,17 +230,30 @@ def test_shares_of_ranks_that_know_other_clients_end_the_run(experiment: Experim
 
 # On ranks
 
+WRONG = f"rank 2 (host {HOST}): data.name: got 197 training samples, expected 200 as on rank 0"
+BENCH = {"rounds": 3, "bench": {"variants": {"a": ["algorithm.name=fedavg"]}, "reference": "a"}}
+
+
+def with_an_odd_rank(command: str, keys: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+    """A command on three ranks, of which the last has fewer samples."""
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree(folder, OWN, keys, transport="rpc", ranks=3)))
+    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    return fslsage(command, folder / "run.yaml", ODD_RANK="2", PYTHONPATH=path, COLUMNS="300")
+
 
 @pytest.mark.gate
-@pytest.mark.parametrize("command", ["train", "bench"])
-def test_ranks_with_other_samples_end_with_one_line(command: str, tmp_path: Path) -> None:
-    keys = tree(tmp_path, OWN, transport="rpc", ranks=3)
-    if command == "bench":
-        keys |= {"bench": {"variants": {"a": ["algorithm.name=fedavg"]}, "reference": "a"}, "rounds": 3}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(keys))
-    path = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    done = fslsage(command, tmp_path / "run.yaml", ODD_RANK="2", PYTHONPATH=path)
+@pytest.mark.parametrize(("command", "keys"), [("train", {}), ("bench", BENCH)])
+def test_ranks_with_other_samples_end_with_one_line(
+    command: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    done = with_an_odd_rank(command, keys, tmp_path)
     assert done.returncode == 2, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("fslsage_rpc: ")]
-    wrong = f"rank 2 (host {HOST}): data.name: got 197 training samples, expected 200 as on rank 0"
-    assert said == [f"fslsage_rpc: {wrong}"]
+    assert said == [f"fslsage_rpc: {WRONG}"]
+
+
+@pytest.mark.gate
+def test_check_warns_of_them(tmp_path: Path) -> None:
+    done = with_an_odd_rank("check", {}, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert WRONG in done.stdout

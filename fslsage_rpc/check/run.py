@@ -28,6 +28,7 @@ from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys
 from fslsage_rpc.training.run_folder import check_place
+from fslsage_rpc.training.sameness import wrong_ranks
 
 
 def examine(config: Config, configured: bool) -> Findings | None:
@@ -71,11 +72,12 @@ def _examine(config: Config, experiment: Experiment | None, world: World) -> Fin
         rank = Rank(machine, disk, seen, memory, estimate.training_data_bytes())
         run = Run.of(experiment, estimate)
     links, averaging = measure_links(world), measure_averaging(world)
+    wrong = wrong_ranks(experiment, world) if experiment else {}
     ranks = world.gather(rank)
     if ranks is None:
         return None
     unused = unused_keys(config.algorithm, experiment.algorithm.uses) if experiment else []
-    warnings = experiment.warnings if experiment else []
+    warnings = [*experiment.warnings, *wrong.values()] if experiment else []
     return Findings(config, ranks, world.describe(), links, averaging, run, unused, warnings)
 
 
