@@ -7,6 +7,7 @@ import platform
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from fslsage_rpc.check.findings import Findings, Rank, Run
@@ -28,6 +29,8 @@ from fslsage_rpc.measure.cores import CoreTimes
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys
+from fslsage_rpc.training.run_folder import check_place
+from fslsage_rpc.training.sameness import wrong_ranks
 
 WAIT_SECONDS = 0.5
 
@@ -46,6 +49,9 @@ def examine(config: Config, configured: bool) -> Findings | None:
     """
     experiment = None
     if configured:
+        if is_first_rank(config):
+            with suppress(OSError):  # a problem of the disk, which is said below
+                check_place(Path(config.output) / config.name)
         check(config, job_ranks(config))
         experiment = Experiment.prepare(config)  # as training does, so that memory is what it is there
     for warning in [*unreachable(config), *risky(config)]:
@@ -70,11 +76,12 @@ def _examine(config: Config, experiment: Experiment | None, world: World) -> Fin
         rank = Rank(machine, disk, seen, memory, estimate.training_data_bytes(), idle)
         run = Run.of(experiment, estimate)
     links, averaging = measure_links(world), measure_averaging(world)
+    wrong = wrong_ranks(experiment, world) if experiment else {}
     ranks = world.gather(rank)
     if ranks is None:
         return None
     unused = unused_keys(config.algorithm, experiment.algorithm.uses) if experiment else []
-    warnings = experiment.warnings if experiment else []
+    warnings = [*experiment.warnings, *wrong.values()] if experiment else []
     return Findings(config, ranks, world.describe(), links, averaging, run, unused, warnings)
 
 

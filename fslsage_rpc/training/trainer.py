@@ -18,6 +18,7 @@ from fslsage_rpc.measure.progress import Progress
 from fslsage_rpc.measure.requests import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
+from fslsage_rpc.models.flat import check_shares
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.tasks import Batches, Score
@@ -238,10 +239,13 @@ class Trainer:
             requests=self._log.take(),
             spans=self._tracer.take() if self._tracer else [],
         )
-        gathered = self.world.gather((report, stop_requested))
+        shares = self.experiment.federation.shares(round)
+        share = sum(share for client, share in shares.items() if client in self.clients)
+        gathered = self.world.gather((report, stop_requested, share))
         stops = False
         if self.server and gathered:
-            reports, requests = zip(*gathered, strict=True)
+            reports, requests, shares_by_rank = zip(*gathered, strict=True)
+            check_shares(shares_by_rank)  # each rank knows its own clients' alone
             score = self._evaluate(self.server) if evaluated else None
             server = self.server.report(round_seconds(reports))
             for each in reports:
