@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from fslsage_rpc.bench.run import check_folder, checked_variants
+from fslsage_rpc.bench.run import checked_variants, open_folder
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
 from fslsage_rpc.errors import InputError
@@ -66,9 +66,11 @@ def describe(arguments: Sequence[str]) -> str:
     if command == "bench":
         checked_variants(config, ranks)
         with writing(config.output, folder):
-            check_folder(folder)
+            open_folder(folder).release()
     else:
-        prepare(config, ranks, warn=(lambda line: None) if command == "train" else None)  # rank 0 shows it
+        warn = (lambda line: None) if command == "train" else None  # rank 0 shows it
+        if run_folder := prepare(config, ranks, warn)[1]:
+            run_folder.release()
     found = {
         "folder": folder,
         "ranks": ranks,

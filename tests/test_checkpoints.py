@@ -434,7 +434,8 @@ def test_no_damage_to_a_manifest_is_more_than_a_warning(halves: dict[str, Run], 
         for place in drawn.integers(len(data), size=drawn.integers(1, 4)):
             data[place] = drawn.integers(256)
         path.write_bytes(data[: drawn.integers(len(data) // 2, 2 * len(data))])
-        found = RunFolder(from_tree(tree(tmp_path, name=folder.name)), lambda message: None)
+        with RunFolder(from_tree(tree(tmp_path, name=folder.name)), lambda message: None) as found:
+            pass
         assert found.manifest is not None
         assert found.manifest.rounds == 2 or json.loads(path.read_bytes()) == json.loads(sound)
 
@@ -463,7 +464,8 @@ def test_what_may_differ_and_what_may_not(key: str, halves: dict[str, Run], tmp_
     if key == "output":
         folder.parent.rename(config.output)
     if key.split(".")[0] in FREE:
-        assert len(RunFolder(config, warn=pytest.fail).lines) == 3
+        with RunFolder(config, warn=pytest.fail) as found:
+            assert len(found.lines) == 3
         return
     message = mistake(RunFolder, config, pytest.fail)
     named, _, rest = message.partition(": got ")

@@ -39,12 +39,13 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
         Stopped: on request, before its end.
     """
     warn = screen.warn if is_first_rank(config) else None
-    experiment, folder = prepare(config, job_ranks(config), warn)
     links = emulated_links()
+    experiment, folder = prepare(config, job_ranks(config), warn)
     world = open_world(config)
     with (
-        stop or nullcontext()
-    ):  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
+        folder or nullcontext(),
+        stop or nullcontext(),  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
+    ):
         try:
             stopped = None
             with (
@@ -69,14 +70,22 @@ def prepare(
         ranks: of the job.
         warn: shows one line; None on ranks that do not have the folder.
 
+    Returns:
+        The experiment, and the folder, for the caller to release.
+
     Raises:
         InputError: the configuration cannot run here, or not in this folder.
     """
     check(config, ranks)
     folder = RunFolder(config, warn) if warn else None
-    experiment = Experiment.prepare(config)
-    if folder:
-        folder.check_partition(experiment.partition_summary)
+    try:
+        experiment = Experiment.prepare(config)
+        if folder:
+            folder.check_partition(experiment.partition_summary)
+    except BaseException:
+        if folder:
+            folder.release()
+        raise
     return experiment, folder
 
 
