@@ -214,7 +214,7 @@ def test_a_refused_run_leaves_the_folder_to_others(tmp_path: Path) -> None:
 
 @contextmanager
 def started(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """A run by its own ranks, or in one process; none of it outlives the test. Its last override is its own."""
+    """A run that no other shares its last override with; nothing of it outlives the test."""
     with (folder / "said").open("w") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", "fslsage_rpc", "train", write(folder), *overrides],
@@ -243,9 +243,9 @@ def wait_until(condition: Callable[[], object]) -> None:
 )
 def test_a_second_start_is_refused_and_one_after_a_kill_goes_on(transport: str, tmp_path: Path) -> None:
     folder, how = tmp_path / "run", f"transport={transport}"
-    with started(tmp_path, how, "rounds=100000") as first:
+    with started(tmp_path, how, "rounds=90000") as first:
         wait_until(lambda: len(lines(folder)) >= 2)
-        with started(tmp_path, how, "resume=never", "rounds=100001") as second:
+        with started(tmp_path, how, "resume=never", "rounds=90001") as second:
             _, errors = second.communicate(timeout=90)
         assert second.returncode == 2
         assert errors.startswith("fslsage_rpc: name: got 'run', where another run is writing to ")
@@ -255,7 +255,7 @@ def test_a_second_start_is_refused_and_one_after_a_kill_goes_on(transport: str, 
         so_far = len(lines(folder))
         wait_until(lambda: len(lines(folder)) > so_far)  # the first goes on
         first.kill()  # its ranks end by themselves, which takes a moment
-        with started(tmp_path, how, "rounds=100002") as again:
+        with started(tmp_path, how, "rounds=90002") as again:
             wait_until(lambda: len(lines(folder)) > so_far + 2)
             again.terminate()
             _, errors = again.communicate(timeout=90)

@@ -22,6 +22,7 @@ from fslsage_rpc.training.run_folder import (
     rank_environment,
     versions,
 )
+from fslsage_rpc.training.state_sizes import StateSizes
 from fslsage_rpc.training.trainer import Trainer
 
 
@@ -130,6 +131,8 @@ def _train(
             screen.warn(f"algorithm.{key} is not used by {config.algorithm.name}")
         for warning in experiment.warnings:
             screen.warn(warning)
+        if config.checkpoint.every is not None:
+            screen.show_checkpoint_size(StateSizes(experiment).checkpoint(), config.checkpoint.every)
 
     def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
         if folder:
