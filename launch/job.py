@@ -7,7 +7,8 @@ prints
     folder=runs/quickstart   the run folder
     ranks=3                  how many ranks: as `ranks=` on the command line says, else one for each GPU here
                              (without GPUs: each core but one) to host clients, and one for the server; never
-                             more hosts than clients; 1 with `transport: local`
+                             more hosts than clients, and with `clients.on_loss: drop` two at least; 1 with
+                             `transport: local`
     on_loss=fail             the key clients.on_loss
     free_port=43021          a TCP port of this machine that nobody listens on
 
@@ -81,8 +82,12 @@ def describe(arguments: Sequence[str]) -> str:
 
 
 def suitable_ranks(config: Config, gpus: int, cores: int) -> int:
-    """One rank for each GPU, or core, to host clients, and one for the server, which needs a core too."""
-    hosts = gpus or max(cores - 1, 1)
+    """One rank for each GPU, or core, to host clients, and one for the server, which needs a core too.
+
+    Where clients may be lost there are two hosts at least: the loss of the only one would end the run.
+    """
+    least = 2 if config.clients.on_loss == "drop" else 1
+    hosts = max(gpus or cores - 1, least)
     return min(hosts, config.clients.count) + 1
 
 
