@@ -72,7 +72,7 @@ class Holder:
             return None
 
     def written(self) -> bytes:
-        """What `read` reads."""
+        """The text that `read` reads."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
     def on_host_of(self, other: "Holder") -> bool:
@@ -95,8 +95,8 @@ class Holder:
 class FolderLock:
     """The right to write to a folder, from its construction until it is released or the process ends.
 
-    A context, which releases it. While another process has it this waits: for a holder that lives, as long as
-    one that ends may take; longer for an earlier attempt of the same job, and for a silent one.
+    A context, which releases it. A holder that lives is waited for as long as one that ends may take. An
+    earlier attempt of the same job is waited for longer, and so is a silent holder.
 
     Raises:
         InputError: another process holds it.
@@ -119,7 +119,7 @@ class FolderLock:
         self.release()
 
     def check(self) -> None:
-        """See that the file still names this process.
+        """Look whether the file still names this process.
 
         Raises:
             InputError: another one has taken the folder, as this one was silent for long.

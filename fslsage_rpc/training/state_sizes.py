@@ -37,21 +37,21 @@ class StateSizes:
 
     @property
     def client_moments(self) -> int:
-        """Of one client's optimizers."""
+        """The state of one client's optimizers."""
         keys = self._config.optimizer
         auxiliary = MOMENTS[keys.auxiliary.name] * self.auxiliary if self.clients_train_auxiliary else 0
         return MOMENTS[keys.client.name] * self.model + auxiliary
 
     @property
     def server_moments(self) -> int:
-        """Of all optimizers of the server."""
+        """The states of all optimizers of the server."""
         keys = self._config.optimizer
         lanes = self.lanes * MOMENTS[keys.server.name] * self._server
         return lanes + self.fits * MOMENTS[keys.auxiliary.name] * self.auxiliary
 
     @property
     def buffers(self) -> int:
-        """Of all alignment buffers."""
+        """The samples in all alignment buffers."""
         return sum(map(self.buffered, range(self.fits))) * self._sample
 
     def buffered(self, client: int) -> int:
