@@ -13,7 +13,10 @@ from support.rank_program import Outcome
 from support.run_folders import everything, lines
 from support.small_run import ROUNDS
 
-SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
+SECONDS = (
+    *("round_seconds", "elapsed_seconds", "evaluation_seconds", "cpu_seconds", "host_busy"),
+    *("phases", "requests"),
+)
 OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
 
 
