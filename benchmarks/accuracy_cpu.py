@@ -196,7 +196,7 @@ def figures(results: Results, out: Path) -> None:
         return line["test_accuracy"]
 
     def round(line: dict[str, Any]) -> float:
-        return line["round"] + 1
+        return line["round"]
 
     for partition, title in PARTITIONS.items():
         curves = [curve_of(display_name(a), a, 0, True, runs(a, partition)) for a in ALGORITHMS]

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree, load
-from fslsage_rpc.errors import FIRST_WORD_SECONDS, HostError, InputError
+from fslsage_rpc.errors import FIRST_WORD_SECONDS, Diverged, HostError, InputError
 from fslsage_rpc.stopping import (
     INTERRUPTED,
     NOBODY_READS,
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Stopped as stopped:
         return (0 if under_torchrun() else STOPPED) if stopped.resumable else 1
+    except Diverged:  # the screen has said so
+        return 1
     except BrokenPipeError:  # as in `fslsage train CONFIG | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes
         return NOBODY_READS

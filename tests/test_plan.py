@@ -220,7 +220,7 @@ def test_costs_are_per_sample_and_request() -> None:
     buffered = sum(scenario.round(2).aligned.values())
     size = scenario.sizes.smashed + 8
     line = {
-        "round": 2,
+        "round": 3,
         "phases": {
             "client": {"data": 1.0, "forward_backward": 2.0, "estimate": 3.0, "other": 0.5, "averaging": 0.0}
         },

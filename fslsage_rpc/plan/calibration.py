@@ -19,6 +19,7 @@ from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.prediction import simulation_of
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.tasks import open_task
+from fslsage_rpc.training.round_numbers import from_one
 
 APPROXIMATIONS = 20
 LARGEST = 1e18
@@ -126,10 +127,10 @@ def _measured_lines(folder: Path, name: str, config: Config, scenario: Scenario)
     lines: list[Line] = []
     for repeat in range(config.bench.repeats):
         text = (folder / "rounds" / f"{name}-{repeat}.jsonl").read_text(encoding="utf-8")
-        measured = [json.loads(line) for line in text.splitlines()]
+        measured = from_one([json.loads(line) for line in text.splitlines()])
         for line in measured:  # differences of clocks may be below 0
             _check_figures([line["phases"], line["requests"]], least=-LARGEST)
-        if [line["round"] for line in measured] != list(range(scenario.config.rounds)):
+        if [line["round"] for line in measured] != list(range(1, scenario.config.rounds + 1)):
             raise ValueError("rounds are missing")
         run = BenchRun(name, repeat, scenario.algorithm.interval, measured)
         lines += [run.lines[round] for rounds in run.samples(config.bench.warmup_rounds) for round in rounds]

@@ -34,7 +34,7 @@ class Costs:
 
 def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:
     """The costs of an algorithm from rounds that were measured in this scenario."""
-    pairs = [(line, scenario.round(line["round"])) for line in lines]
+    pairs = [(line, scenario.round(line["round"] - 1)) for line in lines]
     client = sum(_client_seconds(line) for line, _ in pairs)
     samples = sum(planned.samples for _, planned in pairs)
     uploaded = sum(_requests(line, "up_bytes") for line, _ in pairs) / scenario.sample_bytes

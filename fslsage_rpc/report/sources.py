@@ -12,6 +12,7 @@ from fslsage_rpc.bench.table import COMPUTE, WAIT
 from fslsage_rpc.comm.ledger import OFF_THE_CLOCK
 from fslsage_rpc.configuration import load, to_tree
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.training.round_numbers import from_one
 
 Tree = dict[str, Any]
 Line = dict[str, Any]
@@ -37,6 +38,11 @@ class Run:
     environment: Tree
     lines: list[Line]
     summary: Tree | None
+
+    @property
+    def diverged(self) -> int | None:
+        """The first round with a loss or a weight that is not finite."""
+        return next((line["round"] for line in self.lines if line.get("diverged")), None)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class Variant:
     bound_seconds: float | None
     efficiency: float | None
     target: Target | None
+    diverged: float | None = None
+    """the first round in which it did"""
 
 
 @dataclass(frozen=True)
@@ -175,7 +183,7 @@ def _read_lines(path: Path) -> list[Line]:
         lines.append({**line, "wire_bytes_total": wire_bytes})
     if not lines:
         raise InputError(f"RUN: got {str(path.parent)!r}, which has no finished round; expected one or more")
-    return lines
+    return from_one(lines)
 
 
 def _is_round(line: Any) -> bool:
@@ -188,6 +196,7 @@ def _is_round(line: Any) -> bool:
         and _are_numbers(line.get("wire_bytes"))
         and _are_numbers(line["phases"].get("client"))
         and (accuracy is None or _is_number(accuracy))
+        and (line.get("train_loss") is None or _is_number(line["train_loss"]))
         and (drift is None or isinstance(drift, dict))
         and all(value is None or _is_number(value) for value in (drift or {}).values())
     )
@@ -250,6 +259,7 @@ def _read_variant(name: str, tree: Any) -> Variant:
         _number(tree, name, "bound_seconds"),
         _number(tree, name, "efficiency"),
         target,
+        _number(tree, name, "diverged"),
     )
 
 

@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from fslsage_rpc.training.checkpoint_files import (
     write_durably,
 )
 from fslsage_rpc.training.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
+from fslsage_rpc.training.records import is_scored
+from fslsage_rpc.training.round_numbers import summary_from_one
 from fslsage_rpc.version import __version__
 
 FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
@@ -62,6 +65,7 @@ class RunFolder:
         self.finished_summary: dict[str, Any] | None = None
         self.manifest: Manifest | None = None
         self._before: list[dict[str, Any]] | None = []  # until it is started, the lines to go on from
+        self._older = False  # do rounds count from 0 in what is there?
         self._config = to_tree(config)
         self._checkpoints = checkpoints_folder(config)
         self._metrics = MetricsFile(self.path / "metrics.jsonl")
@@ -111,9 +115,12 @@ class RunFolder:
             self._write("config.yaml", yaml.safe_dump(self._config, sort_keys=False))
             self._write("environment.json", _json(environment))
             self._write("partition.json", _json(partition))
-            if not going_on:
+            if self._older or not going_on:
                 shutil.rmtree(self.path / EVENTS, ignore_errors=True)
-        self._open_events(going_on.rounds if going_on else 0)
+        self._open_events(going_on.rounds + 1 if going_on else 1)
+        if self._older:
+            for line in self.rounds:
+                self._try(partial(self._tensorboard.add_round, line))
 
     def add_before(self, events: list[dict[str, Any]]) -> None:
         """Add lines of events before the first round; written as the folder is started."""
@@ -159,12 +166,12 @@ class RunFolder:
             InputError: the folder cannot be written to.
         """
         lines = self.lines
-        kept = [line for line in lines if "event" in line or line["round"] < rounds]
+        kept = [line for line in lines if "event" in line or line["round"] <= rounds]
         if len(kept) < len(lines):
             with self._writing():
                 self._metrics.begin(encoded(kept))
             self._try(self._tensorboard.close)
-            self._open_events(rounds)
+            self._open_events(rounds + 1)
 
     def _open_events(self, first_round: int) -> None:
         self._tensorboard = TensorBoard(self.path / EVENTS, first_round)
@@ -245,7 +252,7 @@ class RunFolder:
             summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        return summary if can_be_shown(summary) else None
+        return summary_from_one(summary) if can_be_shown(summary) else None
 
     def _find_checkpoint(self) -> None:
         """Take the newest sound checkpoint; damaged ones are named and left out.
@@ -263,8 +270,8 @@ class RunFolder:
                 continue
             self.manifest = manifest
             self._before = decoded(kept)
-            evaluated = self.rounds[-1]["test_accuracy"] is not None  # as a run's last round must be
-            least = manifest.rounds if evaluated else manifest.rounds + 1
+            self._older = encoded(self._before) != kept
+            least = manifest.rounds if is_scored(self.rounds[-1]) else manifest.rounds + 1
             if self._config["rounds"] < least:
                 raise InputError(
                     f"rounds: got {self._config['rounds']}, expected {least} or more, as the run in "
