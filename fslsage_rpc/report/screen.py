@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fslsage_rpc.config import Config
+from fslsage_rpc.errors import Diverged
 
 MIB = 2**20
 TABLE_WIDTH = 78
@@ -145,14 +146,10 @@ class Screen(ProgressScreen):
             soft_wrap=True,
         )
 
-    def show_diverged(self, round: int, checkpoint: Path | None) -> None:
+    def show_diverged(self, error: Diverged, checkpoint: Path | None) -> None:
         """The last line of a run that ends because it has diverged."""
         kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
-        self._console.print(
-            f"diverged in round {round} of {self._rounds}: a loss or a weight is not finite; {kept}",
-            soft_wrap=True,
-            markup=False,
-        )
+        self._console.print(f"{error}; {kept}", soft_wrap=True, markup=False)
 
     def show_stopped(self, checkpoint: Path | None) -> None:
         """The last line of a run that was stopped on request."""
@@ -202,7 +199,7 @@ def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) 
     if accuracy["last"] is None:
         add("test accuracy", "-")
     else:
-        add("test accuracy", f"{accuracy['last']:.4f}")
+        add(f"test accuracy{', finite rounds' if diverged else ''}", f"{accuracy['last']:.4f}")
         add(f"  best {accuracy['best']:.4f} in round {accuracy['best_round']}")
     table.add_section()
 

@@ -99,8 +99,8 @@ def _train(
     if finished:
         if folder:
             screen.show_finished(finished, folder.path)
-        diverged = finished.get("diverged") if config.stop.diverged else None
-        return Diverged(diverged) if diverged else None
+        round = finished.get("diverged")
+        return Diverged(round) if round and config.stop.diverged else None
     elastic = config.clients.on_loss == "drop" and config.transport == "rpc"
     checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder, elastic)
     trainer: Trainer | None = None
@@ -147,15 +147,18 @@ def _train(
         if stop:
             stop.obeyed()
         return _stopped(world, checkpoints, folder, screen)
+    diverged = Diverged(trainer.diverged) if trainer.diverged else None
     if folder:
         if trainer.trace:
             folder.add_trace(trainer.trace.text())
+        if diverged:
+            folder.mark_diverged(str(diverged))
         summary = trainer.recorder.summary(config.algorithm.name, experiment.algorithm.interval)
         folder.finish(summary, trainer.final_model())
         screen.show_summary(summary, folder.path)
-        if trainer.diverged:
-            screen.show_diverged(trainer.diverged, checkpoints.newest())
-    return Diverged(trainer.diverged) if trainer.diverged else None
+        if diverged:
+            screen.show_diverged(diverged, checkpoints.newest())
+    return diverged
 
 
 def _stopped(world: World, checkpoints: Checkpoints, folder: RunFolder | None, screen: Screen) -> Stopped:

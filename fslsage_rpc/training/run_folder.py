@@ -38,7 +38,8 @@ from fslsage_rpc.version import __version__
 FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
 """what may differ between a run and the run whose folder it finds"""
 STOPPED = "STOPPED"
-ENDINGS = (STOPPED, "summary.json", "model.pt", "trace.json", "links.json")
+DIVERGED = "DIVERGED"
+ENDINGS = (STOPPED, DIVERGED, "summary.json", "model.pt", "trace.json", "links.json")
 """what a run leaves at its end"""
 EVENTS = "tensorboard"
 ANOTHER = "choose another name=, or resume=never to replace that run"
@@ -209,6 +210,15 @@ class RunFolder:
         """
         with self._writing():
             self._write(STOPPED, f"goes on from {checkpoint}\n")
+
+    def mark_diverged(self, said: str) -> None:
+        """Write `DIVERGED`, by which a launcher knows that the run has ended so.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        with self._writing():
+            self._write(DIVERGED, f"{said}\n")
 
     def finish(self, summary: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
         """Write the final model and, last, the summary that marks the run as complete.
