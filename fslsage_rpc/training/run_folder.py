@@ -259,10 +259,10 @@ class RunFolder:
     def _summary(self) -> dict[str, Any] | None:
         """That of a complete run; None where there is none, or not what the program writes."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            summary = summary_from_one(json.loads((self.path / "summary.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
-        return summary_from_one(summary) if can_be_shown(summary) else None
+        return summary if can_be_shown(summary) else None
 
     def _find_checkpoint(self) -> None:
         """Take the newest sound checkpoint; damaged ones are named and left out.
