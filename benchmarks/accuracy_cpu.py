@@ -187,7 +187,16 @@ def spread(values: Sequence[float | None]) -> str:
 
 def figures(results: Results, out: Path) -> None:
     """accuracy-cpu-PARTITION.png and drift-cpu.png."""
-    from fslsage_rpc.report.figures import Curve, Panel, color_of, curve_of, curves_figure, display_name, png
+    from fslsage_rpc.report.figures import (
+        Curve,
+        Look,
+        Panel,
+        color_of,
+        curves_figure,
+        display_name,
+        look_of,
+        rendered,
+    )
 
     def runs(algorithm: str, partition: str, **keys: Any) -> list[Lines]:
         return [results[Piece(algorithm, partition, seed, **keys)] for seed in SEEDS]
@@ -199,17 +208,18 @@ def figures(results: Results, out: Path) -> None:
         return line["round"]
 
     for partition, title in PARTITIONS.items():
-        curves = [curve_of(display_name(a), a, 0, True, runs(a, partition)) for a in ALGORITHMS]
+        curves = [Curve(display_name(a), look_of(a), runs(a, partition)) for a in ALGORITHMS]
         if partition == "dirichlet":
             personal = runs("fsl_sage", partition, average_auxiliary="never")
-            curves.append(curve_of("FSL-SAGE, average_auxiliary: never", "fsl_sage", 1, True, personal))
+            look = Look(color_of("fsl_sage"), "--", "s")
+            curves.append(Curve("FSL-SAGE, average_auxiliary: never", look, personal))
         panels = [
             Panel(round, accuracy, "round", "test accuracy", title, whole_numbers=True),
             Panel(
                 lambda line: line["paper_bytes_total"] / MIB, accuracy, "paper ledger, MiB", "test accuracy"
             ),
         ]
-        (out / f"accuracy-cpu-{partition}.png").write_bytes(png(curves_figure(curves, panels)))
+        (out / f"accuracy-cpu-{partition}.png").write_bytes(rendered(curves_figure(curves, panels)))
 
     looks = zip(
         INTERVALS, ("-", "--", ":"), ("o", "s", "D"), ("fsl_sage", "splitfed_v1", "cse_fsl"), strict=True
@@ -217,10 +227,8 @@ def figures(results: Results, out: Path) -> None:
     curves = [
         Curve(
             f"l = {interval}",
-            color_of(like),
+            Look(color_of(like), style, marker),
             runs("fsl_sage", "dirichlet", align_every=interval),
-            style,
-            marker,
         )
         for interval, style, marker, like in looks
     ]
@@ -233,7 +241,7 @@ def figures(results: Results, out: Path) -> None:
         ),
     ]
     drift = curves_figure(curves, panels, mark=lambda line: line["alignment"] is not None)
-    (out / "drift-cpu.png").write_bytes(png(drift))
+    (out / "drift-cpu.png").write_bytes(rendered(drift))
 
 
 def write(results: Results, out: Path) -> None:

@@ -26,7 +26,7 @@ from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.run import link_speed
 from fslsage_rpc.plan.scenario import Scenario
-from fslsage_rpc.report.figures import Bar, bars_figure, color_of, display_name, png
+from fslsage_rpc.report.figures import Bar, bars_figure, color_of, display_name, rendered
 from fslsage_rpc.report.sources import Bench, read
 
 ROOT = Path(__file__).parent.parent
@@ -230,7 +230,7 @@ def bars(bench: Bench) -> bytes:
         Bar(display_name(v.algorithm), color_of(v.algorithm), v.parts, v.bound_seconds)
         for v in bench.variants
     ]
-    return png(bars_figure(drawn, BAR_LABEL))
+    return rendered(bars_figure(drawn, BAR_LABEL))
 
 
 def write(page: Path, measured: str) -> None:

@@ -92,7 +92,7 @@ CONFIGURATIONS = {
 }
 FIRST_STARTS = {"resume": [["rounds=3"]]}
 """settings of earlier starts of a configuration, which the last one goes on from"""
-LEFT_OUT = {"seconds", "phases", "load", "host"}
+LEFT_OUT = {"seconds", "phases", "load", "host", "host_busy"}
 """words in keys of `metrics.jsonl` that differ between equal runs"""
 OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """variables of a job, which the runs are no part of"""

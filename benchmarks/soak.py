@@ -42,7 +42,15 @@ from fslsage_rpc.training.checkpoints import read_state
 SAMPLE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 0.5
 """a kill comes at most so long after a round's line: somewhere in the next round, or the one after"""
-CLOCKS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
+CLOCKS = (
+    "round_seconds",
+    "elapsed_seconds",
+    "evaluation_seconds",
+    "phases",
+    "requests",
+    "cpu_seconds",
+    "host_busy",
+)
 """what differs in the lines of two equal runs"""
 FLAT = 0.02
 MIB = 2**20

@@ -61,13 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Options and overrides in any order: argparse itself takes no overrides behind an option."""
+    """Options, overrides and folders in any order: argparse itself takes none of those behind an option."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
+    words = next((vars(options)[name] for name in ("overrides", "folders") if name in options), None)
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides += rest
+    if words is not None:
+        words += rest
     return options
 
 
@@ -103,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="compare runs and benches in one page with figures")
     report.add_argument("folders", nargs="+", metavar="RUN", help="run folder, or folder of a bench")
     report.add_argument("--out", required=True, metavar="DIR", help="folder for report.html, .md and figures")
+    report.add_argument(
+        "--label", action="append", default=[], metavar="NAME", help="one for each RUN, in their order"
+    )
+    report.add_argument("--format", default="png", metavar="FORMATS", help="of figures, as png,pdf,svg (png)")
     report.set_defaults(command=_compare)
     check = commands.add_parser("check", help="what this machine is, and what a configuration would do on it")
     check.add_argument("config", nargs="?", help="YAML configuration file; none: the machine alone")
@@ -204,8 +209,14 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
         raise InputError("report: needs matplotlib: pip install 'fslsage_rpc[plots]'") from None
     with uninterrupted():
         from fslsage_rpc.report.comparison import write_report
+        from fslsage_rpc.report.page import FORMATS
 
-    print(f"Report: {write_report(options.folders, options.out)}")
+    formats = options.format.split(",")
+    if not set(formats) <= set(FORMATS):
+        raise InputError(
+            f"--format: got {options.format!r}, expected one or more of png, svg and pdf, as png,pdf"
+        )
+    print(f"Report: {write_report(options.folders, options.out, options.label, formats)}")
     return 0
 
 

@@ -10,6 +10,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,67 @@ NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionEr
 WHOLE = ("arguments", "variants")
 """mappings with names of the user's own: a file's replaces its base file's, or nothing could be taken away"""
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LONGEST_NAME = 255
+"""bytes that file systems take for a name"""
+MISREAD = re.compile(r"[-+]?0[0-7_]+|[^:]+:.*")
+"""integers that YAML 1.1 takes for octal ones, as 010, and numbers that it takes for base 60, as 1:30"""
+
+
+class WrittenInt(int):
+    """An integer of a YAML file that knows how it was written: it may be meant as text."""
+
+    written: str
+
+
+class WrittenFloat(float):
+    """A number of a YAML file that knows how it was written."""
+
+    written: str
+
+
+class _Loader(yaml.SafeLoader):
+    """Loads as safely, takes no key twice, and keeps how numbers are written."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(
+                        None, None, f"the key {key.value} is there twice", key.start_mark
+                    )
+                seen.add((key.tag, key.value))
+        return node
+
+    def construct_written_int(self, node: yaml.ScalarNode) -> WrittenInt:
+        """The integer, with its text."""
+        number = WrittenInt(self.construct_yaml_int(node))
+        number.written = node.value
+        return number
+
+    def construct_written_float(self, node: yaml.ScalarNode) -> WrittenFloat:
+        """The number, with its text."""
+        number = WrittenFloat(self.construct_yaml_float(node))
+        number.written = node.value
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_written_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_written_float)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes numbers as they were written."""
+
+    def represent_written(self, number: WrittenInt | WrittenFloat) -> yaml.ScalarNode:
+        """The text of the number, without quotes."""
+        kind = "int" if isinstance(number, int) else "float"
+        return self.represent_scalar(f"tag:yaml.org,2002:{kind}", number.written)
+
+
+_Dumper.add_representer(WrittenInt, _Dumper.represent_written)
+_Dumper.add_representer(WrittenFloat, _Dumper.represent_written)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -47,9 +109,11 @@ def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override)
     config: Config = _build(Config(), tree, prefix="")
-    if not FOLDER_NAME.fullmatch(config.name):
+    if not FOLDER_NAME.fullmatch(config.name) or len(config.name) > LONGEST_NAME:
+        longest = f", {LONGEST_NAME} at most" if len(config.name) > LONGEST_NAME else ""
         raise InputError(
-            f"name: got {config.name!r}, expected a folder name of letters, digits, '.', '_' and '-'"
+            f"name: got {_show(config.name)}, expected a folder name of letters, digits, '.', '_' and '-'"
+            f"{longest}"
         )
     if config.data.partition == "file" and config.data.partition_file is None:
         raise InputError("data.partition_file: got null, expected a JSON file, as data.partition is 'file'")
@@ -80,7 +144,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         InputError: the file is missing, unreadable, not YAML, or not a mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected a YAML configuration") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -132,7 +196,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if key == "base":
         raise InputError("base: got an override, expected it inside a configuration file")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except NOT_YAML:
         raise InputError(f"{key}: got {text!r}, expected a YAML value") from None
     *sections, last = key.split(".")
@@ -185,6 +249,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         kind, converted = str(rule), converted if converted and rule.allow(converted) else None
     if converted is None or (bounds and not bounds.allow(converted)):
         expected = kind + (f" {bounds}" if bounds else "") + (" or null" if optional else "")
+        if hint in (int, float) and _is_misread(value):
+            expected += f", in decimal: YAML reads it as {_show(_plain(value))}"
         raise InputError(f"{key}: got {_show(value)}, expected {expected}")
     return converted
 
@@ -207,10 +273,34 @@ def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
     if hint is bool:
         return "true or false", value if isinstance(value, bool) else None
     if hint is int:
-        return "an integer", value if isinstance(value, int) and not isinstance(value, bool) else None
+        good = isinstance(value, int) and not isinstance(value, bool) and not _is_misread(value)
+        return "an integer", _plain(value) if good else None
     if hint is float:
         return "a number", _as_float(value)
-    return "a text", value if isinstance(value, str) and value and _can_be_written(value) else None
+    text = _as_text(value)
+    return "a text", text if text and _can_be_written(text) else None
+
+
+def _is_misread(value: Any) -> bool:
+    """Does YAML take a number for another one than its digits say?"""
+    return bool(MISREAD.fullmatch(getattr(value, "written", "")))
+
+
+def _plain(number: Any) -> Any:
+    """The number alone, a bool where it is one."""
+    if isinstance(number, WrittenInt):
+        return int(number)
+    return float(number) if isinstance(number, WrittenFloat) else number
+
+
+def _as_text(value: Any) -> str | None:
+    """A text, or the text of what YAML takes for a number."""
+    if isinstance(value, WrittenInt | WrittenFloat):
+        return value.written
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(ValueError):  # an integer of thousands of digits
+            return str(value)
+    return value if isinstance(value, str) else None
 
 
 def _can_be_written(text: str) -> bool:
@@ -233,16 +323,17 @@ def _as_texts(value: Any) -> list[str] | None:
 
 def _as_argument(value: Any) -> Any:
     if isinstance(value, list):
-        return list(value) if all(isinstance(member, int | float) for member in value) else None
+        good = all(isinstance(member, int | float) and not _is_misread(member) for member in value)
+        return [_plain(member) for member in value] if good else None
     if isinstance(value, str):
         number = _as_float(value)
         return value if number is None else number
-    return value if isinstance(value, int | float) else None
+    return _plain(value) if isinstance(value, int | float) and not _is_misread(value) else None
 
 
 def _as_float(value: Any) -> float | None:
     """YAML 1.1 reads 1e-3 as text: users mean the number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or _is_misread(value):
         return None
     try:
         return float(value)
@@ -250,12 +341,17 @@ def _as_float(value: Any) -> float | None:
         return None
 
 
+def _dump(value: Any) -> str:
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True)
+    return text
+
+
 def _show(value: Any) -> str:
     """A value as YAML writes it, short enough for one line."""
     if value is None:
         return "null"
     try:
-        text = repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
+        text = repr(value) if isinstance(value, str) else _dump(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; lists hundreds deep
         text = f"a value of type {type(value).__name__} too large to show"
     text = " ".join(text.replace("\n...", "").split())

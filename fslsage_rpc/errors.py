@@ -19,6 +19,10 @@ class HostError(InputError):
     """Input that is wrong on this host, while it may be right on another: a device, an interface, a file."""
 
 
+class RankRefused(InputError):
+    """A rank that joins a run under way trains on something else; it ends, and the others go on."""
+
+
 class ConnectionLost(RuntimeError):
     """A call or collective failed because another rank went away; that rank may have said why."""
 

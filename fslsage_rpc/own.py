@@ -1,8 +1,10 @@
 """What the user brings along: functions and classes of their own, named `package.module:function`."""
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from fslsage_rpc.errors import InputError
@@ -34,6 +36,23 @@ def import_own(key: str, name: str, expected: str) -> Callable[..., Any]:
     if not callable(found):
         raise InputError(f"{key}: got {name!r}, expected {expected}")
     return found
+
+
+def source_hash(name: str) -> str | None:
+    """The SHA-256 of the source of what was imported by that name: of its module's file, and of the file that
+    it comes from where that is another.
+
+    Returns:
+        None where no file holds it, as for what a notebook defines.
+    """
+    path, _, function = name.partition(":")
+    module = sys.modules.get(path)
+    origin = sys.modules.get(getattr(getattr(module, function, None), "__module__", None) or path)
+    files = dict.fromkeys(getattr(each, "__file__", None) or "" for each in (module, origin))
+    try:
+        return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    except OSError:
+        return None
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,10 @@ from support.user_input import mistake
 
 def line(seconds: float, elapsed: float = 0.0, accuracy: float | None = None) -> dict[str, Any]:
     return {
+        "round": 1,
         "round_seconds": seconds,
+        "cpu_seconds": {"ranks": [seconds, seconds]},
+        "host_busy": None,
         "elapsed_seconds": elapsed,
         "test_accuracy": accuracy,
         "phases": {"client": {"data": seconds / 2}, "server": {"idle": seconds}},

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fslsage_rpc
+from fslsage_rpc import configuration
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check.findings import Findings, Rank, Run
 from fslsage_rpc.check.machine import Disk, Machine
@@ -21,7 +22,7 @@ from fslsage_rpc.check.run import examine, risky
 from fslsage_rpc.cli import main
 from fslsage_rpc.comm.placement import GpuPlace
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.configuration import from_tree, to_tree
 from fslsage_rpc.data import datasets
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
@@ -34,6 +35,12 @@ from support.user_input import mistake
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.yaml")
 PEAKS = Path(__file__).with_name("support") / "peak_program.py"
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks at what others do on this host for too short a time to see anything: tests may run beside it."""
+    monkeypatch.setattr("fslsage_rpc.check.run.WAIT_SECONDS", 0.0)
 
 
 # What a run will take
@@ -389,6 +396,17 @@ def test_a_configuration_that_cannot_run_is_refused_as_by_training() -> None:
     config = from_tree({"transport": "local", "clients": {"count": 2000}})
     assert "clients.count: got 2000" in mistake(examine, config, True)
     assert main(["check", QUICKSTART, "clients.cuont=3"]) == 2
+
+
+def test_a_name_that_the_file_system_does_not_take_is_refused_as_by_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configuration, "LONGEST_NAME", 1000)  # some file systems take less than others
+    config = from_tree(tree(tmp_path, name="x" * 300))
+    refused = [mistake(examine, config, True), mistake(fslsage_rpc.train, to_tree(config))]
+    assert refused[0] == refused[1]
+    assert refused[0].startswith("name: got 'xxx")
+    assert f"expected one that the file system of {tmp_path} takes" in refused[0]
 
 
 @pytest.mark.nightly

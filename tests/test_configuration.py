@@ -60,6 +60,15 @@ def test_reading_a_configuration_does_not_import_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.parametrize("written", ["1", "1.0", "010", "1:30", "1_000", "0x1F"])
+def test_a_text_may_look_like_a_number(tmp_path: Path, written: str) -> None:
+    config = load(write(tmp_path, f"model: {{cut: {written}}}"), [f"name={written.replace(':', '.')}"])
+    assert (config.model.cut, config.name) == (written, written.replace(":", "."))
+    again = load(write(tmp_path, yaml.safe_dump(to_tree(config))))
+    assert again == config
+    assert from_tree({"model": {"cut": 1}}).model.cut == "1"
+
+
 @pytest.mark.parametrize(("text", "number"), [("3e-3", 0.003), ("'0.5'", 0.5), ("1", 1.0)])
 def test_text_and_integers_that_mean_a_number_become_floats(tmp_path: Path, text: str, number: float) -> None:
     path = write(tmp_path, f"optimizer: {{client: {{lr: {text}}}}}\nstop: {{accuracy: {text}}}")

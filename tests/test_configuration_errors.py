@@ -38,8 +38,8 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("optimizer.client.lr", "a number >= 0", ["-1", "true", ".inf", "'inf'"]),
     ("optimizer.server.weight_decay", "a number >= 0", ["-1.0e-09", "'nan'"]),
     ("data.augment", "true or false", ["'yes'", "1"]),
-    ("output", "a text", ["3", "''"]),
-    ("model.cut", "a text or null", ["3"]),
+    ("output", "a text", ["true", "''"]),
+    ("model.cut", "a text or null", ["false", "2024-02-29", "[1]"]),
     ("comm.transports", TRANSPORTS, ["'uv'", "[]", "[uv, tcp]", "[uv, 3]"]),
     ("clients", "a mapping of keys", ["4", "null"]),
     ("algorithm.alignment", "a mapping of keys", ["[1]"]),
@@ -62,6 +62,50 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
 )
 def test_a_wrong_value_is_named_with_what_it_may_be(empty: Path, key: str, expected: str, value: str) -> None:
     assert mistake(load, empty, [f"{key}={value}"]) == f"{key}: got {value}, expected {expected}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("rounds", "010", f"{ROUNDS}, in decimal: YAML reads it as 8"),
+        ("rounds", "1:30", f"{ROUNDS}, in decimal: YAML reads it as 90"),
+        ("seed", "+0_7", f"{SEED}, in decimal: YAML reads it as 7"),
+        ("data.alpha", "010", f"{POSITIVE}, in decimal: YAML reads it as 8"),
+        ("data.alpha", "1:30.5", f"{POSITIVE}, in decimal: YAML reads it as 90.5"),
+        ("optimizer.server.scheduler.arguments", "{a: 010}", ARGUMENTS),
+        ("optimizer.server.scheduler.arguments", "{a: [1, 010]}", ARGUMENTS),
+    ],
+)
+def test_a_number_that_yaml_reads_as_another_is_refused(
+    tmp_path: Path, empty: Path, key: str, value: str, expected: str
+) -> None:
+    message = f"{key}: got {value}, expected {expected}"
+    assert mistake(load, empty, [f"{key}={value}"]) == message
+    *sections, last = key.split(".")
+    opening = "".join(f"{section}: {{" for section in sections)
+    assert mistake(load, write(tmp_path, f"{opening}{last}: {value}{'}' * len(sections)}")) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("rounds: 3\nseed: 1\nrounds: 4", "line 3, column 1"),
+        ("model: {cut: '1', cut: '2'}", "line 1, column 19"),
+        ("bench:\n  variants:\n    a: [seed=1]\n    a: [seed=2]", "line 4, column 5"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, text: str, where: str) -> None:
+    path = write(tmp_path, text)
+    message = mistake(load, path)
+    assert message.startswith(f"{path}: {where}: not valid YAML (the key ")
+    assert message.endswith(" is there twice)")
+
+
+def test_a_folder_name_is_no_longer_than_file_systems_take() -> None:
+    assert from_tree({"name": "x" * 255}).name == "x" * 255
+    message = mistake(from_tree, {"name": "x" * 256})
+    assert message.startswith("name: got 'xxx")
+    assert message.endswith(f"expected {FOLDER}, 255 at most")
 
 
 def test_a_folder_name_does_not_end_in_a_line_break() -> None:

@@ -153,6 +153,8 @@ def test_a_benchmark_says_so_and_goes_on() -> None:
         "requests": {},
         "wire_bytes": {},
         "paper_bytes": 0,
+        "cpu_seconds": {"ranks": [1.0]},
+        "host_busy": None,
     }
     measured = [
         {**figures, "round": round} | ({"diverged": True} if round > 2 else {}) for round in (1, 2, 3, 4)

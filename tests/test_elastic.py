@@ -204,6 +204,32 @@ def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
     assert_equals_one_process(job, keys)
 
 
+def images(root: str, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fewer where the variable says so."""
+    count = int(os.environ.get("SAMPLES", "120")) if train else 60
+    return torch.arange(count * 64).view(count, 1, 8, 8).to(torch.uint8), torch.arange(count) % 4
+
+
+@pytest.mark.gate
+@pytest.mark.timeout(300)
+def test_a_replacement_with_other_samples_is_refused_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = keys_of(tmp_path, {"data": {"name": "test_elastic:images", "partition": "iid"}}, rounds=30)
+    keys["data"] |= {"train_limit": None, "test_limit": None}
+    with ElasticJob(3, keys, tmp_path, PACE="0.5").start("2:2:step:kill") as job:
+        job.wait_until("rank 2 is lost")
+        monkeypatch.setenv("SAMPLES", "117")
+        job.start(ranks=iter([2]))
+        assert job.wait(2, 0, 1) == [2, 0, 0], job.said
+    said = "data.name: got 117 training samples, expected 120 as on rank 0"
+    assert re.search(rf"^fslsage_rpc: rank 2 \(host .*\): {said}$", job.said, re.MULTILINE)
+    assert [event["event"] for event in job.events] == ["loss", "joined", "loss"]
+    assert said in job.events[-1]["reason"]
+    monkeypatch.delenv("SAMPLES")
+    assert_equals_one_process(job, keys)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_below_the_minimum_the_run_gives_up_and_all_ranks_go_on_from_its_checkpoint(tmp_path: Path) -> None:

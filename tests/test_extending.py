@@ -211,7 +211,7 @@ def test_reports_import_nothing_and_put_the_users_own_last(tmp_path: Path) -> No
 
 def test_algorithms_of_the_users_own_look_the_same_in_all_figures() -> None:
     figures = pytest.importorskip("fslsage_rpc.report.figures")
-    looks = {name: figures.curve_of(name, name, 0, True, []) for name in ("fedavg", "a:A", "a:B", "b:A")}
+    looks = {name: figures.look_of(name) for name in ("fedavg", "a:A", "a:B", "b:A")}
     assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
     assert looks["a:A"].color == figures.color_of("a:A")
     assert looks["a:A"].color not in {color for _, color in figures.ALGORITHMS.values()}
@@ -394,7 +394,31 @@ def further_label(root: str, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def floats(root: str, train: bool) -> tuple[Tensor, Tensor]:
-    return torch.zeros(5, 1, 4, 4), torch.arange(5)
+    images, labels = drawing(root, train)
+    return 3 * images.double() - 700, labels
+
+
+def now_floats(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return drawing(root, train) if train else floats(root, train)
+
+
+def infinite(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    images, labels = floats(root, train)
+    images[3, 0, 1, 1] = float("inf")
+    return images, labels
+
+
+def integers(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return torch.zeros(5, 1, 4, 4, dtype=torch.int32), torch.arange(5)
+
+
+def no_class(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    images, labels = drawing(root, train)
+    return images, labels.long() + (labels == 4) * 10**9
+
+
+def one_class(root: str, train: bool) -> tuple[Tensor, Tensor]:
+    return drawing(root, train)[0], torch.full((5,), 3)
 
 
 def fewer_labels(root: str, train: bool) -> tuple[Tensor, Tensor]:
@@ -460,11 +484,23 @@ def test_mean_and_deviation_are_those_of_the_pixels() -> None:
             "which gives test images [1, 4, 4] with labels to 5, expected [1, 4, 4] and 4",
         ),
         (
-            f"{HERE}:floats",
-            "which gives torch.float32 [5, 1, 4, 4] and torch.int64 [5], expected uint8 images",
+            f"{HERE}:integers",
+            "which gives torch.int32 [5, 1, 4, 4] and torch.int64 [5], expected uint8 or float images",
         ),
-        (f"{HERE}:fewer_labels", "torch.int64 [4], expected uint8 images [N, C, H, W] and N integer labels"),
-        (f"{HERE}:real_labels", "torch.float32 [5], expected uint8 images [N, C, H, W] and N integer labels"),
+        (
+            f"{HERE}:now_floats",
+            "which gives test images of torch.float64, expected torch.uint8 as in training",
+        ),
+        (f"{HERE}:infinite", "whose training images are not all finite numbers"),
+        (f"{HERE}:no_class", "which gives a training label of 1000000004, expected labels 0 to 99999"),
+        (
+            f"{HERE}:fewer_labels",
+            "torch.int64 [4], expected uint8 or float images [N, C, H, W] and N integer",
+        ),
+        (
+            f"{HERE}:real_labels",
+            "torch.float32 [5], expected uint8 or float images [N, C, H, W] and N integer",
+        ),
         (f"{HERE}:negative", "which gives training labels below 0"),
         (f"{HERE}:empty", "which gives no training samples"),
         (f"{HERE}:unnamed", "which fails (TypeError"),
@@ -477,6 +513,69 @@ def test_what_is_no_dataset_is_refused(name: str, words: str) -> None:
     message = mistake(check, config, 1)
     assert message.startswith(f"data.name: got {name!r}, ")
     assert words in message
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_float_images_are_taken_as_they_are(augment: bool) -> None:
+    config = from_tree(tree({"data": {"name": f"{HERE}:floats", "train_limit": None, "test_limit": None}}))
+    task = open_task(config)
+    samples = task.load(train=True)
+    batches = task.batches(samples, 5, torch.device("cpu"))
+    expected = floats("", True)[0].float()
+    ((x, _),) = batches.in_order()
+    assert torch.equal(x, samples.tensors[0].float())
+    assert x.dtype == expected.dtype
+    ((shuffled, labels),) = batches.shuffled(0, 0, 0, 1, augment)
+    assert torch.equal(shuffled[labels.argsort()], x)
+
+
+def test_float_images_train(tmp_path: Path) -> None:
+    keys = {"data": {"name": f"{HERE}:floats", "partition": "iid", "train_limit": None, "test_limit": None}}
+    model = {"model": {"name": f"{HERE}:logits", "cut": "0"}, "output": str(tmp_path)}
+    run = fslsage_rpc.train(tree(keys, model))
+    assert run.rounds[-1]["train_loss"] is not None
+
+
+def logits(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    pixels = torch.Size(image_shape).numel()
+    return nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(pixels, num_classes))
+
+
+def seven(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return logits(7, image_shape)
+
+
+def four(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return logits(4, image_shape)
+
+
+def positions(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 3, 1), nn.Conv2d(3, num_classes, 1))
+
+
+def prepared(data: str, model: str) -> Experiment:
+    keys = {"name": f"{HERE}:{data}", "partition": "iid", "train_limit": None, "test_limit": None}
+    return Experiment.prepare(
+        from_tree(tree({"data": keys, "model": {"name": f"{HERE}:{model}", "cut": "0"}}))
+    )
+
+
+def test_outputs_without_a_label_are_worth_a_warning() -> None:
+    warning = f"model.name: {HERE}:seven has 7 outputs, where the training samples have 5 labels"
+    assert prepared("drawing", "seven").warnings == [warning]
+    assert prepared("drawing", "logits").warnings == []
+
+
+def test_samples_of_one_class_are_worth_a_warning() -> None:
+    warning = "data.name: all 5 training samples have the label 3: nothing is learnt"
+    assert prepared("one_class", "logits").warnings == [warning]
+
+
+@pytest.mark.parametrize(("model", "given"), [("four", [4]), ("positions", [5, 4, 4])])
+def test_a_model_without_a_logit_for_each_class_is_refused(model: str, given: list[int]) -> None:
+    message = mistake(prepared, "drawing", model)
+    expected = f"which gives {given} for an image, expected [5], one logit for each class"
+    assert message == f"model.name: got '{HERE}:{model}', {expected}"
 
 
 # Auxiliary models
@@ -637,6 +736,14 @@ class DigitValue(ImageTask):
         return torch.stack([error.square(), (error.abs() < 0.5).double(), torch.ones_like(error)]).sum(1)
 
 
+class Misnumbered(DigitValue):
+    """Has 9 groups by its own account, and labels of 10."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.groups = 9
+
+
 class Half(Task):
     """Lacks its methods."""
 
@@ -671,3 +778,9 @@ def test_a_task_may_change_a_little_of_one_that_is_there(algorithm: str, tmp_pat
 def test_what_is_no_task_is_refused(kind: type, words: str) -> None:
     name = f"{HERE}:{kind.__name__}"
     assert mistake(open_task, from_tree({"data": {"name": name}})) == f"data.name: got {name!r}, {words}"
+
+
+def test_a_label_beyond_a_tasks_groups_is_refused() -> None:
+    name = f"{HERE}:Misnumbered"
+    message = mistake(Experiment.prepare, from_tree(tree({"data": {"name": name}})))
+    assert message == f"data.name: got {name!r}, which gives training labels 0 to 9, expected 0 to 8"

@@ -146,6 +146,13 @@ def test_a_meaning_that_leaves_no_room_is_refused(finished: Path, capsys: pytest
     assert capsys.readouterr().err.startswith(f"fslsage_rpc: {long!r}: got ")
 
 
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_text_is_refused(finished: Path, capsys: pytest.CaptureFixture[str], empty: str) -> None:
+    assert cli.main(["generate", str(finished), MEANINGS[0], empty]) == 2
+    said = "fslsage_rpc: generate: got an empty TEXT, expected one as 'name[Aromi], eatType[pub]'\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -26,10 +26,11 @@ from fslsage_rpc.comm.placement import (
 from fslsage_rpc.comm.roll_call import Presence
 from fslsage_rpc.comm.rpc_link import _on_gpu
 from fslsage_rpc.comm.workers import Workers
-from fslsage_rpc.comm.world import open_world, server_workers, set_tf32, usable_cores
+from fslsage_rpc.comm.world import open_world, server_workers, set_tf32
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.clock import device_clock
+from fslsage_rpc.measure.cores import usable_cores
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.requests import Answer

@@ -19,7 +19,7 @@ from matplotlib.colors import to_hex
 
 from fslsage_rpc.report import comparison, tables
 from fslsage_rpc.report.figures import ALGORITHMS as LOOKS
-from fslsage_rpc.report.figures import Bar, Panel, bars_figure, curve_of, curves_figure
+from fslsage_rpc.report.figures import Bar, Curve, Panel, bars_figure, curves_figure, look_of
 from fslsage_rpc.report.page import Page, Picture, Table, to_html, to_markdown
 from fslsage_rpc.report.series import Series, group
 from fslsage_rpc.report.sources import parts_of, read
@@ -53,10 +53,10 @@ def test_labels_say_what_differs(tmp_path: Path) -> None:
         )
     ]
     assert labels == [
-        "FSL-SAGE, algorithm.align_every=5, clients.count=8",
-        "FSL-SAGE, algorithm.align_every=10, clients.count=20",
-        "FSL-SAGE, algorithm.align_every=null, clients.count=8",
-        "FedAvg, clients.count=8",
+        "FSL-SAGE, align_every=5, count=8",
+        "FSL-SAGE, align_every=10, count=20",
+        "FSL-SAGE, align_every=null, count=8",
+        "FedAvg, count=8",
     ]
 
 
@@ -195,7 +195,8 @@ def test_a_report_of_real_runs_and_a_bench(tmp_path: Path, capsys: pytest.Captur
 
 def test_markdown_and_html_say_the_same() -> None:
     page = Page(
-        "A | B", ["x < y & *z*", Table(["", "s"], [["a|b", "1.5"]]), Picture("p.png", b"p", "Two. More.")]
+        "A | B",
+        ["x < y & *z*", Table(["", "s"], [["a|b", "1.5"]]), Picture(b"p", {"p.png": b"p"}, "Two. More.")],
     )
     markdown, html_text = to_markdown(page), to_html(page)
     assert markdown == (
@@ -210,10 +211,10 @@ def test_an_algorithm_has_one_colour_everywhere() -> None:
     assert set(LOOKS) == set(ALGORITHMS)
     assert len({color for _, color in LOOKS.values()}) == len(LOOKS)
     for name, (_, color) in LOOKS.items():
-        curve = curve_of(name, name, 1, True, [[line(0, 0.5), line(1, 0.75)]])
+        curve = Curve(name, look_of(name), [[line(0, 0.5), line(1, 0.75)]])
         axes = curves_figure([curve], [ROUNDS]).axes[0]
         assert axes.lines[0].get_color() == color
-        bars = bars_figure([Bar(name, curve.color, {"compute": 1.0, "wait": 2.0})], "seconds").axes[0]
+        bars = bars_figure([Bar(name, curve.look.color, {"compute": 1.0, "wait": 2.0})], "seconds").axes[0]
         assert {to_hex(patch.get_edgecolor()).upper() for patch in bars.patches} == {color}
 
 
@@ -228,7 +229,7 @@ def test_curves_are_means_over_seeds_and_leave_out_what_was_not_evaluated() -> N
         [line(0, 0.25), line(1, None), line(2, 0.5)],
         [line(0, 0.75), line(1, None), line(2, 1.0), line(3, 0.5)],
     ]
-    axes = curves_figure([curve_of("a", "fsl_sage", 0, True, seeds)], [ROUNDS]).axes[0]
+    axes = curves_figure([Curve("a", look_of("fsl_sage"), seeds)], [ROUNDS]).axes[0]
     mean, tail = axes.lines
     assert mean.get_xydata().tolist() == [[1, 0.5], [3, 0.75]]
     assert tail.get_xydata().tolist() == [[3, 1.0], [4, 0.5]]
@@ -238,9 +239,9 @@ def test_curves_are_means_over_seeds_and_leave_out_what_was_not_evaluated() -> N
 
 @pytest.mark.parametrize(("slower", "scale"), [(2, "linear"), (50, "log")])
 def test_an_axis_is_logarithmic_only_where_it_has_to_be(slower: int, scale: str) -> None:
-    fast = curve_of("a", "fsl_sage", 0, True, [[line(0, 0.5), line(1, 0.75)]])
+    fast = Curve("a", look_of("fsl_sage"), [[line(0, 0.5), line(1, 0.75)]])
     slow = [line(round, 0.5, elapsed_seconds=5.5 * slower * (round + 1)) for round in range(2)]
-    axes = curves_figure([fast, curve_of("b", "fedavg", 0, True, [slow])], [SECONDS]).axes[0]
+    axes = curves_figure([fast, Curve("b", look_of("fedavg"), [slow])], [SECONDS]).axes[0]
     assert axes.get_xscale() == scale
     assert ("log scale" in axes.get_xlabel()) == (scale == "log")
 
@@ -248,14 +249,14 @@ def test_an_axis_is_logarithmic_only_where_it_has_to_be(slower: int, scale: str)
 def test_drift_is_marked_where_there_was_an_alignment(tmp_path: Path) -> None:
     lines = [line(round, None, aligned=round in (1, 4)) for round in range(6)]
     panel = Panel(lambda line: line["round"], lambda line: line["drift"]["cosine"], "round", "cosine")
-    curve = curve_of("a", "fsl_sage", 0, True, [lines])
+    curve = Curve("a", look_of("fsl_sage"), [lines])
     figure = curves_figure([curve], [panel], mark=lambda line: line["alignment"] is not None)
     assert figure.axes[0].lines[0].get_markevery() == [1, 4]
 
 
 def test_legends_do_not_cover_the_axes() -> None:
     curves = [
-        curve_of(f"{name}, a.long.dotted.key=$\\{value}$", name, value, True, [[line(0, 0.5), line(1, 0.75)]])
+        Curve(f"{name}, a.long.dotted.key=$\\{value}$", look_of(name), [[line(0, 0.5), line(1, 0.75)]])
         for name in LOOKS
         for value in range(3)
     ]

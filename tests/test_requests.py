@@ -12,9 +12,9 @@ from support.rank_program import train_locally, train_on_ranks
 def test_times_add_up_by_client_and_kind_and_start_again() -> None:
     log = RequestLog()
     for client, kind in ((0, "push"), (0, "push"), (1, "push"), (1, "align")):
-        log.add(client, kind, RequestTimes(1, 5.0, 0.5, 2.0, 1.0, up_bytes=10, down_bytes=1))
+        log.add(client, kind, RequestTimes(1, 5.0, 0.5, 2.0, 1.0, 0.5, up_bytes=10, down_bytes=1))
     taken = log.take()
-    assert taken[0]["push"] == RequestTimes(2, 10.0, 1.0, 4.0, 2.0, 20, 2)
+    assert taken[0]["push"] == RequestTimes(2, 10.0, 1.0, 4.0, 2.0, 1.0, 20, 2)
     assert taken[0]["push"].wire_seconds == 4.0
     total = by_kind(taken)
     assert total["push"].count == 3
@@ -24,6 +24,7 @@ def test_times_add_up_by_client_and_kind_and_start_again() -> None:
         "send_seconds": 0.5,
         "queue_seconds": 2.0,
         "compute_seconds": 1.0,
+        "cpu_seconds": 0.5,
         "up_bytes": 10,
         "down_bytes": 1,
         "wire_seconds": 2.0,

@@ -34,6 +34,7 @@ from fslsage_rpc.training.run_folder import (
     write_whole,
     writing,
 )
+from fslsage_rpc.training.sameness import compare_ranks
 from fslsage_rpc.training.trainer import Trainer
 
 RESULTS = ("bench.json", "bench.md", "config.yaml", "links.json")
@@ -107,6 +108,7 @@ def _bench(
         names = list(variants)[:: 1 if repeat % 2 == 0 else -1]
         for name in names:
             experiment = Experiment.prepare(variants[name])
+            compare_ranks(experiment, world)
             trainer = Trainer(experiment, world)
             if name == names[0]:
                 links.append(trainer.measure_links())

@@ -43,6 +43,8 @@ class BenchScreen(ProgressScreen):
         if targets:
             self._show_rows("to the target accuracy", tables.TARGET_HEADERS, targets)
         self._console.print(tables.links_line(result), soft_wrap=True)
+        if busy := tables.busy_line(result):
+            self._console.print(f"warning: {busy}", style="yellow", soft_wrap=True, markup=False)
         where = f"Ratios are to {result['reference']}. Results: {folder}/bench.md"
         self._console.print(where, soft_wrap=True, markup=False)
 

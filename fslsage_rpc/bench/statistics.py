@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fslsage_rpc.config import Bench
+from fslsage_rpc.measure.cores import BUSY, mean_busy
 
 Line = dict[str, Any]
 """one line of metrics"""
@@ -51,6 +52,7 @@ def _variant(runs: Sequence[BenchRun], reference: Mapping[int, BenchRun], keys: 
         typical_seconds(run, keys.warmup_rounds) / typical_seconds(reference[run.repeat], keys.warmup_rounds)
         for run in runs
     ]
+    described = [_sample(run, rounds) for run, rounds in samples]
     return {
         "round_seconds": {**quartiles(seconds), "n": len(seconds)},
         "ratio_to_reference": quartiles(ratios),
@@ -62,10 +64,26 @@ def _variant(runs: Sequence[BenchRun], reference: Mapping[int, BenchRun], keys: 
         "paper_bytes": statistics.fmean(line["paper_bytes"] for line in lines),
         "bound_seconds": statistics.median(bounds),
         "efficiency": statistics.median(b / s for b, s in zip(bounds, seconds, strict=True)),
+        "cpu_seconds": statistics.fmean(sum(line["cpu_seconds"]["ranks"]) for line in lines),
+        "host_busy": mean_busy(lines),
+        "samples": described,
+        "busy_samples": sum(sample["busy"] for sample in described),
         "target": _target(runs, keys.target_accuracy),
         "diverged": min(
             (line["round"] for run in runs for line in run.lines if line.get("diverged")), default=None
         ),
+    }
+
+
+def _sample(run: BenchRun, rounds: range) -> dict[str, Any]:
+    """One sample; `busy` marks those whose seconds others' work on the host has changed."""
+    share = mean_busy([run.lines[round] for round in rounds])
+    return {
+        "repeat": run.repeat,
+        "rounds": [run.lines[round]["round"] for round in (rounds[0], rounds[-1])],
+        "round_seconds": seconds_of(run, rounds),
+        "host_busy": share,
+        "busy": share is not None and share > BUSY,
     }
 
 

@@ -13,6 +13,8 @@ HEADERS = (
 REQUEST_HEADERS = ("variant", "request", "a round", "trip ms", "queue ms", "compute ms", "wire ms", "MiB/s")
 TARGET_HEADERS = ("variant", "target accuracy", "rounds", "training clock", "wire MiB, all", "modelled MiB")
 COMPUTE = ("data", "forward_backward", "estimate")
+BUSY_MARK = "*"
+"""behind what others' work on the host has changed"""
 WAIT = ("upload_wait", "gradient_wait", "drain_wait")
 REQUEST_PARTS = ("round_trip", "queue", "compute", "wire")
 
@@ -35,8 +37,20 @@ def _row(name: str, record: Mapping[str, Any]) -> list[str]:
         f"{client['averaging']:.3f}",
         f"{round_bytes(record) / MIB:.2f}",
         f"{record['bound_seconds']:.3f}",
-        f"{record['efficiency']:.0%}",
+        f"{record['efficiency']:.0%}{BUSY_MARK if record['busy_samples'] else ''}",
     ]
+
+
+def busy_line(result: Mapping[str, Any]) -> str | None:
+    """A line for samples that others' work on the host has changed; None where there are none."""
+    samples = [sample for record in result["variants"].values() for sample in record["samples"]]
+    busy = [sample["host_busy"] for sample in samples if sample["busy"]]
+    if not busy:
+        return None
+    return (
+        f"{BUSY_MARK} others took up to {max(busy):.0%} of the host's cores in {len(busy)} of {len(samples)} "
+        "samples: these ratios and efficiencies cannot be trusted"
+    )
 
 
 def round_bytes(record: Mapping[str, Any]) -> float:
@@ -119,6 +133,8 @@ def markdown(name: str, result: Mapping[str, Any]) -> str:
         "One request, on average: round trip = queue + compute (both at the server) + wire; MiB/s are its "
         "bytes over its wire time.",
     ]
+    if busy := busy_line(result):
+        parts.append(f"\\{busy}.")
     if target_rows(result):
         parts.append(table(TARGET_HEADERS, target_rows(result)))
         parts.append("Modelled MiB are those of the paper ledger.")

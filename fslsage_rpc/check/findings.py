@@ -12,6 +12,7 @@ from fslsage_rpc.check.memory import Estimate, Memory
 from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK, hidden_gpus
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.measure.cores import BUSY, CoreTimes, busy_by_host
 from fslsage_rpc.models.flat import module_bytes, trainable
 from fslsage_rpc.training.experiment import Experiment
 
@@ -30,6 +31,8 @@ class Rank:
     """what it will need beside what it has; None without a configuration"""
     released_bytes: int = 0
     """of what it has, the training samples of all clients, which it will let go"""
+    idle: CoreTimes | None = None
+    """what its host's cores did while all ranks waited"""
 
     @property
     def more_bytes(self) -> int | None:
@@ -144,6 +147,11 @@ class Findings:
             found[each.machine.host].append(rank)
         return dict(found)
 
+    @property
+    def busy(self) -> dict[str, float | None]:
+        """By host the share of its cores that others had while all ranks waited; None: it does not tell."""
+        return busy_by_host([each.idle for each in self.ranks if each.idle])
+
     def why_averaging(self) -> str:
         """Why weights are averaged by what they are averaged by."""
         wanted, places = self.config.comm.averaging, [each.machine.gpu for each in self.ranks[1:]]
@@ -221,7 +229,11 @@ class Findings:
                     f"{host}: {len(ranks)} ranks compute on {threads} threads and have {cores} cores; set "
                     f"OMP_NUM_THREADS={cores // len(ranks)}"
                 )
-        return found
+        return found + [
+            f"{host}: others have {share:.0%} of its cores, so seconds measured now are not to be trusted"
+            for host, share in self.busy.items()
+            if share is not None and share > BUSY
+        ]
 
     def _about_memory(self) -> list[str]:
         found = []

@@ -13,7 +13,7 @@ import torch
 from fslsage_rpc.comm.memory import physical_memory
 from fslsage_rpc.comm.placement import GpuPlace
 from fslsage_rpc.comm.sockets import hostname_address, interface_addresses, listeners
-from fslsage_rpc.comm.world import usable_cores
+from fslsage_rpc.measure.cores import usable_cores
 from fslsage_rpc.training.run_folder import rank_environment, versions
 
 KIB = 2**10

@@ -6,6 +6,8 @@ import os
 import platform
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from fslsage_rpc.check.findings import Findings, Rank, Run
@@ -23,9 +25,14 @@ from fslsage_rpc.comm.world import (
     server_workers,
 )
 from fslsage_rpc.config import Config
+from fslsage_rpc.measure.cores import CoreTimes
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys
+from fslsage_rpc.training.run_folder import check_place
+from fslsage_rpc.training.sameness import wrong_ranks
+
+WAIT_SECONDS = 0.5
 
 
 def examine(config: Config, configured: bool) -> Findings | None:
@@ -42,6 +49,9 @@ def examine(config: Config, configured: bool) -> Findings | None:
     """
     experiment = None
     if configured:
+        if is_first_rank(config):
+            with suppress(OSError):  # a problem of the disk, which is said below
+                check_place(Path(config.output) / config.name)
         check(config, job_ranks(config))
         experiment = Experiment.prepare(config)  # as training does, so that memory is what it is there
     for warning in [*unreachable(config), *risky(config)]:
@@ -56,22 +66,31 @@ def examine(config: Config, configured: bool) -> Findings | None:
 
 
 def _examine(config: Config, experiment: Experiment | None, world: World) -> Findings | None:
-    machine = Machine.here(world.device)
+    machine, idle = Machine.here(world.device), _wait(world)
     disk = Disk.of(config.output)
     seen = _sees_output(config, world, disk)
-    rank, run = Rank(machine, disk, seen), None
+    rank, run = Rank(machine, disk, seen, idle=idle), None
     if experiment is not None:
         estimate = Estimate(experiment)
         memory = _memory(estimate, world)
-        rank = Rank(machine, disk, seen, memory, estimate.training_data_bytes())
+        rank = Rank(machine, disk, seen, memory, estimate.training_data_bytes(), idle)
         run = Run.of(experiment, estimate)
     links, averaging = measure_links(world), measure_averaging(world)
+    wrong = wrong_ranks(experiment, world) if experiment else {}
     ranks = world.gather(rank)
     if ranks is None:
         return None
     unused = unused_keys(config.algorithm, experiment.algorithm.uses) if experiment else []
-    warnings = experiment.warnings if experiment else []
+    warnings = [*experiment.warnings, *wrong.values()] if experiment else []
     return Findings(config, ranks, world.describe(), links, averaging, run, unused, warnings)
+
+
+def _wait(world: World) -> CoreTimes:
+    """Collective: half a second in which no rank does anything, to see what others do."""
+    world.barrier()
+    began = CoreTimes.now()
+    time.sleep(WAIT_SECONDS)
+    return CoreTimes.now().since(began)
 
 
 def unreachable(config: Config) -> list[str]:

@@ -55,6 +55,8 @@ class CheckScreen:
                 str(machine.threads),
             )
         self._console.print(table)
+        busy = (f"{host} {'-' if share is None else f'{share:.0%}'}" for host, share in findings.busy.items())
+        self._say("Of the cores, others had in half a second: " + ", ".join(busy) + ".")
 
     def _show_links(self, findings: Findings) -> None:
         world = findings.world

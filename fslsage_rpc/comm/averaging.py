@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from fslsage_rpc.models.flat import Weights, weighted_sum
+from fslsage_rpc.models.flat import Weights, check_shares, weighted_sum
 
 
 def federated_average(
@@ -21,7 +21,11 @@ def federated_average(
             auxiliary).
         shares: w_i of the participants (of all ranks), adding up to 1.
         all_reduce: sums the floats and takes the maximum of the integers over the client ranks, in place.
+
+    Raises:
+        ValueError: the shares do not add up to 1.
     """
+    check_shares(shares.values())
     mine = [client for client in models if client in shares]
     totals = [
         weighted_sum([models[c][i] for c in mine], [shares[c] for c in mine], like)

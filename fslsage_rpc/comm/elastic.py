@@ -27,7 +27,7 @@ from fslsage_rpc.comm.rpc_link import SERVER, NamedServer, offer
 from fslsage_rpc.comm.signs_of_life import GRACE_SECONDS, leave
 from fslsage_rpc.comm.world import Change
 from fslsage_rpc.config import Config
-from fslsage_rpc.errors import ConnectionLost, InputError, RunOver, TooFewClients
+from fslsage_rpc.errors import ConnectionLost, InputError, RankRefused, RunOver, TooFewClients
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.parties.finished import FinishedServer
 from fslsage_rpc.parties.server import Server
@@ -118,7 +118,8 @@ class ElasticWorld(RpcWorld):
             late = f"fslsage_rpc: rank {self.number} came too late: the run has ended"
             print(late, file=sys.stderr, flush=True)
             leave(0, hosts_store=False)
-        own = not isinstance(error, InputError | KeyboardInterrupt | ConnectionLost)
+        ours = InputError | KeyboardInterrupt | ConnectionLost
+        own = isinstance(error, RankRefused) or not isinstance(error, ours)
         if self.number != 0 and own and self._signs:
             with suppress(RuntimeError):
                 if self._job.check(["generation"]):  # the others may go on

@@ -129,6 +129,7 @@ class ServerLink(ABC):
                 round_trip_seconds=seconds if sent is None or there is None else 0.0,
                 queue_seconds=answer.queue_seconds,
                 compute_seconds=answer.compute_seconds,
+                cpu_seconds=answer.cpu_seconds,
                 up_bytes=sum(up.values()),
             )
             if isinstance(answer.value, Tensor):

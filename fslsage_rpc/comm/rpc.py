@@ -49,11 +49,11 @@ from fslsage_rpc.comm.world import (
     interfaces,
     on_one_host,
     open_device,
-    usable_cores,
 )
 from fslsage_rpc.config import Comm, Config
 from fslsage_rpc.errors import FIRST_WORD_SECONDS, ConnectionLost, InputError
 from fslsage_rpc.measure.clock import synchronise
+from fslsage_rpc.measure.cores import usable_cores
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.finished import FinishedServer

@@ -228,12 +228,6 @@ def set_tf32(allowed: bool) -> None:
     torch.backends.cudnn.conv.fp32_precision = rounding  # type: ignore[attr-defined]  # only there at run time
 
 
-def usable_cores() -> frozenset[int]:
-    """The cores of this host that this process may run on."""
-    known = hasattr(os, "sched_getaffinity")
-    return frozenset(os.sched_getaffinity(0) if known else range(os.cpu_count() or 1))
-
-
 def server_workers(device: torch.device) -> int:
     """Lanes that a server here executes at the same time, and fits likewise: cores over threads of each.
 

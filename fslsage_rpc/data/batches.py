@@ -1,4 +1,4 @@
-"""From stored uint8 images to normalised, augmented batches on the training device."""
+"""From stored images to normalised, augmented batches on the training device."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def batch_sizes(samples: int, batch_size: int, epochs: int) -> list[int]:
 
 
 class ImageBatches:
-    """Samples kept as uint8 on the training device, cut into batches there.
+    """Samples kept as they are stored on the training device, cut into batches there.
 
     Order and augmentation draw from streams keyed by (seed, purpose, round, client) on the CPU, so they are
     the same on every device.

@@ -24,6 +24,8 @@ from fslsage_rpc.randomness import keyed_seed, numpy_stream, torch_stream
 DIGITS = Path(__file__).with_name("digits.npz")
 DIGITS_TEST_SAMPLES = 360
 SYNTHETIC_TEST_SAMPLES = 10_000
+MOST_CLASSES = 100_000
+"""a label of a smaller dataset that goes beyond is no class: a model has an output for each"""
 DOWNLOAD_TIMEOUT_SECONDS = 10.0  # of each read: a slow link may take its time, a dead one not
 DAMAGED = (
     *(OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
@@ -37,6 +39,7 @@ class Spec:
     """What is known of a dataset before it is loaded.
 
     `mean` and `std` per channel apply to pixels divided by `pixel_maximum`. `files` are below `data.root`.
+    `dtype` is the one of the stored images.
     """
 
     train_samples: int
@@ -48,11 +51,14 @@ class Spec:
     flip: bool
     pixel_maximum: int = 255
     files: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.uint8
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """`images` `[N, C, H, W]` uint8 and `labels` `[N]` int64, on the CPU."""
+    """`images` `[N, C, H, W]` of uint8, or of floating point as a user's function may give them, and `labels`
+    `[N]` of int64, on the CPU.
+    """
 
     images: Tensor
     labels: Tensor
@@ -138,7 +144,8 @@ def spec_of(keys: Data) -> Spec:
         return SPECS[keys.name]
     images, labels = _load_own(keys, train=True)
     _, channels, height, width = images.shape
-    mean, std = _statistics(images)
+    taken_as_they_are = images.is_floating_point()
+    mean, std = ((0.0,) * channels, (1.0,) * channels) if taken_as_they_are else _statistics(images)
     return Spec(
         train_samples=len(labels),
         classes=int(labels.max()) + 1,
@@ -147,6 +154,8 @@ def spec_of(keys: Data) -> Spec:
         std=std,
         crop_padding=0,
         flip=False,
+        pixel_maximum=1 if taken_as_they_are else 255,
+        dtype=images.dtype,
     )
 
 
@@ -231,7 +240,7 @@ def load(keys: Data, train: bool) -> LabelledImages:
 
 
 def _load_own(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
-    """What the user's function gives: images `[N, C, H, W]` of uint8, and N labels from 0 on.
+    """What the user's function gives: images `[N, C, H, W]` of uint8 or floats, and N labels from 0 on.
 
     Where it draws from torch's generator, every rank gets the same.
     """
@@ -244,16 +253,26 @@ def _load_own(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
     except (Exception, SystemExit) as error:  # the user's function may raise anything
         raise InputError(f"data.name: got {keys.name!r}, which fails ({first_line(error)})") from None
     whole = not (labels.is_floating_point() or labels.is_complex())
-    if images.dtype != torch.uint8 or images.dim() != 4 or not whole or labels.shape != images.shape[:1]:
+    pixels = images.dtype == torch.uint8 or images.is_floating_point()
+    if not pixels or images.dim() != 4 or not whole or labels.shape != images.shape[:1]:
         raise InputError(
             f"data.name: got {keys.name!r}, which gives {images.dtype} {list(images.shape)} and "
-            f"{labels.dtype} {list(labels.shape)}, expected uint8 images [N, C, H, W] and N integer labels"
+            f"{labels.dtype} {list(labels.shape)}, expected uint8 or float images [N, C, H, W] and N integer "
+            "labels"
         )
     images, labels = images.cpu().contiguous(), labels.to("cpu", torch.int64)
     if not images.numel():
         raise InputError(f"data.name: got {keys.name!r}, which gives no {which} samples")
     if labels.min() < 0:
         raise InputError(f"data.name: got {keys.name!r}, which gives {which} labels below 0")
+    most, classes = int(labels.max()), max(MOST_CLASSES, len(labels))
+    if most >= classes:
+        raise InputError(
+            f"data.name: got {keys.name!r}, which gives a {which} label of {most}, expected labels 0 to "
+            f"{classes - 1}"
+        )
+    if images.is_floating_point() and not images.isfinite().all():
+        raise InputError(f"data.name: got {keys.name!r}, whose {which} images are not all finite numbers")
     return images, labels
 
 

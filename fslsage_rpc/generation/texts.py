@@ -113,8 +113,10 @@ def prompts(task: LanguageTask, meanings: Sequence[str]) -> list[list[int]]:
     """The tokens that each text begins with.
 
     Raises:
-        InputError: they leave no room for a text.
+        InputError: a meaning representation is empty, or leaves no room for a text.
     """
+    if not all(meaning.strip() for meaning in meanings):
+        raise InputError("generate: got an empty TEXT, expected one as 'name[Aromi], eatType[pub]'")
     encoded = task.vocabulary.encode([e2e.prompt(meaning) for meaning in meanings])
     (longest,) = task.sample_shape
     for meaning, tokens in zip(meanings, encoded, strict=True):

@@ -12,6 +12,9 @@ Reading = torch.cuda.Event | None
 
 clock = time.perf_counter
 
+cpu_clock = time.thread_time
+"""CPU seconds of the calling thread"""
+
 
 def synchronise(device: torch.device) -> None:
     """Wait for all that the host has queued on a GPU, on whatever stream; for the ends of a round."""

@@ -19,8 +19,8 @@ class RequestTimes:
 
     `round_trip_seconds` run from handing a request to the transport to having its answer. Of them the caller
     was kept `send_seconds` until the transport had taken the request over; at the server it waited
-    `queue_seconds` for its turn and was executed for `compute_seconds`. `up_bytes` and `down_bytes` are those
-    of its tensors.
+    `queue_seconds` for its turn and was executed for `compute_seconds`; `cpu_seconds`: of the threads that
+    executed it. `up_bytes` and `down_bytes` are those of its tensors.
     """
 
     count: int = 0
@@ -28,6 +28,7 @@ class RequestTimes:
     send_seconds: float = 0.0
     queue_seconds: float = 0.0
     compute_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     up_bytes: int = 0
     down_bytes: int = 0
 

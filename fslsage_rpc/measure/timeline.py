@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fslsage_rpc.measure.clock import DeviceIntervals, clock, device_clock
+from fslsage_rpc.measure.clock import DeviceIntervals, clock, cpu_clock, device_clock
 from fslsage_rpc.measure.trace import Arrow, Span, Tracer
 
 
@@ -25,6 +25,7 @@ class Timeline:
         self, row: str = "", tracer: Tracer | None = None, device: torch.device | None = None
     ) -> None:
         self.seconds: dict[str, float] = {}
+        self._cpu_seconds: dict[str, float] = {}
         self.row = row
         self._tracer = tracer
         self._device = device or torch.device("cpu")
@@ -47,7 +48,7 @@ class Timeline:
         if self._open is not None:
             raise RuntimeError(f"phase {name} opened inside phase {self._open}")
         self._open = name
-        started = clock()
+        started, cpu_started = clock(), cpu_clock()
         began = None if name.endswith("_wait") else device_clock(self._device)
         try:
             yield
@@ -55,6 +56,7 @@ class Timeline:
             self._open = None
             self._on_device.add(name, began, began and device_clock(self._device))
             self.add(name, started, clock() - started, row, arrow)
+            self._cpu_seconds[name] = self._cpu_seconds.get(name, 0.0) + cpu_clock() - cpu_started
 
     def add(
         self, name: str, started: float, seconds: float, row: str | None = None, arrow: Arrow | None = None
@@ -67,6 +69,11 @@ class Timeline:
     def take(self) -> dict[str, float]:
         """The seconds so far; the timeline starts again from zero."""
         taken, self.seconds = self.seconds, {}
+        return taken
+
+    def take_cpu_seconds(self) -> dict[str, float]:
+        """Per phase, the CPU seconds of the threads that were in it so far; starts again from zero."""
+        taken, self._cpu_seconds = self._cpu_seconds, {}
         return taken
 
     def take_device_seconds(self) -> dict[str, float]:

@@ -1,12 +1,16 @@
 """A model's weights as one contiguous buffer, so that averaging or sending it is one operation."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+SHARE_TOLERANCE = 1e-9
+"""by which fp64 shares, each rounded, may miss their sum of 1"""
 
 
 @dataclass
@@ -120,6 +124,17 @@ def _adopt(tensors: list[Tensor], empty_dtype: torch.dtype, device: torch.device
     return buffer
 
 
+def check_shares(shares: Iterable[float]) -> None:
+    """See that an average is one: shares of another sum would shrink or grow all weights, round by round.
+
+    Raises:
+        ValueError: they do not add up to 1, but for rounding.
+    """
+    total = math.fsum(shares)
+    if not abs(total - 1) <= SHARE_TOLERANCE:
+        raise ValueError(f"shares of an average add up to {total!r}, not to 1")
+
+
 def weighted_sum(members: Sequence[Weights], shares: Sequence[float], like: Weights) -> Weights:
     """sum_i shares_i * floats_i and the maximum of the integers, as new buffers shaped like `like`.
 
@@ -134,7 +149,12 @@ def weighted_sum(members: Sequence[Weights], shares: Sequence[float], like: Weig
 
 
 def load_mean(models: Mapping[int, Weights], shares: Mapping[int, float]) -> None:
-    """Give all models the weighted mean of those that have a share."""
+    """Give all models the weighted mean of those that have a share.
+
+    Raises:
+        ValueError: the shares do not add up to 1.
+    """
+    check_shares(shares.values())
     members = [models[client] for client in shares]
     mean = weighted_sum(members, list(shares.values()), like=members[0])
     for weights in models.values():

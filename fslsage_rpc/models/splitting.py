@@ -46,8 +46,8 @@ class SplitModel:
     """The three models that all clients and the server start from.
 
     `client` maps inputs `[B, ...]` (images `[B, C, H, W]`) to smashed data z `[B, *smashed_shape]`; `server`
-    and `auxiliary` map z to logits `[B, classes]`. Weights have the names of the whole model, each in one
-    half; `uncut` goes from inputs to logits and shares the weights of both. Their dropout and stochastic
+    and `auxiliary` map z to logits `[B, *outputs_shape]`. Weights have the names of the whole model, each in
+    one half; `uncut` goes from inputs to logits and shares the weights of both. Their dropout and stochastic
     depth is keyed (`models/dropout.py`).
     """
 
@@ -56,6 +56,7 @@ class SplitModel:
     auxiliary: nn.Module
     uncut: nn.Module
     smashed_shape: tuple[int, ...]
+    outputs_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
         key_masks(self.client, self.server, self.uncut, self.auxiliary)
@@ -92,7 +93,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "model"))
         model = make(keys, classes, sample_shape)
-        halves, smashed_shape = _halves(keys, cut, model, sample_shape, dtype)
+        halves, smashed_shape, outputs_shape = _halves(keys, cut, model, sample_shape, dtype)
         torch.manual_seed(keyed_seed(seed, "auxiliary"))
         auxiliary = build_auxiliary(
             keys.auxiliary,
@@ -114,13 +115,13 @@ def build(
         client.compute_in(autocast, gives=autocast)
         for part in (server, uncut, auxiliary):
             part.compute_in(autocast, gives=torch.float32)  # logits are widened for the loss
-    return SplitModel(client, server, auxiliary, uncut, smashed_shape)
+    return SplitModel(client, server, auxiliary, uncut, smashed_shape, outputs_shape)
 
 
 def _halves(
     keys: Model, cut: str, model: nn.Module, sample_shape: Sequence[int], dtype: torch.dtype
-) -> tuple[list[Segment], tuple[int, ...]]:
-    """Client half, server half and the uncut model, and the shape of a sample's smashed data."""
+) -> tuple[list[Segment], tuple[int, ...], tuple[int, ...]]:
+    """Client half, server half and the uncut model, and the shapes of a sample's smashed data and outputs."""
     try:
         traces = trace(model, opening(cut), sample_shape)
         nodes = cut_nodes(model, traces, cut, trains=True)
@@ -129,7 +130,9 @@ def _halves(
     except Exception as error:  # whatever it raises on images that it is not for
         raise refuse_samples(keys, sample_shape, error) from None
     smashed_shape = traces[False].shape(nodes[False])
+    outputs_shape = traces[False].shape(traces[False].output)
     assert smashed_shape is not None
+    assert outputs_shape is not None
     model.to(dtype)
     ends = {t: (one.input, nodes[t], one.output) for t, one in traces.items()}
     client, server, uncut = (
@@ -137,7 +140,11 @@ def _halves(
         for first, last in ((0, 1), (1, 2), (0, 2))
     )
     keep_input(model, server, smashed_shape)
-    return [Segment(model, graphs) for graphs in (client, server, uncut)], tuple(smashed_shape)
+    return (
+        [Segment(model, graphs) for graphs in (client, server, uncut)],
+        tuple(smashed_shape),
+        tuple(outputs_shape),
+    )
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """What a client may ask of the server, and the envelope it travels in."""
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -79,16 +79,18 @@ class Answer:
 
     `queue_seconds`: from its arrival to its turn; `compute_seconds`: its execution; by the clock of the
     server's host, which on a GPU has then only queued it: what the GPU took is in the server's report.
+    `cpu_seconds`: of the threads that executed it.
     """
 
     value: Any
     queue_seconds: float
     compute_seconds: float
+    cpu_seconds: float = 0.0
 
     def to(self, device: torch.device) -> Self:
         """The same answer with its tensors on a device."""
         value = None if self.value is None else self.value.to(device)
-        return type(self)(value, self.queue_seconds, self.compute_seconds)
+        return replace(self, value=value)
 
 
 ClientStep = Generator[Body, Any, None]

@@ -11,7 +11,7 @@ from torch import nn
 
 from fslsage_rpc.comm.memory import give_back_free_pages
 from fslsage_rpc.measure.activity import Activity
-from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.clock import clock, cpu_clock, synchronise
 from fslsage_rpc.measure.requests import ByClient, DeviceLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
@@ -332,12 +332,14 @@ class Server:
                 request = lane.released.popleft()
                 arrival = self._arrived.pop((request.client, request.number))
             with lane.queue.after(arrival.place):
-                started, began = clock(), current_place(self._device)
+                started, cpu_started, began = clock(), cpu_clock(), current_place(self._device)
                 with self._activity.of("lane"):
                     value = self._execute(lane, request)
                 ended = current_place(self._device)
                 self._on_device.add(request.client, request.body.kind, arrival.place, began, ended)
-                answer = Answer(value, started - arrival.seconds, clock() - started)
+                answer = Answer(
+                    value, started - arrival.seconds, clock() - started, cpu_clock() - cpu_started
+                )
                 match request.body:
                     case Align():
                         self._begin_fit(self._local_step(request), answer, ended, arrival.reply)
@@ -364,14 +366,18 @@ class Server:
         waiting, client, fit = clock(), at.client, self.fits[at.client]
 
         def work() -> None:
-            started = clock()
+            started, cpu_started = clock(), cpu_clock()
             with fit.queue.after(place):
                 began = current_place(self._device)
                 with self._activity.of("fit"):
                     weights = self._fit(at, targets.value)
                 self._on_device.add(client, Align.kind, place, began, current_place(self._device))
-                queue, compute = started - waiting, clock() - started
-                answer = Answer(weights, targets.queue_seconds + queue, targets.compute_seconds + compute)
+                answer = Answer(
+                    weights,
+                    targets.queue_seconds + started - waiting,
+                    targets.compute_seconds + clock() - started,
+                    targets.cpu_seconds + cpu_clock() - cpu_started,
+                )
                 self._answer_once_done("fit", client, fit.queue.end(), answer, reply)
             if next(self._fits_made) % FITS_BETWEEN == 0:
                 give_back_free_pages()

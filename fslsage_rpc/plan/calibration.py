@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,9 @@ from fslsage_rpc.configuration import changed_keys, load, to_tree
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
-from fslsage_rpc.plan.prediction import simulation_of
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.tasks import open_task
-from fslsage_rpc.training.round_numbers import from_one
 
-APPROXIMATIONS = 20
 LARGEST = 1e18
 """seconds or bytes"""
 WORK = ("data.name", "data.tokens", "data.vocabulary", "precision", "tf32", "graphs", "device")
@@ -45,6 +42,8 @@ class Calibration:
     """of the one machine that all ranks were on, over the threads of an operation; infinite for several"""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """algorithms without costs, and why"""
+    busy: bool = False
+    """others had the host's cores meanwhile"""
 
 
 def read_calibration(folder: Path, planned: Config | None = None) -> Calibration:
@@ -63,7 +62,8 @@ def read_calibration(folder: Path, planned: Config | None = None) -> Calibration
 
 
 def _read(folder: Path, planned: Config | None) -> Calibration:
-    environment = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["environment"]
+    result = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    environment = result["environment"]
     _check_figures([environment["link_speeds"], environment["ranks"]])
     speeds = [LinkSpeed(**speed) for each in environment["link_speeds"] for speed in each.values()]
     if not speeds:
@@ -84,18 +84,19 @@ def _read(folder: Path, planned: Config | None) -> Calibration:
             if planned and (other := _other_work(variant, planned)):
                 other_work.setdefault(variant.algorithm.name, f"{folder} measured {other}")
                 continue
-            scenario = Scenario(variant, link, len(ranks) - 1, cores)
+            scenario = Scenario(variant, link, len(ranks) - 1)
             lines = _measured_lines(folder, name, config, scenario)
-            measured = measure_costs(lines, scenario)
+            measured = measure_costs(lines, scenario, [rank["threads"] for rank in ranks])
             _check_figures(list(vars(measured).values()))
-            costs[variant.algorithm.name] = on_cores_of_their_own(measured, scenario, workers)
+            costs[variant.algorithm.name] = measured
     left_out = {name: why for name, why in other_work.items() if name not in costs}
     if planned and left_out and (not costs or planned.algorithm.name in left_out):
         why = left_out.get(planned.algorithm.name) or next(iter(left_out.values()))
         raise InputError(f"--calibrate: {why}")
     if not costs:
         raise InputError(f"--calibrate: got {folder}, expected a benchmark of one of {', '.join(ALGORITHMS)}")
-    return Calibration(config, costs, link, workers, cores, left_out)
+    busy = any(variant.get("busy_samples") for variant in result["variants"].values())
+    return Calibration(config, costs, link, workers, cores, left_out, busy)
 
 
 def _other_work(measured: Config, planned: Config) -> str | None:
@@ -127,40 +128,15 @@ def _measured_lines(folder: Path, name: str, config: Config, scenario: Scenario)
     lines: list[Line] = []
     for repeat in range(config.bench.repeats):
         text = (folder / "rounds" / f"{name}-{repeat}.jsonl").read_text(encoding="utf-8")
-        measured = from_one([json.loads(line) for line in text.splitlines()])
+        measured = [json.loads(line) for line in text.splitlines()]
+        if not all("cpu_seconds" in line for line in measured):
+            raise InputError(
+                f"--calibrate: got {folder}, of an earlier version, expected a benchmark with CPU seconds"
+            )
         for line in measured:  # differences of clocks may be below 0
-            _check_figures([line["phases"], line["requests"]], least=-LARGEST)
+            _check_figures([line["phases"], line["requests"], line["cpu_seconds"]], least=-LARGEST)
         if [line["round"] for line in measured] != list(range(1, scenario.config.rounds + 1)):
             raise ValueError("rounds are missing")
         run = BenchRun(name, repeat, scenario.algorithm.interval, measured)
         lines += [run.lines[round] for rounds in run.samples(config.bench.warmup_rounds) for round in rounds]
     return lines
-
-
-def on_cores_of_their_own(costs: Costs, scenario: Scenario, server_workers: int) -> Costs:
-    """What work costs on a core of its own, from what it took on cores that ranks shared.
-
-    That is not measured but inferred: the costs for which the simulated rounds of the same scenario, with the
-    sharing, take the measured seconds.
-    """
-    if math.isinf(scenario.shared_cores):
-        return costs
-    guess = costs
-    for _ in range(APPROXIMATIONS):
-        work: dict[str, float] = {}
-        spent: dict[str, float] = {}
-        interval = scenario.algorithm.interval
-        for round in range(interval, 2 * interval):
-            simulation = simulation_of(scenario, guess, server_workers, round)
-            simulation.run()
-            for kind, seconds in simulation.cores.work.items():
-                work[kind] = work.get(kind, 0.0) + seconds
-                spent[kind] = spent.get(kind, 0.0) + simulation.cores.spent[kind]
-        speed = {kind: work[kind] / spent[kind] for kind in work if spent[kind]}
-        guess = replace(
-            costs,
-            client_per_sample=costs.client_per_sample * speed.get("client", 1.0),
-            server_per_sample=costs.server_per_sample * speed.get("lane", 1.0),
-            alignment_per_sample=costs.alignment_per_sample * speed.get("fit", 1.0),
-        )
-    return guess

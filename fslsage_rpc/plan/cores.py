@@ -10,11 +10,8 @@ RESOLUTION_SECONDS = 1e-12
 class Task:
     """Work under way."""
 
-    kind: str
-    seconds: float
-    """that it takes on a core of its own"""
     left: float
-    started: float
+    """seconds on a core of its own"""
     done: Callable[[], None]
 
 
@@ -25,10 +22,6 @@ class Cores:
         count: c; infinite where every rank has a machine of its own.
         now: reads the simulated time, in seconds.
         after: has something happen in so many seconds.
-
-    Attributes:
-        work: by kind of task, the seconds that its tasks take on cores of their own.
-        spent: likewise the seconds that they took.
     """
 
     def __init__(
@@ -38,13 +31,11 @@ class Cores:
         self._tasks: list[Task] = []
         self._since = 0.0
         self._expected = 0  # number of the latest expectation of an end; earlier ones have become wrong
-        self.work: dict[str, float] = {}
-        self.spent: dict[str, float] = {}
 
-    def run(self, kind: str, seconds: float, done: Callable[[], None]) -> None:
-        """Begin a task; `done` is called at its end."""
+    def run(self, seconds: float, done: Callable[[], None]) -> None:
+        """Begin a task of so many seconds on a core of its own; `done` is called at its end."""
         self._advance()
-        self._tasks.append(Task(kind, seconds, seconds, self._now(), done))
+        self._tasks.append(Task(seconds, done))
         self._expect()
 
     def _speed(self) -> float:
@@ -75,6 +66,4 @@ class Cores:
         self._tasks = [task for task in self._tasks if task.left > over]
         self._expect()
         for task in ended:
-            self.work[task.kind] = self.work.get(task.kind, 0.0) + task.seconds
-            self.spent[task.kind] = self.spent.get(task.kind, 0.0) + self._now() - task.started
             task.done()

@@ -1,4 +1,8 @@
-"""What the rounds of an algorithm cost on the machines of a calibration: seconds per sample and request."""
+"""What the rounds of an algorithm cost on a core of its own: CPU seconds per sample and request.
+
+CPU seconds do not count the time in which a thread waits for a core. So the ranks may have shared their
+cores, among them or with others, while they were measured.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -6,17 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fslsage_rpc.bench.table import COMPUTE
-from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.plan.scenario import Scenario
 
-CLIENT = (*COMPUTE, "other")
-"""the phases in which a client rank computes"""
 Line = Mapping[str, Any]
+"""one line of metrics"""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one algorithm, in seconds."""
+    """Of one algorithm, in seconds on a core; those of work on a GPU are its own."""
 
     client_per_sample: float
     """of a client, for one sample of a local step"""
@@ -25,32 +27,54 @@ class Costs:
     alignment_per_sample: float
     """of the server, for one sample of an alignment buffer"""
     sending: float
-    """of a client rank, to hand one request to the transport"""
-    handling: float
-    """of a request, beside sending, the link, the queue and the compute: copying, waking threads"""
+    """of a client's thread, to hand one request over and to take its answer"""
+    client_handling: float
+    """of the transport's threads on a client rank, for one request and its answer"""
+    server_handling: float
+    """likewise on the server's rank"""
     averaging: float
     """of an averaging, beside the links"""
 
+    @property
+    def request(self) -> float:
+        """Of one request beside the link and what the server computes for it."""
+        return self.sending + self.client_handling + self.server_handling
 
-def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:
-    """The costs of an algorithm from rounds that were measured in this scenario."""
+
+def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[int]) -> Costs:
+    """The costs of an algorithm from rounds that were measured in this scenario.
+
+    Args:
+        threads: of an operation, by rank; one rank is server and client rank at once.
+    """
     pairs = [(line, scenario.round(line["round"] - 1)) for line in lines]
-    client = sum(_client_seconds(line) for line, _ in pairs)
-    samples = sum(planned.samples for _, planned in pairs)
-    uploaded = sum(_requests(line, "up_bytes") for line, _ in pairs) / scenario.sample_bytes
-    buffered = sum(sum(planned.aligned.values()) for _, planned in pairs)
-    requests = [times for line in lines for times in line["requests"].values()]
-    sending = _per(
-        sum(times["send_seconds"] for times in requests), sum(times["count"] for times in requests)
-    )
+    requests = sum(times["count"] for line in lines for times in line["requests"].values())
+    main, ranks = _main_threads(lines), scenario.client_ranks
+    # A rank's other threads: those of the transport, and the further ones of its operations.
+    of_clients = [
+        sum(line["cpu_seconds"]["ranks"][1:]) - ranks * (threads[-1] * main[i][0] + main[i][1])
+        for i, line in enumerate(lines)
+    ]
+    of_server = [
+        line["cpu_seconds"]["ranks"][0]
+        - threads[0] * sum(times["cpu_seconds"] for times in line["requests"].values())
+        for line in lines
+    ]
     return Costs(
-        client_per_sample=client * scenario.client_ranks / samples,
-        server_per_sample=_per(sum(_requests(line, "compute_seconds") for line, _ in pairs), uploaded),
-        alignment_per_sample=_per(
-            sum(line["requests"].get("align", {}).get("compute_seconds", 0.0) for line, _ in pairs), buffered
+        client_per_sample=_per(
+            ranks * sum(_client_seconds(line) for line in lines), sum(each.samples for _, each in pairs)
         ),
-        sending=sending,
-        handling=max(0.0, _beside_the_link(lines, scenario.link) - sending),
+        server_per_sample=_per(
+            sum(_server_seconds(line, ("push", "exchange")) for line in lines),
+            sum(_uploaded(line) for line in lines) / scenario.sample_bytes,
+        ),
+        alignment_per_sample=_per(
+            sum(_server_seconds(line, ("align",)) for line in lines),
+            sum(sum(planned.aligned.values()) for _, planned in pairs),
+        ),
+        sending=_per(ranks * sum(rest for _, rest in main), requests),
+        client_handling=max(0.0, _per(sum(of_clients), requests)),
+        server_handling=max(0.0, _per(sum(of_server), requests)),
         averaging=max(
             0.0,
             statistics.fmean(
@@ -61,32 +85,32 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario) -> Costs:
     )
 
 
+def _main_threads(lines: Sequence[Line]) -> list[tuple[float, float]]:
+    """CPU seconds of the client ranks' main threads, their mean: in compute, and for requests; by round."""
+    seconds = [line["cpu_seconds"]["client"] for line in lines]
+    computing = [sum(each[phase] for phase in COMPUTE) for each in seconds]
+    return [
+        (computed, sum(each.values()) - computed - each["averaging"])
+        for each, computed in zip(seconds, computing, strict=True)
+    ]
+
+
 def _client_seconds(line: Line) -> float:
-    """Of compute and what is beside it; a GPU's compute where there is one, not its host's."""
-    seconds = {**line["phases"]["client"], **line.get("device_seconds", {}).get("client", {})}
-    total: float = sum(seconds[phase] for phase in CLIENT)
-    return total
+    """Of compute; a GPU's where there is one, not its host's."""
+    seconds = {**line["cpu_seconds"]["client"], **line.get("device_seconds", {}).get("client", {})}
+    return float(sum(seconds[phase] for phase in COMPUTE))
 
 
-def _requests(line: Line, key: str) -> float:
-    """The sum of uploads' and exchanges'."""
-    total: float = sum(
-        line["requests"][kind][key] for kind in ("push", "exchange") if kind in line["requests"]
-    )
-    return total
+def _server_seconds(line: Line, kinds: Sequence[str]) -> float:
+    """What requests of these kinds took the server; a GPU's seconds where it has one."""
+    on_gpu = line.get("device_seconds", {}).get("server")
+    key = "compute_seconds" if on_gpu else "cpu_seconds"
+    return float(sum(line["requests"][kind][key] for kind in kinds if kind in line["requests"]))
 
 
-def _beside_the_link(lines: Sequence[Line], link: LinkSpeed) -> float:
-    """The mean over requests of the wire's seconds, less what the link accounts for."""
-    seconds, count = 0.0, 0
-    for times in (times for line in lines for times in line["requests"].values()):
-        up, down = (
-            times["up_bytes"] / link.up_bytes_per_second,
-            times["down_bytes"] / link.down_bytes_per_second,
-        )
-        seconds += times["wire_seconds"] - up - down - times["count"] * link.round_trip_seconds
-        count += times["count"]
-    return _per(seconds, count)
+def _uploaded(line: Line) -> int:
+    """Bytes of uploads and exchanges."""
+    return sum(line["requests"].get(kind, {}).get("up_bytes", 0) for kind in ("push", "exchange"))
 
 
 def _per(total: float, count: float) -> float:

@@ -22,9 +22,10 @@ class Prediction:
 
 
 def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction:
-    """One alignment interval of the scenario, behind the first."""
+    """The alignment interval in the middle of the run: buffers fill as it goes on. Never the first."""
     interval = scenario.algorithm.interval
-    rounds = range(interval, 2 * interval)
+    first = max(1, scenario.config.rounds // interval // 2) * interval
+    rounds = range(first, first + interval)
     return Prediction(
         statistics.fmean(_seconds(scenario, costs, server_workers, round) for round in rounds),
         statistics.fmean(_wire_bytes(scenario, round) for round in rounds),
@@ -51,7 +52,8 @@ def simulation_of(scenario: Scenario, costs: Costs, server_workers: int, round: 
         workers=server_workers,
         window=scenario.config.comm.upload_window,
         sending_seconds=costs.sending,
-        handling_seconds=costs.handling,
+        client_handling_seconds=costs.client_handling,
+        server_handling_seconds=costs.server_handling,
         shared_cores=scenario.shared_cores,
     )
 
@@ -92,7 +94,7 @@ def client_steps(scenario: Scenario, costs: Costs, client: int, planned: Planned
 def _wire_bytes(scenario: Scenario, round: int) -> float:
     """What the wire ledger would count, without evaluation."""
     planned = scenario.round(round)
-    no_costs = Costs(0, 0, 0, 0, 0, 0)
+    no_costs = Costs(0, 0, 0, 0, 0, 0, 0)
     requests = sum(
         step.up_bytes + step.down_bytes
         for client in planned.participants

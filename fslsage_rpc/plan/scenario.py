@@ -83,6 +83,10 @@ class Scenario:
     def _buffered(self, client: int, round: int) -> int:
         """What the alignment buffer holds at a client's first step of a round, its first upload included."""
         sizes = self.federation.batch_sizes[client]
-        earlier = sum(client in self.federation.participants(past) for past in range(round))
         uploaded = sum(sizes[:: self.config.algorithm.upload_every])
-        return min(earlier * uploaded + sizes[0], self.config.algorithm.alignment.buffer_size)
+        size, buffered = self.config.algorithm.alignment.buffer_size, sizes[0]
+        for past in reversed(range(round)):
+            if buffered >= size:
+                break
+            buffered += uploaded if client in self.federation.participants(past) else 0
+        return min(buffered, size)

@@ -60,11 +60,12 @@ class RoundSimulation:
         workers: lanes that are executed at the same time, and fits of auxiliary models likewise.
         window: uploads of one client that the server may still have to train on.
         sending_seconds: for which a request keeps its client's rank busy.
-        handling_seconds: what it takes beside that, its link, its queue and its compute.
+        client_handling_seconds: of the transport's threads on that rank, for a request and its answer.
+        server_handling_seconds: likewise on the server's.
         shared_cores: of the one machine that all ranks are on; infinite where each has its own.
 
     Attributes:
-        cores: what they did, by kind: client, lane, fit.
+        cores: that they share.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class RoundSimulation:
         workers: int,
         window: int,
         sending_seconds: float,
-        handling_seconds: float,
+        client_handling_seconds: float,
+        server_handling_seconds: float,
         shared_cores: float = math.inf,
     ):
-        self._delay = (link.round_trip_seconds + handling_seconds) / 2
+        self._delay = link.round_trip_seconds / 2
+        self._at_client, self._at_server = client_handling_seconds / 2, server_handling_seconds / 2
         self._sending = sending_seconds
         self._now = self._clients_ended = self._server_ended = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -147,7 +150,7 @@ class RoundSimulation:
             self._rank_busy[progress.rank] = False
             self._compute(progress.rank)
 
-        self.cores.run("client", step.compute_seconds + (self._sending if asks else 0.0), done)
+        self.cores.run(step.compute_seconds + (self._sending if asks else 0.0), done)
 
     def _send(self, progress: Progress, place: int) -> None:
         step = progress.steps[place]
@@ -159,7 +162,7 @@ class RoundSimulation:
             self._execute(lane)
 
         self._turns[progress.rank].sent(progress.client, step.kind == "push")
-        self._after(self._transfer("up", progress.rank, step.up_bytes), arrive)
+        self._carry("up", progress.rank, step.up_bytes, arrive)
 
     def _execute(self, lane: SimulatedLane) -> None:
         """The lane takes its next turn, if it is free, a worker is, and the request has arrived."""
@@ -181,7 +184,7 @@ class RoundSimulation:
             for waiting in self._lanes.values():
                 self._execute(waiting)
 
-        self.cores.run("lane", step.server_seconds, done)
+        self.cores.run(step.server_seconds, done)
 
     def _fit(self) -> None:
         """The longest waiting client's auxiliary model is fitted, if there is one and a worker is free."""
@@ -195,17 +198,22 @@ class RoundSimulation:
             self._reply(progress, step)
             self._fit()
 
-        self.cores.run("fit", step.server_seconds, done)
+        self.cores.run(step.server_seconds, done)
 
     def _reply(self, progress: Progress, step: Step) -> None:
         self._server_ended = self._now
-        seconds = self._transfer("down", progress.rank, step.down_bytes)
-        self._after(seconds, lambda: self._answer(progress, step))
+        self._carry("down", progress.rank, step.down_bytes, lambda: self._answer(progress, step))
 
     def _answer(self, progress: Progress, step: Step) -> None:
         self._turns[progress.rank].settled(progress.client, step.turn, step.kind == "push")
         self._compute(progress.rank)
 
-    def _transfer(self, way: str, rank: int, bytes: float) -> float:
-        """How long until these bytes are over the rank's link."""
-        return self._connections[way][rank].carry(self._now, bytes) - self._now + self._delay
+    def _carry(self, way: str, rank: int, bytes: float, done: Callable[[], None]) -> None:
+        """Bytes go over the rank's link, handled at both of its ends."""
+        before, behind = (self._at_client, self._at_server)[:: 1 if way == "up" else -1]
+
+        def travel() -> None:
+            ended = self._connections[way][rank].carry(self._now, bytes)
+            self._after(ended - self._now + self._delay, lambda: self.cores.run(behind, done))
+
+        self.cores.run(before, travel)

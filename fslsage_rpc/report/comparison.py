@@ -1,23 +1,26 @@
 """The report: runs and benches side by side, as `report.html`, the same as `report.md`, and its figures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report import tables
 from fslsage_rpc.report.figures import (
     Bar,
     Curve,
+    Look,
     Panel,
     bars_figure,
     color_of,
-    curve_of,
     curves_figure,
-    png,
+    looks_of,
+    rendered,
 )
-from fslsage_rpc.report.page import Block, Heading, Page, Picture, to_html, to_markdown
+from fslsage_rpc.report.page import FORMATS, Block, Heading, Page, Picture, to_html, to_markdown
 from fslsage_rpc.report.series import Series, assignment, group, value_of
 from fslsage_rpc.report.sources import Bench, Line, Tree, read
 from fslsage_rpc.version import __version__
@@ -38,22 +41,30 @@ BENCH_TEXT = (
 UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 
 
-def write_report(paths: Sequence[str], out: str) -> Path:
+def write_report(
+    paths: Sequence[str], out: str, labels: Sequence[str] = (), formats: Sequence[str] = ("png",)
+) -> Path:
     """Compare the runs and benches in these folders; write the report into the folder `out`.
+
+    Args:
+        labels: names for the runs and benches, one for each path; none: they are named by what differs.
+        formats: those of `FORMATS` in which figures are written.
 
     Returns:
         The HTML file.
 
     Raises:
-        InputError: a folder is neither of a run nor of a bench, or `out` cannot be written.
+        InputError: a folder is neither of a run nor of a bench, labels are too few, too many or ambiguous, or
+            `out` cannot be written.
     """
-    runs, benches = read(paths)
-    page = compose(group(runs), benches)
+    runs, benches = read(paths, labels)
+    page = compose(group(runs), benches, formats)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in page.pictures:
-            (folder / picture.file).write_bytes(picture.png)
+            for name, contents in picture.files.items():
+                (folder / name).write_bytes(contents)
         for name, text in (("report.md", to_markdown(page)), ("report.html", to_html(page))):
             (folder / name).write_text(
                 text, encoding="utf-8", errors="replace"
@@ -65,29 +76,38 @@ def write_report(paths: Sequence[str], out: str) -> Path:
     return folder / "report.html"
 
 
-def compose(series: Sequence[Series], benches: Sequence[Bench]) -> Page:
+def compose(series: Sequence[Series], benches: Sequence[Bench], formats: Sequence[str] = ("png",)) -> Page:
     """The page with all its figures drawn."""
     blocks: list[Block] = []
     if series:
-        blocks += _runs(series)
+        blocks += _runs(series, formats)
     for number, bench in enumerate(benches, start=1):
-        blocks += _bench(bench, f"latency-bench-{number}.png" if len(benches) > 1 else "latency-bench.png")
+        blocks += _bench(bench, f"latency-bench-{number}" if len(benches) > 1 else "latency-bench", formats)
     blocks += [Heading("Where it was measured"), *_environments(series, benches)]
     blocks += [Heading("What was read"), tables.folders_table(series, benches)]
     return Page(f"Report of fslsage_rpc {__version__}", blocks)
 
 
-def _runs(series: Sequence[Series]) -> list[Block]:
-    bars = [Bar(one.label, color_of(one.algorithm), tables.mean_parts(one)) for one in series]
+def _picture(figure: Figure, name: str, formats: Sequence[str], caption: str) -> Picture:
+    images = {format: rendered(figure, format) for format in {"png", *formats}}
+    files = {f"{name}.{format}": images[format] for format in FORMATS if format in formats}
+    return Picture(images["png"], files, caption)
+
+
+def _runs(series: Sequence[Series], formats: Sequence[str]) -> list[Block]:
+    looks = _looks(series)
+    bars = [Bar(one.label, looks[one.name].color, tables.mean_parts(one)) for one in series]
     caption = f"Where a round's time goes. {BAR_TEXT} Lower bounds come from a bench."
     blocks: list[Block] = [Heading("Runs"), tables.runs_table(series), _reading(series)]
+    if settings := tables.settings_table(series):
+        blocks += [Heading("Settings that set them apart", 3), settings]
     return [
         *blocks,
-        *_accuracy(series),
+        *_accuracy(series, looks, formats),
         Heading("Seconds per round", 3),
-        Picture("latency.png", png(bars_figure(bars, BAR_LABEL)), caption),
+        _picture(bars_figure(bars, BAR_LABEL), "latency", formats, caption),
         tables.parts_table(bars),
-        *_drift(series),
+        *_drift(series, looks, formats),
     ]
 
 
@@ -114,12 +134,12 @@ def _reading(series: Sequence[Series]) -> str:
     return trained + seeds + losses + median + ledgers
 
 
-def _accuracy(series: Sequence[Series]) -> list[Block]:
+def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequence[str]) -> list[Block]:
     heading = Heading("Accuracy", 3)
     scored = [one for one in series if any(map(tables.accuracies, one.runs))]
     if not scored:
         return [heading, "No round has a test accuracy."]
-    curves = _curves(scored, series)
+    curves = _curves(scored, looks)
     seeds = "Mean over seeds, round by round; the band runs from the lowest to the highest."
     if any(len({len(run.lines) for run in one.runs}) > 1 for one in scored):
         seeds += " Beyond the last round that all seeds have, each goes on as a thin line."
@@ -156,8 +176,8 @@ def _accuracy(series: Sequence[Series]) -> list[Block]:
         heading,
         *_coinciding(scored),
         *(
-            Picture(
-                f"accuracy-{name}.png", png(curves_figure(curves, what)), f"Accuracy against {name}. {seeds}"
+            _picture(
+                curves_figure(curves, what), f"accuracy-{name}", formats, f"Accuracy against {name}. {seeds}"
             )
             for name, what in panels.items()
         ),
@@ -180,7 +200,7 @@ def _coinciding(series: Sequence[Series]) -> list[str]:
     ]
 
 
-def _drift(series: Sequence[Series]) -> list[Block]:
+def _drift(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequence[str]) -> list[Block]:
     drifting = [
         one
         for one in series
@@ -208,17 +228,17 @@ def _drift(series: Sequence[Series]) -> list[Block]:
         ),
     ]
     figure = curves_figure(
-        _curves(drifting, series), panels, mark=lambda line: line.get("alignment") is not None
+        _curves(drifting, looks), panels, mark=lambda line: line.get("alignment") is not None
     )
     caption = (
         "Drift of the gradient estimate, mean over clients and over seeds, with a band from the lowest to "
         "the highest seed. Markers: rounds with an alignment."
     )
-    return [Heading("Drift of the estimate", 3), Picture("drift.png", png(figure), caption)]
+    return [Heading("Drift of the estimate", 3), _picture(figure, "drift", formats, caption)]
 
 
-def _bench(bench: Bench, file: str) -> list[Block]:
-    title = f"Bench {bench.folder.name}"
+def _bench(bench: Bench, file: str, formats: Sequence[str]) -> list[Block]:
+    title = f"Bench {bench.name}"
     blocks: list[Block] = [Heading(title), tables.bench_table(bench), BENCH_TEXT]
     bars = [
         Bar(
@@ -232,7 +252,8 @@ def _bench(bench: Bench, file: str) -> list[Block]:
     ]
     if bars:
         caption = f"Mean seconds per round of {title} against the lower bound. {BAR_TEXT}"
-        blocks += [Picture(file, png(bars_figure(bars, BAR_LABEL)), caption), tables.parts_table(bars)]
+        figure = _picture(bars_figure(bars, BAR_LABEL), file, formats, caption)
+        blocks += [figure, tables.parts_table(bars)]
     if target := tables.target_table(bench):
         reached = f"{tables.UNKNOWN} where a variant did not reach it in every repeat."
         blocks += [Heading("To the target accuracy", 3), target, reached]
@@ -245,7 +266,7 @@ def _environments(series: Sequence[Series], benches: Sequence[Bench]) -> list[Bl
     same = len({json.dumps(run.environment, sort_keys=True) for one in series for run in one.runs}) == 1
     for label, environment in [
         *(("All runs" if same else one.label, run.environment) for one in series for run in one.runs),
-        *((f"bench {bench.folder.name}", bench.environment) for bench in benches),
+        *((f"bench {bench.name}", bench.environment) for bench in benches),
     ]:
         _, labels = measured.setdefault(json.dumps(environment, sort_keys=True), (environment, []))
         if label not in labels:
@@ -260,18 +281,15 @@ def _environments(series: Sequence[Series], benches: Sequence[Bench]) -> list[Bl
     return blocks
 
 
-def _curves(drawn: Sequence[Series], series: Sequence[Series]) -> list[Curve]:
-    """The curves of the series that are drawn; of all `series`, those with the same settings look alike."""
-    settings = list(dict.fromkeys(one.settings for one in series))
+def _looks(series: Sequence[Series]) -> dict[str, Look]:
+    """How each series looks, by its name: the finished and the unfinished runs of one look alike."""
+    algorithms = {one.name: one.algorithm for one in series}
+    return dict(zip(algorithms, looks_of(list(algorithms.values())), strict=True))
+
+
+def _curves(series: Sequence[Series], looks: Mapping[str, Look]) -> list[Curve]:
     return [
-        curve_of(
-            one.label,
-            one.algorithm,
-            settings.index(one.settings),
-            one.finished,
-            [run.lines for run in one.runs],
-        )
-        for one in drawn
+        Curve(one.label, looks[one.name], [run.lines for run in one.runs], one.finished) for one in series
     ]
 
 

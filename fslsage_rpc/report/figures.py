@@ -1,5 +1,6 @@
-"""Figures of runs and benches, by matplotlib (the `plots` extra). An algorithm has the same colour in all of
-them.
+"""Figures of runs and benches, by matplotlib (the `plots` extra).
+
+An algorithm has the same colour in all of them, wherever colours of algorithms tell curves apart.
 """
 
 import io
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 Line = dict[str, Any]
@@ -35,6 +39,8 @@ ALGORITHMS = {
 """names, and colours that colour-blind readers can tell apart (Okabe and Ito)"""
 OWN_COLORS = ("#666666", "#56B4E9", "#000000")
 """for algorithms that are not among these, the user's own: by name, so that two may share one"""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+"""of curves that algorithms do not tell apart: those of Okabe and Ito but for yellow, faint on white"""
 STYLES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)))
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
@@ -49,6 +55,8 @@ TEXTURES = {
 
 WIDTH = 9.5
 """inches"""
+LEGEND_LINE = 0.6
+"""inches that an entry of a legend takes besides its text"""
 BAR_LABEL_LETTERS = 42
 """in a line beside a bar"""
 LOG_RATIO = 5
@@ -56,14 +64,24 @@ LOG_RATIO = 5
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One configuration in several seeds: per seed the lines of its `metrics.jsonl`."""
+class Look:
+    """How a curve is drawn."""
 
-    label: str
     color: str
-    runs: Sequence[Sequence[Line]]
     style: Any = "-"
     marker: str | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One configuration in several seeds: per seed the lines of its `metrics.jsonl`.
+
+    Runs that are not finished have hollow markers and thin lines.
+    """
+
+    label: str
+    look: Look
+    runs: Sequence[Sequence[Line]]
     finished: bool = True
 
 
@@ -118,17 +136,27 @@ def _number(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def curve_of(
-    label: str, algorithm: str, setting: int, finished: bool, runs: Sequence[Sequence[Line]]
-) -> Curve:
-    """A curve in its algorithm's colour, and in the line style of its setting (0, 1, ...).
-
-    Each algorithm has another marker for the same setting. Runs that are not finished have hollow markers
-    and thin lines.
-    """
+def look_of(algorithm: str) -> Look:
+    """The colour of an algorithm, and its marker."""
     own = 0 if algorithm in ALGORITHMS else _number(algorithm) // len(OWN_COLORS)
-    marker = MARKERS[(_place(algorithm) + own + setting) % len(MARKERS)]
-    return Curve(label, color_of(algorithm), runs, STYLES[setting % len(STYLES)], marker, finished)
+    return Look(color_of(algorithm), marker=MARKERS[(_place(algorithm) + own) % len(MARKERS)])
+
+
+def looks_of(algorithms: Sequence[str]) -> list[Look]:
+    """Looks for one curve of each of these: those of the algorithms, where no two share a colour.
+
+    Else each curve has a look of its own: another colour, and with the colours used up another line style.
+    """
+    if len({color_of(algorithm) for algorithm in algorithms}) == len(algorithms):
+        return [look_of(algorithm) for algorithm in algorithms]
+    return [
+        Look(
+            COLORS[number % len(COLORS)],
+            STYLES[number // len(COLORS) % len(STYLES)],
+            MARKERS[number % len(MARKERS)],
+        )
+        for number in range(len(algorithms))
+    ]
 
 
 def draw(
@@ -149,7 +177,7 @@ def draw(
     xs = [fmean(_drawn(x, run[round]) for run in runs) for round in shared]
     ys = np.array([[_drawn(y, run[round]) for round in shared] for run in runs])  # [seeds, rounds]
     if len(runs) > 1:
-        axes.fill_between(xs, ys.min(0), ys.max(0), color=curve.color, alpha=0.18, linewidth=0)
+        axes.fill_between(xs, ys.min(0), ys.max(0), color=curve.look.color, alpha=0.18, linewidth=0)
     if mark is None:
         marked: Any = max(1, len(shared) // 20)
     else:
@@ -161,8 +189,8 @@ def draw(
             axes.plot(
                 [_drawn(x, line) for line in rest],
                 [_drawn(y, line) for line in rest],
-                linestyle=curve.style,
-                color=curve.color,
+                linestyle=curve.look.style,
+                color=curve.look.color,
                 linewidth=0.8,
             )
 
@@ -231,10 +259,11 @@ def bars_figure(bars: Sequence[Bar], x_label: str) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """The picture as a PNG file."""
+def rendered(figure: Figure, format: str = "png") -> bytes:
+    """The picture as a file of this format: png, pdf or svg."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    with matplotlib.rc_context({"pdf.fonttype": 42}):  # publishers refuse Type 3, matplotlib's default
+        figure.savefig(buffer, format=format, dpi=130)
     return buffer.getvalue()
 
 
@@ -282,13 +311,19 @@ def _figure(height: float, handles: Sequence[Artist]) -> Figure:
     """A figure of so many inches above a legend, which lies outside the axes in as many rows as it needs."""
     for handle in handles:
         handle.set_label(_wrap(str(handle.get_label()), 110))
-    widest = max((len(line) for handle in handles for line in str(handle.get_label()).split("\n")), default=0)
-    columns = max(1, min(len(handles), 132 // (widest + 10)))
+    lines_of_labels = [line for handle in handles for line in str(handle.get_label()).split("\n")]
+    widest = max(map(_inches, lines_of_labels), default=0.0)
+    columns = max(1, min(len(handles), int((WIDTH - 0.2) / (widest + LEGEND_LINE))))
     lines = max((str(handle.get_label()).count("\n") + 1 for handle in handles), default=0)
     rows = math.ceil(len(handles) / columns) * lines
     figure = Figure(figsize=(WIDTH, height + 0.2 * rows), layout="constrained")
     figure.legend(
-        handles=list(handles), loc="outside lower center", ncols=columns, fontsize="small", handlelength=3
+        handles=list(handles),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize="small",
+        handlelength=3,
+        columnspacing=1.4,
     )
     return figure
 
@@ -297,12 +332,12 @@ def _look(curve: Curve) -> dict[str, Any]:
     """The curve's line, for matplotlib."""
     return {
         "label": curve.label,
-        "color": curve.color,
-        "linestyle": curve.style,
-        "marker": curve.marker,
+        "color": curve.look.color,
+        "linestyle": curve.look.style,
+        "marker": curve.look.marker,
         "markersize": 4.5,
         "linewidth": 1.6 if curve.finished else 0.9,
-        "markerfacecolor": curve.color if curve.finished else "white",
+        "markerfacecolor": curve.look.color if curve.finished else "white",
     }
 
 
@@ -325,6 +360,12 @@ def _in_lines(label: str) -> str:
 def _wrap(label: str, width: int) -> str:
     """In lines of so many letters, with dollar signs as they are: matplotlib reads formulas between two."""
     return "\n".join(textwrap.wrap(label, width, break_on_hyphens=False)).replace("$", r"\$")
+
+
+def _inches(line: str) -> float:
+    """The width of a line of a legend."""
+    size = FontProperties(size="small").get_size_in_points()
+    return float(TextPath((0, 0), line, size=size).get_extents().width) / 72 if line else 0.0
 
 
 def _longest(curve: Curve, panel: Panel) -> float:

@@ -3,7 +3,7 @@
 import base64
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 STYLE = """
@@ -19,6 +19,10 @@ figure { margin: 1.5rem 0; }
 img { max-width: 100%; }
 figcaption { color: #555; font-size: 0.9rem; }
 """
+
+
+FORMATS = ("png", "svg", "pdf")
+"""of files of figures, in the order in which a Markdown page would show them"""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file under the name that it has beside the Markdown page."""
+    """A figure, as the files that it is in: each under its name beside the Markdown page.
 
-    file: str
+    Attributes:
+        png: the figure inside the HTML page, whatever the files are.
+        files: contents by name; the first is the one that the Markdown page shows.
+    """
+
     png: bytes
+    files: Mapping[str, bytes]
     caption: str
 
     @property
@@ -96,7 +105,9 @@ def _markdown(block: Block) -> str:
             lines = [map(_literal, block.headers), rule, *(map(_literal, row) for row in block.rows)]
             return "\n".join("| " + " | ".join(line) + " |" for line in lines)
         case Picture():
-            return f"![{_literal(block.title)}]({block.file})\n\n{_literal(block.caption)}"
+            file = next(iter(block.files))
+            shown = "" if file.endswith(".pdf") else "!"  # which Markdown links to, and does not show
+            return f"{shown}[{_literal(block.title)}]({file})\n\n{_literal(block.caption)}"
     return _literal(block)
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.errors import Diverged
+from fslsage_rpc.measure.cores import BUSY
 
 MIB = 2**20
 TABLE_WIDTH = 78
@@ -165,12 +166,21 @@ class Screen(ProgressScreen):
         """The table that a run ends in."""
         self._progress.stop()
         self._console.print(summary_table(self._name, summary, self._console.width))
+        if busy := busy_line(summary.get("host_busy")):
+            self.warn(busy)
         self._console.print(f"Run folder: {folder}", soft_wrap=True, markup=False)
 
     def _fields(self) -> dict[str, Any]:
         """What the bar says at its end."""
         accuracy = "   - " if self._accuracy is None else f"{self._accuracy:.3f}"
         return {"accuracy": accuracy, "bytes": _mib(self._wire_bytes)}
+
+
+def busy_line(host_busy: float | None) -> str | None:
+    """A line for seconds that others' work has changed; None where it was little, or is not known."""
+    if host_busy is None or host_busy <= BUSY:
+        return None
+    return f"others took {host_busy:.0%} of the host's cores meanwhile: do not trust these seconds"
 
 
 def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) -> Table:

@@ -1,15 +1,17 @@
-"""Runs that differ only in seed and name are one series; a label says what sets it apart from the others."""
+"""Runs that differ only in seed and name are one series; a label sets it apart from the others."""
 
 import copy
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.config import AlgorithmKeys
 from fslsage_rpc.configuration import changed_keys
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.figures import display_name, rank_of
+from fslsage_rpc.report.labels import LETTERS, fitted
 from fslsage_rpc.report.sources import Run, Tree
 
 FREE_KEYS = (
@@ -36,12 +38,18 @@ class Series:
     """`key=value` of the keys that set it apart from other series, besides the algorithm"""
     config: Tree
     runs: list[Run]
+    name: str = ""
+    """what the user calls it, else algorithm and settings, else the folder of its first run"""
 
     @property
     def label(self) -> str:
-        """Its name in tables and figures."""
-        state = () if self.finished else ("unfinished",)
-        return ", ".join([display_name(self.algorithm), *self.settings, *state])
+        """Its name in tables and figures, with the state of its runs."""
+        return self.name + self.state
+
+    @property
+    def state(self) -> str:
+        """The end of its label."""
+        return "" if self.finished else ", unfinished"
 
     @property
     def finished(self) -> bool:
@@ -50,20 +58,70 @@ class Series:
 
 
 def group(runs: Sequence[Run]) -> list[Series]:
-    """The series of these runs, in order of algorithms and settings."""
-    groups: dict[tuple[str, bool], list[Run]] = {}
+    """The series of these runs, in order of algorithms and settings where these name them, else as given.
+
+    Runs that the user labels differently are never one series.
+
+    Raises:
+        InputError: runs of unlike configurations have the same label.
+    """
+    groups: dict[tuple[str | None, bool, str], list[Run]] = {}
     for run in runs:
         configuration = json.dumps(comparable(run), sort_keys=True)
-        groups.setdefault((configuration, run.summary is not None), []).append(run)
+        groups.setdefault((run.label, run.summary is not None, configuration), []).append(run)
     trees = [comparable(members[0]) for members in groups.values()]
     keys = differing_keys(trees)
     series = [
         Series(
-            _algorithm(tree), tuple(assignment(tree, key) for key in keys if _reads(tree, key)), tree, members
+            _algorithm(tree), tuple(assignment(tree, key) for key in keys if reads(tree, key)), tree, members
         )
         for tree, members in zip(trees, groups.values(), strict=True)
     ]
-    return sorted(series, key=lambda one: _rank(one, keys))
+    if runs and runs[0].label is not None:
+        return _by_hand(series)
+    return _by_settings(series, keys) or _by_folder(series)
+
+
+def _by_hand(series: Sequence[Series]) -> list[Series]:
+    """The series under the labels of their runs, as given."""
+    labels = [one.runs[0].label or "" for one in series]
+    for number, (label, one) in enumerate(zip(labels, series, strict=True)):
+        for other in series[:number]:
+            if (other.runs[0].label, other.finished) == (label, one.finished):
+                raise InputError(
+                    f"--label: got {label!r} for both {other.runs[0].folder} and {one.runs[0].folder}, "
+                    "expected different ones for runs that are not seeds of one configuration"
+                )
+    names = fitted(labels, [one.state for one in series])
+    return [replace(one, name=name) for one, name in zip(series, names, strict=True)]
+
+
+def _by_settings(series: Sequence[Series], keys: Sequence[str]) -> list[Series]:
+    """The series under algorithm and settings, in their order; none where that is too long for one of them.
+
+    Keys are whole, or else their last words, where these differ.
+    """
+    for shown in ({key: key for key in keys}, {key: key.rpartition(".")[2] for key in keys}):
+        named = [replace(one, name=_title(one, shown)) for one in series]
+        if len(set(shown.values())) == len(keys) and all(len(one.label) <= LETTERS for one in named):
+            return sorted(named, key=lambda one: _rank(one, keys))
+    return []
+
+
+def _by_folder(series: Sequence[Series]) -> list[Series]:
+    """The series under the names of their first runs' folders, as given."""
+    others = [f" and {len(one.runs) - 1} more" if len(one.runs) > 1 else "" for one in series]
+    endings = [more + one.state for more, one in zip(others, series, strict=True)]
+    names = fitted([one.runs[0].name for one in series], endings)
+    return [replace(one, name=name + more) for one, name, more in zip(series, names, others, strict=True)]
+
+
+def _title(series: Series, shown: Mapping[str, str]) -> str:
+    """The algorithm and the settings, whose keys are shown so."""
+    settings = [setting.partition("=") for setting in series.settings]
+    return ", ".join(
+        [display_name(series.algorithm), *(f"{shown[key]}={value}" for key, _, value in settings)]
+    )
 
 
 def comparable(run: Run) -> Tree:
@@ -83,7 +141,7 @@ def comparable(run: Run) -> Tree:
         tree["device"] = ", ".join(sorted({str(rank.get("device")).partition(":")[0] for rank in ranks}))
     defaults = asdict(AlgorithmKeys())
     for key in tree["algorithm"]:
-        if not _reads(tree, f"algorithm.{key}"):
+        if not reads(tree, f"algorithm.{key}"):
             tree["algorithm"][key] = defaults[key]
     return tree
 
@@ -95,7 +153,7 @@ def differing_keys(trees: Sequence[Tree]) -> list[str]:
         key
         for key in changed
         if key != "algorithm.name"
-        and len({repr(value_of(tree, key)) for tree in trees if _reads(tree, key)}) > 1
+        and len({repr(value_of(tree, key)) for tree in trees if reads(tree, key)}) > 1
     ]
 
 
@@ -113,6 +171,17 @@ def assignment(tree: Tree, key: str) -> str:
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
+def reads(tree: Tree, key: str) -> bool:
+    """Does the algorithm of this configuration read this key? (All read what is outside `algorithm`.)
+
+    One of the user's own counts as reading all: a report imports no code that a run folder names.
+    """
+    section, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    known = ALGORITHMS.get(_algorithm(tree))
+    return section != "algorithm" or name == "name" or known is None or name in known.uses
+
+
 def _rank(series: Series, keys: Sequence[str]) -> tuple[tuple[int, str], list[tuple[bool, float, str]], bool]:
     """Sorts by algorithm, then by settings (numbers by size, before texts), then unfinished runs last."""
     values = [value_of(series.config, key) for key in keys]
@@ -126,14 +195,3 @@ def _rank(series: Series, keys: Sequence[str]) -> tuple[tuple[int, str], list[tu
 def _algorithm(tree: Tree) -> str:
     name: str = tree["algorithm"]["name"]
     return name
-
-
-def _reads(tree: Tree, key: str) -> bool:
-    """Does the algorithm of this configuration read this key? (All read what is outside `algorithm`.)
-
-    One of the user's own counts as reading all: a report imports no code that a run folder names.
-    """
-    section, _, rest = key.partition(".")
-    name = rest.partition(".")[0]
-    known = ALGORITHMS.get(_algorithm(tree))
-    return section != "algorithm" or name == "name" or known is None or name in known.uses

@@ -38,6 +38,10 @@ class Run:
     environment: Tree
     lines: list[Line]
     summary: Tree | None
+    name: str
+    """that of its folder, with parents where another folder has the same"""
+    label: str | None
+    """the user's own name for it"""
 
     @property
     def diverged(self) -> int | None:
@@ -79,6 +83,8 @@ class Variant:
     paper_bytes: float | None
     bound_seconds: float | None
     efficiency: float | None
+    busy_samples: float | None
+    """those whose seconds others' work on the host has changed"""
     target: Target | None
     diverged: float | None = None
     """the first round in which it did"""
@@ -89,19 +95,32 @@ class Bench:
     """The `bench.json` of a folder."""
 
     folder: Path
+    name: str
+    """the user's own for it, or that of its folder, with parents where another folder has the same"""
     reference: str | None
     environment: Tree
     variants: list[Variant]
 
 
-def read(paths: Sequence[str]) -> tuple[list[Run], list[Bench]]:
+def read(paths: Sequence[str], labels: Sequence[str] = ()) -> tuple[list[Run], list[Bench]]:
     """The runs and the benches in these folders; a folder that is named twice is read once.
 
+    Args:
+        labels: the user's own names for them: none, or one for each path.
+
     Raises:
-        InputError: a folder is missing, is neither of a run nor of a bench, or what it holds is damaged.
+        InputError: a folder is missing, is neither of a run nor of a bench, or what it holds is damaged;
+            there are not as many labels as paths, one is empty, or a folder has several.
     """
+    if labels and len(labels) != len(paths):
+        raise InputError(
+            f"--label: got {len(labels)} for {len(paths)} RUNs, expected one for each, in their order"
+        )
+    if not all(map(str.strip, labels)):
+        raise InputError("--label: got an empty one, expected a name")
     folders: dict[Path, Path] = {}
-    for path in paths:
+    labelled: dict[Path, str] = {}
+    for number, path in enumerate(paths):
         folder = Path(path)
         try:
             names = {file.name for file in folder.iterdir()}
@@ -109,11 +128,35 @@ def read(paths: Sequence[str]) -> tuple[list[Run], list[Bench]]:
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "a loop of links"
             raise InputError(f"RUN: got {path!r}, which cannot be read ({reason}); {EXPECTED}") from None
+        if labels and labelled.setdefault(folder.resolve(), labels[number]) != labels[number]:
+            raise InputError(f"--label: got more than one for {path}, expected the same wherever it is named")
         if not names & {"config.yaml", "bench.json"}:
             raise InputError(f"RUN: got {path!r}, which has neither config.yaml nor bench.json; {EXPECTED}")
-    benches = [folder for folder in folders.values() if (folder / "bench.json").exists()]
-    runs = [folder for folder in folders.values() if folder not in benches]
-    return [_read_run(folder) for folder in runs], [_read_bench(folder) for folder in benches]
+    runs: list[Run] = []
+    benches: list[Bench] = []
+    for name, (resolved, folder) in zip(distinct_names(list(folders)), folders.items(), strict=True):
+        label = labelled.get(resolved)
+        if (folder / "bench.json").exists():
+            benches.append(_read_bench(folder, label or name))
+        else:
+            runs.append(_read_run(folder, name, label))
+    return runs, benches
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The names of resolved folders, each with as many of its parents as set it apart from the others."""
+
+    def name(folder: Path, parts: int) -> str:
+        return str(Path(*folder.parts[-parts:]))
+
+    return [
+        next(
+            name(folder, parts)
+            for parts in range(1, len(folder.parts) + 1)
+            if [name(other, parts) for other in folders].count(name(folder, parts)) == 1
+        )
+        for folder in folders
+    ]
 
 
 def parts_of(phases: Mapping[str, float | None]) -> dict[str, float | None]:
@@ -132,7 +175,7 @@ def known_sum(values: Sequence[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _read_run(folder: Path) -> Run:
+def _read_run(folder: Path, name: str, label: str | None) -> Run:
     try:
         config = to_tree(load(folder / "config.yaml"))
     except InputError as error:
@@ -150,6 +193,8 @@ def _read_run(folder: Path) -> Run:
         _checked_environment(folder),
         _read_lines(folder / "metrics.jsonl"),
         _read_json(folder / "summary.json") if finished else None,
+        name,
+        label,
     )
 
 
@@ -211,19 +256,20 @@ def _are_numbers(tree: Any) -> bool:
     return isinstance(tree, dict) and all(_is_number(value) for value in tree.values())
 
 
-def _read_bench(folder: Path) -> Bench:
+def _read_bench(folder: Path, name: str) -> Bench:
     path = folder / "bench.json"
     tree = _read_json(path)
     variants = tree.get("variants")
     if not isinstance(variants, dict) or not variants:
         raise InputError(f"{path}: got no variants, expected a mapping of one or more")
     try:
-        read = [_read_variant(name, variant) for name, variant in variants.items()]
+        read = [_read_variant(key, variant) for key, variant in variants.items()]
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     environment, reference = tree.get("environment"), tree.get("reference")
     return Bench(
         folder,
+        name,
         reference if isinstance(reference, str) else None,
         environment if isinstance(environment, dict) else {},
         read,
@@ -258,6 +304,7 @@ def _read_variant(name: str, tree: Any) -> Variant:
         _number(tree, name, "paper_bytes"),
         _number(tree, name, "bound_seconds"),
         _number(tree, name, "efficiency"),
+        _number(tree, name, "busy_samples"),
         target,
         _number(tree, name, "diverged"),
     )

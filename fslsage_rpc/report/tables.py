@@ -49,6 +49,17 @@ def runs_table(series: Sequence[Series]) -> Table:
     return Table(headers, rows)
 
 
+def settings_table(series: Sequence[Series]) -> Table | None:
+    """Algorithm and settings, a column for each series; None where their names say both, with whole keys."""
+    if all(one.name == ", ".join([display_name(one.algorithm), *one.settings]) for one in series):
+        return None
+    settings = [dict(setting.split("=", 1) for setting in one.settings) for one in series]
+    rows = [["algorithm.name", *(one.algorithm for one in series)]]
+    for key in sorted({key for each in settings for key in each}):
+        rows.append([key, *(each.get(key, UNKNOWN) for each in settings)])
+    return Table(["", *(one.label for one in series)], rows, facts=True)
+
+
 def bench_table(bench: Bench) -> Table:
     """Seconds per round of each variant, against the reference and the lower bound, and bytes per round."""
     headers = [
@@ -69,7 +80,8 @@ def bench_table(bench: Bench) -> Table:
             _quartiles(variant.round_seconds, show_seconds),
             _quartiles(variant.ratio_to_reference, "{:.3f}".format),
             _or_unknown(variant.bound_seconds, show_seconds),
-            _or_unknown(variant.efficiency, "{:.3f}".format),
+            _or_unknown(variant.efficiency, "{:.3f}".format)
+            + (" (busy host)" if variant.busy_samples else ""),
             _or_unknown(variant.wire_bytes, show_mib),
             _or_unknown(variant.paper_bytes, show_mib),
         ]
@@ -138,7 +150,7 @@ def environment_table(environment: Tree) -> Table:
 def folders_table(series: Sequence[Series], benches: Sequence[Bench]) -> Table:
     """Which folders each row comes from."""
     rows = [[one.label, ", ".join(str(run.folder) for run in one.runs)] for one in series]
-    rows += [[f"bench {bench.folder.name}", str(bench.folder)] for bench in benches]
+    rows += [[f"bench {bench.name}", str(bench.folder)] for bench in benches]
     return Table(["", "folders"], rows, facts=True)
 
 

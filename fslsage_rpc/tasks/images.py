@@ -45,6 +45,11 @@ class ImageTask(Task):
         shape, most = list(samples.images.shape[1:]), int(samples.labels.max())
         expected = list(self.spec.image_shape)
         name = self.config.data.name
+        if samples.images.dtype != self.spec.dtype:
+            raise InputError(
+                f"data.name: got {name!r}, which gives {which} images of {samples.images.dtype}, expected "
+                f"{self.spec.dtype} as in training"
+            )
         if shape != expected or most >= self.spec.classes:
             raise InputError(
                 f"data.name: got {name!r}, which gives {which} images {shape} with labels to {most}, "

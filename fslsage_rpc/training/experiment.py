@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
+from fslsage_rpc.tasks.hashes import sample_hashes
+from fslsage_rpc.tasks.images import ImageTask
 
 GIB = 2**30
 
@@ -143,6 +146,7 @@ class Experiment:
         task = open_task(config)
         train = task.load(train=True)
         clients = config.clients
+        _check_labels(config.data.name, task, train)
         parts = partitions.partition(config.data, train.labels.numpy(), clients.count, config.seed)
         federation = Federation(
             [len(part) for part in parts],
@@ -175,8 +179,19 @@ class Experiment:
             federation=federation,
             algorithm=algorithm,
             split=split,
-            warnings=_check_draws(task, split, algorithm),
+            warnings=[*_check_draws(task, split, algorithm), *_check_outputs(task, split, train)],
         )
+
+    @cached_property
+    def training_hashes(self) -> dict[str, Any]:
+        """`sample_hashes` of all training samples; first asked for while they are here."""
+        assert self.train is not None
+        return sample_hashes(self.train)
+
+    @cached_property
+    def test_hashes(self) -> dict[str, Any]:
+        """`sample_hashes` of the test samples."""
+        return sample_hashes(self.task.load(train=False))
 
     def client_model(self) -> nn.Module:
         """What a client holds: its half of the model, or all of it."""
@@ -215,6 +230,41 @@ def _check_draws(task: Task, split: SplitModel, algorithm: Algorithm) -> list[st
         f"({place}), expected one whose random layers are nn.Dropout or torchvision's StochasticDepth, or "
         f"server.order: arrival (it is {order})"
     )
+
+
+def _check_labels(name: str, task: Task, train: Samples) -> None:
+    """Labels count histograms and classes: one too large is not for the model to answer for."""
+    least, most = int(train.labels.min()), int(train.labels.max())
+    if least < 0 or most >= task.groups:
+        raise InputError(
+            f"data.name: got {name!r}, which gives training labels {least} to {most}, "
+            f"expected 0 to {task.groups - 1}"
+        )
+
+
+def _check_outputs(task: Task, split: SplitModel, train: Samples) -> list[str]:
+    """A classifier of images needs an output for each class; further ones may be meant. A loss of the user's
+    own may take others.
+    """
+    if not isinstance(task, ImageTask) or type(task).loss is not ImageTask.loss:
+        return []
+    name, outputs = task.config.model.name, split.outputs_shape
+    if len(outputs) != 1 or outputs[0] < task.classes:
+        raise InputError(
+            f"model.name: got {name!r}, which gives {list(outputs)} for an image, expected [{task.classes}], "
+            "one logit for each class"
+        )
+    labels = len(train.labels.unique())
+    if labels == 1:
+        one = int(train.labels[0])
+        return [
+            f"data.name: all {len(train.labels)} training samples have the label {one}: nothing is learnt"
+        ]
+    if outputs[0] > labels:
+        return [
+            f"model.name: {name} has {outputs[0]} outputs, where the training samples have {labels} labels"
+        ]
+    return []
 
 
 def _check_memory_format(task: Task, split: SplitModel, algorithm: Algorithm) -> None:

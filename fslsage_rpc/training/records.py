@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fslsage_rpc.comm.ledger import KINDS, RANK
+from fslsage_rpc.measure.cores import CoreTimes, host_busy
 from fslsage_rpc.measure.requests import ByClient, by_kind
 from fslsage_rpc.measure.trace import Span
 from fslsage_rpc.parties.server import ServerReport
@@ -33,12 +34,15 @@ class RankReport:
     """What one rank measured in one round.
 
     `seconds` runs from leaving the barrier before the round to leaving the one after it; `phases` is None on
-    a rank without clients, `device_seconds` empty on a CPU. `loss_sum` over `samples` is of its clients that
-    train the whole model.
+    a rank without clients, `device_seconds` empty on a CPU. `cores`: what its process and its host's cores
+    did; `cpu_seconds`: of its main thread, by phase. `loss_sum` over `samples` is of its clients that train
+    the whole model.
     """
 
     seconds: float
     phases: dict[str, float] | None
+    cores: CoreTimes
+    cpu_seconds: dict[str, float]
     device_seconds: dict[str, float]
     loss_sum: float
     samples: int
@@ -67,6 +71,15 @@ def client_phases(reports: Sequence[RankReport]) -> dict[str, float]:
     phases["drain_wait"] += sum(held_up) / len(measured)
     phases["other"] = round_seconds(reports) - sum(phases.values())
     return phases
+
+
+def client_cpu_seconds(reports: Sequence[RankReport]) -> dict[str, float]:
+    """Mean CPU seconds of the client ranks' main threads per phase; `other` is what is in none."""
+    measured = [report.cpu_seconds for report in reports if report.phases is not None]
+    return {
+        name: sum(seconds.get(name, 0.0) for seconds in measured) / len(measured)
+        for name in (*CLIENT_PHASES, "other")
+    }
 
 
 def client_device_seconds(reports: Sequence[RankReport]) -> dict[str, float]:
@@ -99,6 +112,8 @@ class RoundRecorder:
         self._paper_bytes = 0
         self._round_seconds = array("d")
         self._evaluation_seconds = 0.0
+        self._cpu_seconds = 0.0
+        self._watched_seconds, self._others_seconds = 0.0, 0.0  # of rounds whose `host_busy` is known
         self._phases: dict[str, dict[str, float]] = {"client": {}, "server": {}}
         self._wire_bytes = dict.fromkeys(KINDS, 0)
         self._last_scored: dict[str, Any] = {}
@@ -156,6 +171,11 @@ class RoundRecorder:
             "elapsed_seconds": self._elapsed_seconds,
             "evaluation_seconds": evaluation_seconds,
             "phases": {"client": client_phases(reports), "server": server.phases},
+            "cpu_seconds": {
+                "ranks": [report.cores.cpu_seconds for report in reports],
+                "client": client_cpu_seconds(reports),
+            },
+            "host_busy": host_busy([report.cores for report in reports]),
             "requests": {kind: times.record() for kind, times in requests.items()},
             "wire_bytes": wire_bytes,
             "paper_bytes": paper_bytes,
@@ -178,6 +198,10 @@ class RoundRecorder:
         self.last = line
         self._round_seconds.append(line["round_seconds"])
         self._evaluation_seconds += line["evaluation_seconds"]
+        self._cpu_seconds += sum(line.get("cpu_seconds", {}).get("ranks", ()))
+        if line.get("host_busy") is not None:
+            self._watched_seconds += line["round_seconds"]
+            self._others_seconds += line["round_seconds"] * line["host_busy"]
         for party, total in self._phases.items():
             for name, seconds in line["phases"][party].items():
                 total[name] = total.get(name, 0.0) + seconds
@@ -207,6 +231,8 @@ class RoundRecorder:
             "test_loss": self._last_scored.get("test_loss"),
             "training_seconds": self._elapsed_seconds,
             "evaluation_seconds": self._evaluation_seconds,
+            "cpu_seconds": self._cpu_seconds,
+            "host_busy": self._others_seconds / self._watched_seconds if self._watched_seconds else None,
             "interval_rounds": interval,
             "median_round_seconds": interval_median(self._round_seconds, interval),
             "phases": self._phases,

@@ -20,8 +20,8 @@ from fslsage_rpc.training.run_folder import (
     checkpoints_folder,
     emulated_links,
     rank_environment,
-    versions,
 )
+from fslsage_rpc.training.sameness import compare_ranks, compare_runs, described
 from fslsage_rpc.training.trainer import Trainer
 
 
@@ -77,6 +77,7 @@ def prepare(
     folder = RunFolder(config, warn) if warn else None
     experiment = Experiment.prepare(config)
     if folder:
+        compare_runs(experiment, folder)
         folder.check_partition(experiment.partition_summary)
     return experiment, folder
 
@@ -105,6 +106,7 @@ def _train(
     checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder, elastic)
     trainer: Trainer | None = None
     if world.generation == 0:  # else this rank joins a run under way
+        compare_ranks(experiment, world)
         ranks = world.gather(rank_environment(world.device))
         manifest: Manifest | None = world.broadcast(folder and folder.manifest)
         saved = from_checkpoint(experiment, world, manifest, folder) if manifest else None
@@ -114,7 +116,7 @@ def _train(
         del saved  # the parties have copies
     if folder and trainer:
         folder.start(
-            {"versions": versions(), **world.describe(), "ranks": ranks, **links},
+            {**described(experiment), **world.describe(), "ranks": ranks, **links},
             experiment.partition_summary,
         )
         if manifest:
@@ -133,6 +135,7 @@ def _train(
         while True:
             try:
                 if trainer is None:
+                    compare_ranks(experiment, world)
                     saved = from_memory(experiment, world, checkpoints, folder, screen)
                     trainer = Trainer(experiment, world, saved, folder.rounds if folder else ())
                     del saved

@@ -1,9 +1,11 @@
 """The run folder `output/name`: what a run leaves behind, written by the server's rank alone."""
 
+import errno
 import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -320,9 +322,20 @@ def check_place(folder: Path) -> None:
     """See that what is written into a run folder stays below `output`.
 
     Raises:
-        InputError: it is a link.
+        InputError: it is a link, or the file system does not take its name.
     """
-    if folder.is_symlink():
+    try:
+        is_link = stat.S_ISLNK(folder.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG or not folder.parent.exists():
+            raise
+        raise InputError(
+            f"name: got {folder.name!r}, expected one that the file system of {folder.parent} takes "
+            f"({error.strerror})"
+        ) from None
+    if is_link:
         raise InputError(
             f"name: got {folder.name!r}, where {folder} is a link, expected a folder or the name of a "
             "new one; output itself may be a link"

@@ -12,11 +12,13 @@ from fslsage_rpc.comm.link import ServerLink
 from fslsage_rpc.comm.memory import lasting_blocks
 from fslsage_rpc.comm.world import World
 from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.measure.clock import clock, cpu_clock, synchronise
+from fslsage_rpc.measure.cores import CoreTimes
 from fslsage_rpc.measure.progress import Progress
 from fslsage_rpc.measure.requests import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
+from fslsage_rpc.models.flat import check_shares
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.tasks import Batches, Score
@@ -85,6 +87,9 @@ class Trainer:
             {id: state for id, state in saved.clients.items() if id not in self.clients} if saved else {}
         )
         self.trace = self._open_trace() if self._tracer else None
+        # Of the last round:
+        self._cores = CoreTimes.now()
+        self._main_cpu_seconds = 0.0
 
     def measure_links(self) -> dict[int, LinkSpeed]:
         """Collective: see `World.measure_links`."""
@@ -158,7 +163,8 @@ class Trainer:
             plans = {client: algorithm.request_steps(client, round) for client in mine}
             self._link.announce(round, plans, algorithm.ranking(round))
         self.world.barrier()
-        started = clock()
+        cores = CoreTimes.now()
+        started, cpu_started = clock(), cpu_clock()
         if self._link:
             scheduler = Scheduler(
                 self._link.send,
@@ -185,7 +191,10 @@ class Trainer:
             client.end_round()
         with self._timeline.phase("drain_wait"):
             self.world.barrier()
-        return clock() - started
+        seconds = clock() - started
+        self._main_cpu_seconds = cpu_clock() - cpu_started
+        self._cores = CoreTimes.now().since(cores)
+        return seconds
 
     def state(self, rounds: int) -> RankState:
         """Everything of the parties that this rank hosts, after so many rounds; on the server's rank, also
@@ -221,10 +230,13 @@ class Trainer:
         if evaluated and self._link and self.world.client_rank == 0:
             self._link.deposit_average(next(iter(self.clients.values())).weights)
         phases = self._timeline.take() if self._link else None
+        cpu_seconds = self._timeline.take_cpu_seconds()
         losses = [client.losses.take() for client in self.clients.values()]
         report = RankReport(
             seconds=seconds,
             phases=phases,
+            cores=self._cores,
+            cpu_seconds={**cpu_seconds, "other": self._main_cpu_seconds - sum(cpu_seconds.values())},
             device_seconds=self._timeline.take_device_seconds(),
             loss_sum=sum(loss for loss, _ in losses),
             samples=sum(samples for _, samples in losses),
@@ -233,10 +245,13 @@ class Trainer:
             spans=self._tracer.take() if self._tracer else [],
         )
         finite = next(iter(self.clients.values())).weights.finite() if self._link else True
-        gathered = self.world.gather((report, stop_requested, finite))
+        shares = self.experiment.federation.shares(round)
+        share = sum(share for client, share in shares.items() if client in self.clients)
+        gathered = self.world.gather((report, stop_requested, share, finite))
         stops, diverged = False, None
         if self.server and gathered:
-            reports, requests, finites = zip(*gathered, strict=True)
+            reports, requests, shares_by_rank, finites = zip(*gathered, strict=True)
+            check_shares(shares_by_rank)  # each rank knows its own clients' alone
             score = self._evaluate(self.server) if evaluated else None
             server = self.server.report(round_seconds(reports))
             for each in reports:

@@ -14,6 +14,7 @@ from support.run_folders import everything, lines
 from support.small_run import ROUNDS
 
 SECONDS = ("round_seconds", "elapsed_seconds", "evaluation_seconds", "phases", "requests")
+SECONDS += ("cpu_seconds", "host_busy")
 OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
 
 
