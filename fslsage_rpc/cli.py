@@ -43,9 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options = _parse(arguments)
-        status: int = options.command(options, arguments)
-        return status
+        try:
+            options = _parse(arguments)
+            status: int = options.command(options, arguments)
+            return status
+        finally:
+            sys.stdout.flush()  # the interpreter itself would say so at length where nobody reads any more
     except InputError as error:
         _report(error)
         return 2

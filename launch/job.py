@@ -7,7 +7,8 @@ prints
     folder=runs/quickstart   the run folder
     ranks=3                  how many ranks: as `ranks=` on the command line says, else one for each GPU here
                              (without GPUs: each core but one) to host clients, and one for the server; never
-                             more hosts than clients; 1 with `transport: local`
+                             more hosts than clients, and with `clients.on_loss: drop` two at least; 1 with
+                             `transport: local`
     on_loss=fail             the key clients.on_loss
     free_port=43021          a TCP port of this machine that nobody listens on
 
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from fslsage_rpc.bench.run import check_folder, checked_variants
+from fslsage_rpc.bench.run import checked_variants, open_folder
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import load
 from fslsage_rpc.errors import InputError
@@ -66,9 +67,11 @@ def describe(arguments: Sequence[str]) -> str:
     if command == "bench":
         checked_variants(config, ranks)
         with writing(config.output, folder):
-            check_folder(folder)
+            open_folder(folder).release()
     else:
-        prepare(config, ranks, warn=(lambda line: None) if command == "train" else None)  # rank 0 shows it
+        warn = (lambda line: None) if command == "train" else None  # rank 0 shows it
+        if run_folder := prepare(config, ranks, warn)[1]:
+            run_folder.release()
     found = {
         "folder": folder,
         "ranks": ranks,
@@ -79,8 +82,12 @@ def describe(arguments: Sequence[str]) -> str:
 
 
 def suitable_ranks(config: Config, gpus: int, cores: int) -> int:
-    """One rank for each GPU, or core, to host clients, and one for the server, which needs a core too."""
-    hosts = gpus or max(cores - 1, 1)
+    """One rank for each GPU, or core, to host clients, and one for the server, which needs a core too.
+
+    Where clients may be lost there are two hosts at least: the loss of the only one would end the run.
+    """
+    least = 2 if config.clients.on_loss == "drop" else 1
+    hosts = max(gpus or cores - 1, least)
     return min(hosts, config.clients.count) + 1
 
 

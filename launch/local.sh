@@ -4,7 +4,7 @@
 #     launch/local.sh [--elastic] train|bench|check CONFIG [key=value ...]
 #
 # With GPUs each client rank gets one, and the server shares the last; without, there are as many ranks as cores.
-# There are never more client ranks than clients. ranks=N decides otherwise.
+# There are never more client ranks than clients, and with clients.on_loss=drop at least two. ranks=N decides otherwise.
 #
 # SIGTERM, SIGHUP or Ctrl-C: the ranks finish the round, write a checkpoint and leave; the same command goes on. Once
 # more, 5 seconds later or after that: they leave at once. A third time: they are killed.

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import resource
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.report import screen
 from fslsage_rpc.training import checkpoints
 from fslsage_rpc.training.checkpoint_files import (
     MANIFEST,
@@ -38,7 +40,7 @@ from fslsage_rpc.training.metrics_file import MetricsFile
 from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
 from support.batch_norm_model import CUT
-from support.equality import assert_equal, assert_identical, assert_whole
+from support.equality import assert_equal, assert_identical, assert_whole, without_seconds
 from support.rank_program import run_on_ranks
 from support.run_folders import copied, everything, finished
 from support.trees import CLIENTS, Tree, tree
@@ -434,7 +436,8 @@ def test_no_damage_to_a_manifest_is_more_than_a_warning(halves: dict[str, Run], 
         for place in drawn.integers(len(data), size=drawn.integers(1, 4)):
             data[place] = drawn.integers(256)
         path.write_bytes(data[: drawn.integers(len(data) // 2, 2 * len(data))])
-        found = RunFolder(from_tree(tree(tmp_path, name=folder.name)), lambda message: None)
+        with RunFolder(from_tree(tree(tmp_path, name=folder.name)), lambda message: None) as found:
+            pass
         assert found.manifest is not None
         assert found.manifest.rounds == 2 or json.loads(path.read_bytes()) == json.loads(sound)
 
@@ -463,7 +466,8 @@ def test_what_may_differ_and_what_may_not(key: str, halves: dict[str, Run], tmp_
     if key == "output":
         folder.parent.rename(config.output)
     if key.split(".")[0] in FREE:
-        assert len(RunFolder(config, warn=pytest.fail).lines) == 3
+        with RunFolder(config, warn=pytest.fail) as found:
+            assert len(found.lines) == 3
         return
     message = mistake(RunFolder, config, pytest.fail)
     named, _, rest = message.partition(": got ")
@@ -525,3 +529,85 @@ def test_every_optimizer_and_schedule_goes_on(name: str, optimizer: str, tmp_pat
     steps(resumed, there)
     assert torch.equal(here, there)
     assert saved.optimizer.param_groups[0]["lr"] == resumed.optimizer.param_groups[0]["lr"]
+
+
+# Many clients
+
+
+def many(output: Path, algorithm: str, **keys: Any) -> Tree:
+    """40 clients, 2 of them in each round."""
+    return tree(
+        output,
+        {"clients": {"count": 40, "batch_size": 2, "participation": 0.05}, "algorithm": {"name": algorithm}},
+        {"data": {"train_limit": 160, "partition": "iid"}, **keys},
+        STEPS,
+        {"optimizer": {"auxiliary": {"scheduler": {**COSINE, "per": "round"}}}},
+        name=algorithm,
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"])
+def test_clients_that_never_took_part_cost_next_to_nothing(algorithm: str, tmp_path: Path) -> None:
+    halves = fslsage_rpc.train(many(tmp_path, algorithm, rounds=3))
+    model = (halves.folder / "model.pt").stat().st_size
+    took_part = {client for line in halves.rounds for client in line["participants"]}
+    assert len(took_part) <= 6
+    parts = (halves.folder / "checkpoints" / "round-000003").glob("*.pt")
+    # For each that did, optimizer states of at most three models; what all share; 4 kB for each that did not.
+    assert sum(file.stat().st_size for file in parts) < (3 * len(took_part) + 4) * model + 40 * 4096
+    whole = fslsage_rpc.train(many(tmp_path / "whole", algorithm, rounds=6))
+    again = fslsage_rpc.train(many(tmp_path, algorithm, rounds=6))
+    assert_identical(whole, again)
+
+
+def test_a_checkpoint_that_holds_everything_of_every_client_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions wrote such ones."""
+    whole = fslsage_rpc.train(many(tmp_path / "whole", "fsl_sage", rounds=6))
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints._KeptWeights, "copy_of", lambda self, weights: weights.clone())
+        stepped = property(lambda optimizer: True, lambda optimizer, value: None)
+        patched.setattr(ScheduledOptimizer, "_stepped", stepped, raising=False)
+        halves = fslsage_rpc.train(many(tmp_path, "fsl_sage", rounds=3))
+    model = (halves.folder / "model.pt").stat().st_size
+    assert (halves.folder / "checkpoints" / "round-000003" / "rank-0.pt").stat().st_size > 20 * model
+    again = fslsage_rpc.train(many(tmp_path, "fsl_sage", rounds=6))
+    assert without_seconds(again.rounds) == without_seconds(whole.rounds)
+    models = [torch.load(run.folder / "model.pt") for run in (whole, again)]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
+def test_weights_that_differ_in_a_bit_are_not_taken_for_equal() -> None:
+    integers = torch.tensor([1])
+    floats = [torch.zeros(1000), torch.zeros(1000), -torch.zeros(1000), torch.zeros(1000), torch.ones(0)]
+    floats[3][501] = float("nan")
+    states = [{"floats": each, "integers": integers} for each in [*floats, floats[3].clone()]]
+    copies = checkpoints.snapshot(states)
+    for state, copied_state in zip(states, copies, strict=True):
+        for name, tensor in copied_state.items():
+            assert tensor is not state[name]
+            assert tensor.numpy().tobytes() == state[name].numpy().tobytes()
+    places = [state["floats"].data_ptr() for state in copies]
+    assert places[0] == places[1]
+    assert len({*places[:4]}) == 3
+    assert len({state["integers"].data_ptr() for state in copies}) == 1
+    moments = checkpoints.snapshot([torch.zeros(3), torch.zeros(3)])
+    assert moments[0].data_ptr() != moments[1].data_ptr()  # optimizers step the tensors that they load
+
+
+def test_before_the_first_round_a_run_says_what_large_checkpoints_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fslsage_rpc.train(tree(tmp_path, name="small", rounds=1))
+    assert "checkpoints: " not in capsys.readouterr().out
+    monkeypatch.setattr(screen, "LARGE_CHECKPOINT_BYTES", 1)
+    run = fslsage_rpc.train(tree(tmp_path, name="large", rounds=2))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert second.startswith("round 1/2")
+    written = (run.folder / "checkpoints" / "round-000002" / "rank-0.pt").stat().st_size
+    said = re.fullmatch(r"checkpoints: up to (\d+\.\d\d) MiB each, every round", first)
+    assert said is not None
+    assert 0.9 * written < float(said[1]) * 2**20 < 1.5 * written
+    fslsage_rpc.train(tree(tmp_path, {"checkpoint": {"every": None}}, name="none", rounds=1))
+    assert "checkpoints: " not in capsys.readouterr().out

@@ -228,7 +228,7 @@ def test_plan_says_that_it_does_not_predict_it(
 
     def calibrated(config: Config) -> planning.Calibration:
         return planning.Calibration(
-            config, {"fedavg": Costs(1, 1, 1, 1, 1, 1)}, planning.NO_LINK, 1, float("inf")
+            config, {"fedavg": Costs(1, 1, 1, 1, 1, 1, 1)}, planning.NO_LINK, 1, float("inf")
         )
 
     monkeypatch.setattr(planning, "calibrate_here", calibrated)

@@ -37,6 +37,12 @@ RUN_SECONDS = 90
 )
 def test_ranks_follow_gpus_or_else_cores(gpus: int, cores: int, clients: int, ranks: int) -> None:
     assert job.suitable_ranks(Config(clients=Clients(count=clients)), gpus, cores) == ranks
+    elastic = Config(clients=Clients(count=clients, on_loss="drop"))
+    assert job.suitable_ranks(elastic, gpus, cores) == max(ranks, 3)  # one host's loss is not the run's
+
+
+def test_one_client_needs_no_second_host() -> None:
+    assert job.suitable_ranks(Config(clients=Clients(count=1, on_loss="drop")), 0, 2) == 2
 
 
 @pytest.mark.gate

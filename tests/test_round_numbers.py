@@ -87,8 +87,8 @@ def test_an_older_run_is_gone_on_with(
     keys = tree(tmp_path, EVERY_ROUND)
     folder = made_older(copied(half, tmp_path))
     if cut_short:
-        begun = RunFolder(from_tree(keys), print)
-        begun.start({}, json.loads((folder / "partition.json").read_text()))
+        with RunFolder(from_tree(keys), print) as begun:
+            begun.start({}, json.loads((folder / "partition.json").read_text()))
         assert [line["round"] for line in lines(folder)] == [1, 2, 3]
         capsys.readouterr()
     on = fslsage_rpc.train(keys)
@@ -109,7 +109,8 @@ def test_a_damaged_checkpoint_of_an_older_run_leaves_the_one_before(
 ) -> None:
     keys = tree(tmp_path, EVERY_ROUND)
     folder = made_older(copied(half, tmp_path))
-    RunFolder(from_tree(keys), print).start({}, json.loads((folder / "partition.json").read_text()))
+    with RunFolder(from_tree(keys), print) as begun:
+        begun.start({}, json.loads((folder / "partition.json").read_text()))
     (folder / "checkpoints" / "round-000003" / "rank-0.pt").write_bytes(b"")
     fslsage_rpc.train(keys)
     assert "goes on from round 2 (" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fslsage_rpc
 from fslsage_rpc import stopping
@@ -24,6 +25,7 @@ from support.equality import assert_equal_runs
 from support.job_processes import end_job, members, outer_environment, survivors
 from support.run_folders import lines
 from support.small_run import ROUNDS, TREE, write
+from support.trees import BENCH
 
 A_LONG_ROUND = "algorithm.alignment.epochs=1000000"
 ALONE = [sys.executable, "-m", "fslsage_rpc"]
@@ -190,7 +192,7 @@ def test_a_second_signal_ends_the_run_at_once_with_nothing_half_written(
         assert survivors(str(tmp_path)) == []
     assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
     assert lines(folder) == []
-    names = {path.name for path in folder.iterdir()} - {"tensorboard"}
+    names = {path.name for path in folder.iterdir()} - {"tensorboard", ".lock"}  # which holds nothing now
     assert names == {"config.yaml", "environment.json", "partition.json", "metrics.jsonl"}
 
 
@@ -206,6 +208,68 @@ def test_a_run_whose_reader_has_gone_ends_quietly(transport: str, tmp_path: Path
         assert process.wait(60) == NOBODY_READS
         assert survivors(str(tmp_path)) == []
         process.stdout = None
+
+
+def status_without_reader(*arguments: str, read: int = 0) -> tuple[int, str]:
+    """The status and the errors of a command whose reader goes after so many lines, output buffered."""
+    environment = {k: v for k, v in outer_environment().items() if k != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [*ALONE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for _ in range(read):
+            assert process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        status = process.wait(60)
+        process.stdout = None
+    finally:
+        end_job(process, arguments[-1])
+    return status, errors
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("transport", ["local", "rpc"])
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_a_reader_may_go_before_the_first_line_or_later(command: str, transport: str, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump((TREE if command == "train" else BENCH) | {"output": str(tmp_path)}))
+    for lines_read in (0, 1, 3):
+        arguments = (command, str(config), f"transport={transport}", f"name=read-{lines_read}")
+        assert status_without_reader(*arguments, read=lines_read) == (NOBODY_READS, "")
+        assert survivors(str(tmp_path)) == []
+
+
+@pytest.mark.gate
+@pytest.mark.timeout(120)
+def test_commands_that_only_show_something_end_quietly_without_a_reader(tmp_path: Path) -> None:
+    run = fslsage_rpc.train({**TREE, "output": str(tmp_path), "transport": "local", "rounds": 1})
+    config = str(run.folder / "config.yaml")
+    for arguments in (
+        ["--help"],
+        ["evaluate", str(run.folder)],
+        ["check", "--cuts", config],
+        ["train", config],
+    ):
+        assert status_without_reader(*arguments) == (NOBODY_READS, ""), arguments
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("transport", ["local", "rpc"])
+def test_sigterm_leaves_no_traceback_whenever_it_comes(transport: str, tmp_path: Path) -> None:
+    for tenths in (2, 10, 25, 45, 70, 100):
+        overrides = f"transport={transport}", "rounds=3000", f"name=after-{tenths}"
+        with started(tmp_path, *overrides) as process:
+            time.sleep(tenths / 10)  # moments of the start, whatever this host makes of them
+            process.terminate()
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode in (STOPPED, 128 + signal.SIGTERM, -signal.SIGTERM)
+            assert errors == ""
+            assert survivors(str(tmp_path)) == []
 
 
 @contextmanager

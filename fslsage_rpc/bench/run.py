@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fslsage_rpc.configuration import to_tree
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.folder_lock import FolderLock
 from fslsage_rpc.training.records import RankReport
 from fslsage_rpc.training.run_folder import (
     check_place,
@@ -52,15 +54,14 @@ def bench(config: Config, screen: BenchScreen) -> Path:
     variants = checked_variants(config, job_ranks(config))
     folder = Path(config.output) / config.name
     links = emulated_links()
-    if is_first_rank(config):
-        _make(folder)
-    world = open_world(config)
-    try:
-        with screen:
-            _bench(config, variants, world, folder, links, screen)
-        world.close()
-    except BaseException as error:
-        world.fail(error)
+    with _make(folder) if is_first_rank(config) else nullcontext():
+        world = open_world(config)
+        try:
+            with screen:
+                _bench(config, variants, world, folder, links, screen)
+            world.close()
+        except BaseException as error:
+            world.fail(error)
     return folder
 
 
@@ -170,32 +171,35 @@ def _speed_records(links: Mapping[int, LinkSpeed]) -> dict[str, dict[str, float]
     }
 
 
-def check_folder(folder: Path) -> None:
-    """See that a benchmark may be written there.
+def open_folder(folder: Path) -> FolderLock:
+    """Make the folder, for a benchmark to be written there and by no other process.
 
     Raises:
-        InputError: it holds a training run.
-        OSError: it cannot be looked at.
+        InputError: it holds a training run, or another process writes there.
+        OSError: it cannot be made.
     """
     check_place(folder)
     if (folder / "metrics.jsonl").exists():
         raise InputError(
             f"name: got {folder.name!r}, where {folder} holds a training run; choose another name"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    return FolderLock(folder)
 
 
-def _make(folder: Path) -> None:
-    """The folder, without what an earlier benchmark left in it.
+def _make(folder: Path) -> FolderLock:
+    """The folder, without what an earlier benchmark left in it; until it is released, this process's alone.
 
     Raises:
-        InputError: it cannot be made, or holds a training run.
+        InputError: it cannot be made, or holds a training run, or another process writes there.
     """
     try:
-        check_folder(folder)
+        lock = open_folder(folder)
         for name in RESULTS:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "rounds", ignore_errors=True)
-        (folder / "rounds").mkdir(parents=True)
+        (folder / "rounds").mkdir()
+        return lock
     except OSError as error:
         raise InputError(
             f"output: got {str(folder.parent)!r}, where {folder} cannot be made ({error.strerror})"

@@ -105,7 +105,7 @@ class Run:
             smashed_bytes=sizes.smashed,
             paper_bytes=paper,
             interval=experiment.algorithm.interval,
-            disk_bytes=kept * estimate.checkpoint_bytes() + whole_bytes["client"] + whole_bytes["server"],
+            disk_bytes=kept * estimate.states.checkpoint() + whole_bytes["client"] + whole_bytes["server"],
             frozen_bytes={"client": frozen - unseen, "server": frozen},
         )
 

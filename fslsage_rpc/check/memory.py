@@ -15,15 +15,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fslsage_rpc.algorithms import Algorithm
 from fslsage_rpc.config import Config
-from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.own import is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 from fslsage_rpc.tasks import Samples
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.state_sizes import StateSizes
 
-MOMENTS = {"adam": 2, "adamw": 2, "sgd": 0}
-"""what each optimizer keeps of a parameter, in its size"""
 LIBRARIES_BYTES = 2**25
 """that torch's libraries fill in the first steps on a CPU; measured: 20 to 60 MiB for models of no size"""
 CPU = torch.device("cpu")
@@ -89,15 +87,9 @@ class Estimate:
         self.config: Config = experiment.config
         self.algorithm: Algorithm = experiment.algorithm
         self.sizes = experiment.sizes()
-        self.model = module_bytes(experiment.client_model())
+        self.states = StateSizes(experiment)
         self.participants = len(experiment.federation.participants(0))
-        kind, clients = self.algorithm.auxiliary, len(experiment.parts)
-        self._auxiliary = 0 if kind == "none" else self.sizes.auxiliary
-        self._clients_train_auxiliary = kind == "trained" or self.algorithm.warms_up(0)
-        self._fits = clients if kind == "aligned" else 0
-        self._lanes = 0 if self.algorithm.client_holds_whole_model else 1
-        if self.algorithm.server_replicas:
-            self._lanes = clients
+        kind = self.algorithm.auxiliary
         window = self.config.comm.upload_window
         self._most_open = max(MOST_OPEN_STEPS, window)  # steps with requests, on one rank
         own = is_own(self.config.algorithm.name)  # of which it is not known where it waits
@@ -126,24 +118,24 @@ class Estimate:
         """A rank that hosts these clients."""
         if not clients:
             return Memory()
+        states = self.states
         travels = bool(self.algorithm.request_steps(clients[0], 0))
         training = min(len(clients), self.participants)
         running = min(training, self._waiting) if travels else 1  # each holds the graph of its step
         sent = min(training * self._window, self._most_open) if travels else 0
         step, kept = (self._client.peak, self._client.kept) if travels else (self._whole.peak, 0)
-        estimate = self._estimate.peak if self._auxiliary else 0
-        each_moments = self._client_moments()
-        gradients = self.model + (self._auxiliary if self._clients_train_auxiliary else 0)
+        estimate = self._estimate.peak if states.auxiliary else 0
+        gradients = states.model + (states.auxiliary if states.clients_train_auxiliary else 0)
         samples = sum(self.experiment.federation.samples[client] for client in clients)
         return Memory(
-            models=len(clients) * (self.model + self._auxiliary),
-            optimizers=len(clients) * each_moments + gradients,
+            models=len(clients) * (states.model + states.auxiliary),
+            optimizers=len(clients) * states.client_moments + gradients,
             data=samples * self._stored_sample(),
             activations=self._batch * ((running - 1) * kept + step + estimate),
             requests=sent * self._batch * self._sample,
-            averaging=3 * (self.model + self._auxiliary),
+            averaging=3 * (states.model + states.auxiliary),
             libraries=LIBRARIES_BYTES,
-            checkpoint=self._checkpointed(self._client_states(clients)),
+            checkpoint=self._checkpointed(states.of_clients(clients)),
         )
 
     def of_server(self, workers: int, client_ranks: int, test: Samples, device: torch.device) -> Memory:
@@ -155,65 +147,42 @@ class Estimate:
             test: what it evaluates on.
             device: where it computes.
         """
-        stepping, fitting = min(self._lanes, workers), min(self._fits, workers)
-        buffers = self._buffers()
+        states = self.states
+        stepping, fitting = min(states.lanes, workers), min(states.fits, workers)
+        buffers = states.buffers
         aligned = min(
-            self.config.algorithm.alignment.batch_size, max(map(self._buffered, range(self._fits)), default=0)
+            self.config.algorithm.alignment.batch_size,
+            max(map(states.buffered, range(states.fits)), default=0),
         )
-        graphs = fitting * self._fit.peak + (self._server.peak if self._fits else 0)
+        graphs = fitting * self._fit.peak + (self._server.peak if states.fits else 0)
         training = stepping * self._batch * self._server.peak
-        waiting = min(self.participants * self._window, client_ranks * self._most_open) if self._lanes else 0
-        snapshot = self.sizes.server if self._fits and device.type == "cpu" else 0
+        waiting = min(self.participants * self._window, client_ranks * self._most_open) if states.lanes else 0
+        snapshot = self.sizes.server if states.fits and device.type == "cpu" else 0
         evaluating = min(self.config.evaluation.batch_size, len(test.labels)) * 3 * self._whole.largest
         return Memory(
-            models=self.model + self._auxiliary + self._server_models() + snapshot,  # first what clients get
-            optimizers=self._server_moments() + stepping * self.sizes.server + fitting * self._auxiliary,
+            models=states.model
+            + states.auxiliary
+            + self._server_models()
+            + snapshot,  # first what clients get
+            optimizers=states.server_moments + stepping * self.sizes.server + fitting * states.auxiliary,
             data=_held(test),
             activations=max(training, evaluating),
             requests=waiting * self._batch * self._sample,
             alignment=3 * buffers + aligned * graphs,  # the fits have a copy, and true gradients beside it
-            averaging=(self.sizes.server if self._lanes > 1 else 0) + self._auxiliary,
+            averaging=(self.sizes.server if states.lanes > 1 else 0) + states.auxiliary,
             libraries=LIBRARIES_BYTES,
-            checkpoint=self._checkpointed(self._server_states()),
+            checkpoint=self._checkpointed(states.of_server()),
         )
-
-    def checkpoint_bytes(self) -> int:
-        """One checkpoint on disk, of all ranks."""
-        return self._client_states(range(len(self.experiment.parts))) + self._server_states()
 
     def training_data_bytes(self) -> int:
         """All training samples, which a rank lets go once its clients have theirs."""
         assert self.experiment.train is not None
         return _held(self.experiment.train)
 
-    def _client_states(self, clients: Sequence[int]) -> int:
-        return len(clients) * (self.model + self._auxiliary + self._client_moments())
-
-    def _server_states(self) -> int:
-        return self._server_models() + self._server_moments() + self._buffers()
-
-    def _client_moments(self) -> int:
-        keys = self.config.optimizer
-        auxiliary = MOMENTS[keys.auxiliary.name] * self._auxiliary if self._clients_train_auxiliary else 0
-        return MOMENTS[keys.client.name] * self.model + auxiliary
-
     def _server_models(self) -> int:
         """The averaged client model, and those that it trains."""
-        return self.model + self._lanes * self.sizes.server + self._fits * self._auxiliary
-
-    def _server_moments(self) -> int:
-        keys = self.config.optimizer
-        lanes = self._lanes * MOMENTS[keys.server.name] * self.sizes.server
-        return lanes + self._fits * MOMENTS[keys.auxiliary.name] * self._auxiliary
-
-    def _buffers(self) -> int:
-        return sum(map(self._buffered, range(self._fits))) * self._sample
-
-    def _buffered(self, client: int) -> int:
-        """Samples of a client in its alignment buffer at the most."""
-        sizes = self.experiment.federation.batch_sizes[client]
-        uploaded = self.config.rounds * sum(sizes[:: self.config.algorithm.upload_every])
-        return min(uploaded, self.config.algorithm.alignment.buffer_size)
+        states = self.states
+        return states.model + states.lanes * self.sizes.server + states.fits * states.auxiliary
 
     def _checkpointed(self, states: int) -> int:
         return 0 if self.config.checkpoint.every is None else 2 * states

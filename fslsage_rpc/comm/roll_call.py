@@ -5,18 +5,16 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch.distributed import Store
 
+from fslsage_rpc.comm import processes
 from fslsage_rpc.comm.placement import GpuPlace
 from fslsage_rpc.errors import ConnectionLost
 
-PROC = Path("/proc")
 POLL_SECONDS = 0.1
 FAILURE = "failure"
 """the store's key of the rank that says why the job ends"""
@@ -41,13 +39,9 @@ class Presence:
     @classmethod
     def here(cls, rank: int, device: torch.device) -> "Presence":
         """That of this process."""
-        machine = None
-        with suppress(OSError):
-            boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-            machine = f"{boot} {os.readlink(PROC / 'self/ns/pid')}"
         place = GpuPlace.of(device)
         seen = sorted(place.visible)
-        return cls(rank, platform.node(), os.getpid(), machine, str(device), place.gpu, seen)
+        return cls(rank, platform.node(), os.getpid(), processes.machine(), str(device), place.gpu, seen)
 
     @classmethod
     def read(cls, text: bytes) -> "Presence":
@@ -68,13 +62,7 @@ class Presence:
 
     def has_ended(self, machine: str | None) -> bool:
         """Is the process gone, as far as can be seen from a machine?"""
-        if machine is None or machine != self.machine:
-            return False
-        try:
-            status = (PROC / str(self.process) / "stat").read_text()
-        except OSError:
-            return True
-        return status.rpartition(")")[2].split()[0] in "ZX"  # what its parent has yet to take note of
+        return machine is not None and machine == self.machine and processes.has_ended(self.process)
 
 
 def roll_call(store: Store, mine: Presence, size: int, timeout: timedelta) -> list[Presence]:

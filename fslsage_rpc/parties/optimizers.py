@@ -37,6 +37,7 @@ class ScheduledOptimizer:
         kind = OPTIMIZERS[keys.name]
         self.optimizer = kind(parameters, lr=keys.lr, weight_decay=keys.weight_decay, fused=True)
         self._allocate()
+        self._stepped = False
         self._scheduler: lr_scheduler.LRScheduler | None = None
         if keys.scheduler.name is not None:
             schedule = SCHEDULES.get(keys.scheduler.name) or getattr(lr_scheduler, keys.scheduler.name)
@@ -80,6 +81,7 @@ class ScheduledOptimizer:
 
     def advance(self) -> None:
         """The rest of a step: a schedule that counts in steps moves on."""
+        self._stepped = True
         if self._scheduler is not None and self._per_step:
             self._scheduler.step()
 
@@ -125,13 +127,21 @@ class ScheduledOptimizer:
             group.update(before)
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on, besides the parameters."""
+        """What the next step depends on, besides the parameters. One that has made no step has no tensors."""
+        optimizer = self.optimizer.state_dict()
         scheduler = None if self._scheduler is None else self._scheduler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+        return {
+            "optimizer": optimizer if self._stepped else optimizer | {"state": {}},
+            "scheduler": scheduler,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on as the optimizer with this state would."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        self._stepped = bool(saved["state"])
+        if not self._stepped:
+            saved = saved | {"state": self.optimizer.state_dict()["state"]}  # as it was made
+        self.optimizer.load_state_dict(saved)
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
 

@@ -25,6 +25,8 @@ from fslsage_rpc.errors import Diverged
 from fslsage_rpc.measure.cores import BUSY
 
 MIB = 2**20
+GIB = 2**30
+LARGE_CHECKPOINT_BYTES = 100 * MIB
 TABLE_WIDTH = 78
 NARROW = 64
 """columns of a terminal, below which the numbers of a row stand under its label"""
@@ -96,6 +98,13 @@ class Screen(ProgressScreen):
             f"goes on from round {len(lines)} ({checkpoint})", soft_wrap=True, markup=False
         )
         self._go_to(lines)
+
+    def show_checkpoint_size(self, bytes: int, every: int) -> None:
+        """Say what a checkpoint may take, where that is worth a line."""
+        if bytes >= LARGE_CHECKPOINT_BYTES:
+            rounds = "round" if every == 1 else f"{every} rounds"
+            size = f"{bytes / GIB:.1f} GiB" if bytes >= GIB else _mib(bytes)
+            self._progress.console.print(f"checkpoints: up to {size} each, every {rounds}", soft_wrap=True)
 
     def show_changes(
         self, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], rounds: int

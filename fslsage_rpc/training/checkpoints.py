@@ -28,6 +28,10 @@ from fslsage_rpc.training.checkpoint_files import (
 from fslsage_rpc.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
+WEIGHTS = {"floats", "integers"}
+"""the keys of `Weights.state`"""
+SAMPLED_BYTES = 64
+"""by which weights are looked up among those kept"""
 LAST_MOMENT_SECONDS = 5.0
 """how long an error waits for the checkpoint of the round before"""
 
@@ -144,17 +148,43 @@ class Checkpoints:
         remove_all_but(self._root, found[: self._keys.keep], until=rounds)  # others may write the next one
 
 
-def snapshot(tree: Any) -> Any:
-    """A copy of a state, on the CPU, that no later step changes."""
+def snapshot(tree: Any, kept: "_KeptWeights | None" = None) -> Any:
+    """A copy of a state, on the CPU, that no later step changes.
+
+    Weights that are equal bit for bit become one tensor, which torch saves once: most clients' are, after
+    averaging and before their first step. No other tensors do: parties copy only weights as they load them.
+    """
+    kept = kept or _KeptWeights()
     if isinstance(tree, RankState):
-        return replace(tree, **snapshot(vars(tree)))
+        return replace(tree, **snapshot(vars(tree), kept))
     if isinstance(tree, torch.Tensor):
         return tree.detach().to(CPU, copy=True)
+    if type(tree) is dict and tree.keys() == WEIGHTS:
+        return {key: kept.copy_of(tensor) for key, tensor in tree.items()}
     if type(tree) is dict:
-        return {key: snapshot(value) for key, value in tree.items()}
+        return {key: snapshot(value, kept) for key, value in tree.items()}
     if type(tree) is list:
-        return [snapshot(value) for value in tree]
+        return [snapshot(value, kept) for value in tree]
     return copy.deepcopy(tree)
+
+
+class _KeptWeights:
+    """Copies of flat weights, of equal ones the same."""
+
+    def __init__(self) -> None:
+        self._copies: dict[
+            Any, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # by some bytes: the bytes, and a copy
+
+    def copy_of(self, weights: torch.Tensor) -> torch.Tensor:
+        """The copy of a tensor `[n]`, on the CPU."""
+        bits = weights.detach().view(torch.uint8)  # of which -0 is not 0, and NaN is itself
+        some = bits[:: max(1, bits.numel() // SAMPLED_BYTES)].cpu().numpy().tobytes()
+        key = weights.dtype, weights.shape, some
+        known = self._copies.get(key)
+        if known is None or not torch.equal(known[0], bits):
+            known = self._copies[key] = bits, weights.detach().to(CPU, copy=True)
+        return known[1]
 
 
 def read_state(manifest: Manifest, clients: Collection[int], server: bool) -> RankState:

@@ -22,6 +22,7 @@ from fslsage_rpc.training.run_folder import (
     rank_environment,
 )
 from fslsage_rpc.training.sameness import compare_ranks, compare_runs, described
+from fslsage_rpc.training.state_sizes import StateSizes
 from fslsage_rpc.training.trainer import Trainer
 
 
@@ -40,12 +41,13 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
         Diverged: by which `stop.diverged` has ended the run, now or before.
     """
     warn = screen.warn if is_first_rank(config) else None
-    experiment, folder = prepare(config, job_ranks(config), warn)
     links = emulated_links()
+    experiment, folder = prepare(config, job_ranks(config), warn)
     world = open_world(config)
     with (
-        stop or nullcontext()
-    ):  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
+        folder or nullcontext(),
+        stop or nullcontext(),  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
+    ):
         try:
             ended = None
             with (
@@ -70,15 +72,23 @@ def prepare(
         ranks: of the job.
         warn: shows one line; None on ranks that do not have the folder.
 
+    Returns:
+        The experiment, and the folder, for the caller to release.
+
     Raises:
         InputError: the configuration cannot run here, or not in this folder.
     """
     check(config, ranks)
     folder = RunFolder(config, warn) if warn else None
-    experiment = Experiment.prepare(config)
-    if folder:
-        compare_runs(experiment, folder)
-        folder.check_partition(experiment.partition_summary)
+    try:
+        experiment = Experiment.prepare(config)
+        if folder:
+            compare_runs(experiment, folder)
+            folder.check_partition(experiment.partition_summary)
+    except BaseException:
+        if folder:
+            folder.release()
+        raise
     return experiment, folder
 
 
@@ -125,6 +135,8 @@ def _train(
             screen.warn(f"algorithm.{key} is not used by {config.algorithm.name}")
         for warning in experiment.warnings:
             screen.warn(warning)
+        if config.checkpoint.every is not None:
+            screen.show_checkpoint_size(StateSizes(experiment).checkpoint(), config.checkpoint.every)
 
     def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
         if folder:

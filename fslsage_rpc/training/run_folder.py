@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from fslsage_rpc.training.checkpoint_files import (
     serialised,
     write_durably,
 )
+from fslsage_rpc.training.folder_lock import FolderLock
 from fslsage_rpc.training.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
 from fslsage_rpc.training.records import is_scored
 from fslsage_rpc.training.round_numbers import summary_from_one
@@ -50,6 +51,8 @@ ANOTHER = "choose another name=, or resume=never to replace that run"
 class RunFolder:
     """The folder of one run. Files appear whole or not at all; `metrics.jsonl` grows by whole lines.
 
+    A context: until it ends no other process may write there, unless the run was complete before.
+
     Args:
         warn: shows one line.
 
@@ -59,7 +62,7 @@ class RunFolder:
 
     Raises:
         InputError: the folder cannot be made, or holds a benchmark, a run of another configuration, or a
-            complete run that cannot be gone on with.
+            complete run that cannot be gone on with; or another process writes there.
     """
 
     def __init__(self, config: Config, warn: Callable[[str], None]):
@@ -79,8 +82,27 @@ class RunFolder:
             raise InputError(
                 f"name: got {config.name!r}, where {self.path} holds a benchmark; choose another"
             )
-        if config.resume == "auto" and (self.path / "config.yaml").exists():
-            self._look_at_run()
+        self._lock: FolderLock | None = None
+        if not self._is_complete():
+            with self._writing():
+                self._lock = FolderLock(self.path)
+            try:
+                if not self._is_complete():  # it may have ended since
+                    self._look_at_run()
+            except BaseException:
+                self.release()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others write there."""
+        if self._lock:
+            self._lock.release()
 
     def check_partition(self, partition: list[dict[str, Any]]) -> None:
         """Refuse to go on with other samples.
@@ -154,7 +176,11 @@ class RunFolder:
         return [line for line in self.lines if "event" in line]
 
     def add_round(self, line: dict[str, Any]) -> None:
-        """Append a round's line to `metrics.jsonl`; where that fails the training goes on."""
+        """Append a round's line to `metrics.jsonl`; where that fails the training goes on.
+
+        Raises:
+            InputError: another process has taken the folder, as this one was silent for long.
+        """
         self._add(line)
         self._try(lambda: self._tensorboard.add_round(line))
 
@@ -189,6 +215,8 @@ class RunFolder:
             self._tensorboard.give_up()
 
     def _add(self, line: dict[str, Any]) -> None:
+        if self._lock:
+            self._lock.check()
         try:
             self._metrics.append(line)
         except OSError as error:
@@ -235,28 +263,45 @@ class RunFolder:
             write_durably(self.path / "model.pt", serialised(dict(model)))
             self._write("summary.json", _json(summary))
 
-    def _look_at_run(self) -> None:
-        """Hold the configuration of the run that is there to this one, and find what is left to do."""
-        old = to_tree(load(self.path / "config.yaml"))
-        for key, (was, is_now) in changed_keys(old, self._config).items():
+    def _is_complete(self) -> bool:
+        """Hold the configuration of the run that is there, if any, to this one: is nothing left to do?
+
+        Raises:
+            InputError: they differ in more than may be changed.
+        """
+        old = self._old_config()
+        for key, (was, is_now) in changed_keys(old or self._config, self._config).items():
             if key.split(".")[0] not in FREE_KEYS:
                 raise InputError(
                     f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
                 )
-        summary = self._summary()
-        changed = [key for key in ("rounds", "stop") if old.get(key) != self._config[key]]
-        if summary and not changed:
-            self.finished_summary = summary
+        if old and not self._asks_for_more(old):
+            self.finished_summary = self._summary()
+        return self.finished_summary is not None
+
+    def _look_at_run(self) -> None:
+        """Find what is left to do of the run that is there, if any."""
+        old = self._old_config()
+        if old is None:
             return
         self._find_checkpoint()
-        if summary and not self.manifest:
-            key = changed[0]
+        if self._summary() and not self.manifest:
+            key = self._asks_for_more(old)[0]
             raise InputError(
                 f"{key}: got {self._config[key]!r}, expected {old.get(key)!r} as in the complete run in "
                 f"{self.path}, which has no checkpoint to go on from; {ANOTHER}"
             )
         if not self.manifest:
             self.warn(f"the unfinished run in {self.path} is replaced: it has no checkpoint to go on from")
+
+    def _old_config(self) -> dict[str, Any] | None:
+        """The configuration of the run that is there; None where there is none, or it is to be replaced."""
+        path = self.path / "config.yaml"
+        return to_tree(load(path)) if self._config["resume"] == "auto" and path.exists() else None
+
+    def _asks_for_more(self, old: Mapping[str, Any]) -> list[str]:
+        """The keys by which a complete run is given more to do."""
+        return [key for key in ("rounds", "stop") if old.get(key) != self._config[key]]
 
     def _summary(self) -> dict[str, Any] | None:
         """That of a complete run; None where there is none, or not what the program writes."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,8 @@ def make_runs(path: str) -> None:
         try:
             screen = Screen(config)
             folder = RunFolder(config, screen.warn) if world.hosts_server else None
-            train_run(Experiment.prepare(config), world, folder, {}, screen)
+            with folder or nullcontext():
+                train_run(Experiment.prepare(config), world, folder, {}, screen)
         except BaseException as error:
             world.fail(error)
     world.close()

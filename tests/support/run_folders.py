@@ -8,7 +8,6 @@ from typing import Any
 
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.training.checkpoint_files import complete_folders, read_manifest
-from support.trees import CLIENTS
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -33,7 +32,8 @@ def copied(run: Run, output: Path) -> Path:
 def everything(run: Run) -> dict[str, Any]:
     """The leaves of all parties' state in the newest checkpoint, by name."""
     manifest = read_manifest(complete_folders(run.folder / "checkpoints")[0])
-    return dict(leaves("", vars(manifest.read(range(CLIENTS), server=True))))
+    clients = [client for part in manifest.parts for client in part.clients]
+    return dict(leaves("", vars(manifest.read(clients, server=True))))
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
