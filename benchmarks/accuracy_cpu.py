@@ -205,7 +205,7 @@ def figures(results: Results, out: Path) -> None:
         return line["test_accuracy"]
 
     def round(line: dict[str, Any]) -> float:
-        return line["round"] + 1
+        return line["round"]
 
     for partition, title in PARTITIONS.items():
         curves = [Curve(display_name(a), look_of(a), runs(a, partition)) for a in ALGORITHMS]

@@ -73,7 +73,7 @@ ENDING_SECONDS = 3.0
 """kept for the table and the end of the process"""
 GIB = 2**30
 AXES: dict[str, Callable[[dict[str, Any]], float]] = {
-    "rounds": lambda line: line["round"] + 1,
+    "rounds": lambda line: line["round"],
     "training s": lambda line: line["elapsed_seconds"],
     "paper GiB": lambda line: line["paper_bytes_total"] / GIB,
     "wire GiB": lambda line: line["wire_bytes_total"] / GIB,
@@ -137,7 +137,7 @@ class Training:
         return any(self._experiment.algorithm.aligns(client, round) for client in participants)
 
     def _add(self, line: dict[str, Any]) -> None:
-        if line["round"] == 0:
+        if line["round"] == 1:
             self.folder.mkdir()
             config = yaml.safe_dump(to_tree(self.config), sort_keys=False)
             write_whole(self.folder / "config.yaml", config)
@@ -145,7 +145,7 @@ class Training:
         self._metrics.append(line)
         if line["test_accuracy"] is not None:
             say(
-                f"{self.name}: round {line['round'] + 1}, accuracy {line['test_accuracy']:.4f}, "
+                f"{self.name}: round {line['round']}, accuracy {line['test_accuracy']:.4f}, "
                 f"{line['elapsed_seconds']:.1f} s, {line['paper_bytes_total'] / GIB:.2f} GiB"
             )
 

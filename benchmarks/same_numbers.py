@@ -51,7 +51,7 @@ class Change:
     new: str = ""
     """settings that only the new checkout is given, as the old value of a default that has changed"""
     first_round: int = 0
-    """the new checkout's `round` that is the old one's 0; those before it are not compared"""
+    """how many rounds of the new checkout come before the old one's first; they are not compared"""
     differs: Sequence[str] = ()
     """dotted keys that may differ, and all below them: `drift`, `model.pt`, `model.pt.first`, `rounds`"""
 
@@ -159,11 +159,13 @@ class Side:
         return f"status {status}, {said[-1] if said else 'no word'}" if status else TRAINED
 
     def figures(self, name: str, names: Sequence[tuple[str, str]], first_round: int) -> Figures:
-        """The figures that a run has written, under other names and in rounds from `first_round` on."""
+        """The figures that a run has written, under other names; rounds count from 0 behind `first_round`."""
         found: Figures = {}
         rounds = found["", "rounds"] = []
-        for text in (self.folder / name / "metrics.jsonl").read_text().splitlines():
-            line = json.loads(text)
+        text = (self.folder / name / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        first_round += lines[0]["round"]  # 0 or 1, by the checkout's age
+        for line in lines:
             if (round := line.pop("round") - first_round) < 0:
                 continue
             rounds.append(round)

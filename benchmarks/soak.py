@@ -127,7 +127,7 @@ def compare(undisturbed: Path, disturbed: Path) -> list[Check]:
             f"the parties' states in the last checkpoint equal bit for bit ({len(states[0])} values)",
             _equal(*states),
         ),
-        ("`metrics.jsonl` without gap or double line", rounds == list(range(len(expected)))),
+        ("`metrics.jsonl` without gap or double line", rounds == list(range(1, len(expected) + 1))),
         ("its figures, but for the clocks, equal in every round", found == expected),
     ]
 

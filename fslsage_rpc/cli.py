@@ -11,9 +11,10 @@ from typing import NoReturn
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree, load
-from fslsage_rpc.errors import FIRST_WORD_SECONDS, HostError, InputError
+from fslsage_rpc.errors import FIRST_WORD_SECONDS, Diverged, HostError, InputError
 from fslsage_rpc.stopping import (
     INTERRUPTED,
+    LAUNCHED,
     NOBODY_READS,
     STOPPED,
     Stopped,
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 done, 2 wrong input, 75 stopped on request after a checkpoint (0 under torchrun, to
-        which any other is a failure), 130 interrupted, 141 nobody reads the output, 1 anything else.
+        which any other is a failure), 130 interrupted, 141 nobody reads the output, 1 anything else (0 of a
+        run that has diverged, where a launcher says so).
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Stopped as stopped:
         return (0 if under_torchrun() else STOPPED) if stopped.resumable else 1
+    except Diverged:  # the screen has said so
+        return 0 if LAUNCHED in os.environ else 1
     except BrokenPipeError:  # as in `fslsage train CONFIG | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes
         return NOBODY_READS

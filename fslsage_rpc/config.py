@@ -191,10 +191,10 @@ class AlgorithmKeys:
     upload_every: Count = 5
     """q: smashed data goes up at local steps 0, q, 2q, ..."""
     align_every: Count | None = 10
-    """l: alignment in rounds 0, l, 2l, ...; null = never"""
+    """l: alignment in rounds 1, l + 1, 2l + 1, ...; null = never"""
     average_auxiliary: Literal["never", "alignment", "round"] = "alignment"
     warm_start: bool = False
-    """round 0 is one of CSE-FSL: auxiliary models learn from their own loss before the first alignment"""
+    """the first round is one of CSE-FSL: auxiliary models learn from their own loss before any alignment"""
     alignment: Alignment = field(default_factory=Alignment)
     measure_drift: bool = True
     """compare estimate and true gradient on every upload (server work of its own, timed apart)"""
@@ -313,6 +313,8 @@ class Stop:
     """GiB of the paper ledger"""
     accuracy: Share | None = None
     """test accuracy"""
+    diverged: bool = True
+    """the first round with a loss or a weight that is not finite; exit status 1"""
 
 
 @dataclass(kw_only=True)

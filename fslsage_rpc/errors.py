@@ -31,5 +31,16 @@ class TooFewClients(RuntimeError):
     """With `clients.on_loss: drop`: so many clients were lost that the run gives up."""
 
 
+class Diverged(RuntimeError):
+    """A loss or a weight is not finite, and `stop.diverged` has ended the run. Exit status 1.
+
+    Args:
+        round: the first in which it was so, from 1.
+    """
+
+    def __init__(self, round: int):
+        super().__init__(f"diverged in round {round}: a loss or a weight is not finite")
+
+
 class RunOver(Exception):
     """Rank 0 has ended the run, at its end, while this rank was meeting the others anew."""

@@ -35,8 +35,9 @@ class Federation:
         self._present = {0: list(range(len(self.samples)))}
         self._drawn = {}
         for event in events:
-            there, its = set(self.present(event["round"])), set(event["clients"])
-            self._present[event["round"]] = sorted(there - its if event["event"] == "loss" else there | its)
+            round = event["round"] - 1  # they count from 1
+            there, its = set(self.present(round)), set(event["clients"])
+            self._present[round] = sorted(there - its if event["event"] == "loss" else there | its)
 
     def participants(self, round: int) -> list[int]:
         """The clients that train in a round, ascending."""

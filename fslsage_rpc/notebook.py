@@ -30,7 +30,8 @@ def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> R
         InputError: a key, value or file is wrong.
     """
     from fslsage_rpc.report.screen import Screen
-    from fslsage_rpc.training.metrics_file import rounds_of
+    from fslsage_rpc.training.metrics_file import decoded, rounds_of
+    from fslsage_rpc.training.round_numbers import summary_from_one
     from fslsage_rpc.training.run import run
 
     if isinstance(config, str | Path):
@@ -39,6 +40,6 @@ def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> R
         checked = from_tree(to_tree(config) if isinstance(config, Config) else dict(config), overrides)
     checked = replace(checked, transport="local")
     folder = run(checked, Screen(checked))
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return Run(folder, rounds_of(json.loads(line) for line in lines), summary)
+    lines = decoded((folder / "metrics.jsonl").read_bytes())
+    return Run(folder, rounds_of(lines), summary_from_one(summary))

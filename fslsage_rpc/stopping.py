@@ -15,6 +15,8 @@ from typing import Self
 
 STOPPED = 75
 """exit status of a run that can be gone on with (EX_TEMPFAIL): schedulers may queue it again"""
+LAUNCHED = "FSLSAGE_LAUNCHED"
+"""variable of ranks whose launcher would start them again; it looks for `DIVERGED` in the run folder"""
 NOBODY_READS = 128 + 13
 """exit status when the reader of the output has gone, as of a program that SIGPIPE ends"""
 INTERRUPTED = 128 + 2

@@ -55,6 +55,7 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 if [ "$1" = train ]; then rm -f "$folder/STOPPED"; fi
+export FSLSAGE_LAUNCHED=yes # ranks of a run that has diverged leave with 0, or they would be started again
 
 restarts=0
 start_rank() {
@@ -108,4 +109,5 @@ wait_for 15 "${started[@]}" "${asked[@]}" # the other ranks see that rank 0 has 
 kill -KILL "${started[@]}" "${asked[@]}" 2>/dev/null || true
 wait_for 5 "${started[@]}" # it takes a moment to end a process
 if [ "$1" = train ] && [ -e "$folder/STOPPED" ]; then status=75; fi
+if [ "$1" = train ] && [ "$status" = 0 ] && [ -e "$folder/DIVERGED" ]; then status=1; fi
 exit "$status"

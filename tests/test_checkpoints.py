@@ -353,15 +353,15 @@ def test_a_full_disk_costs_checkpoints_and_leaves_the_last_good_one(
 
 def test_a_line_that_the_disk_does_not_take_is_written_with_the_next(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.begin(b'{"round": 0}\n')
+    file.begin(b'{"round": 1}\n')
     with files_no_larger_than(20):
-        for round in (1, 2):
+        for round in (2, 3):
             with pytest.raises(OSError, match="File too large"):
                 file.append({"round": round})
         with pytest.raises(OSError, match="File too large"):
             file.extent()
-    file.append({"round": 3})
-    text = "".join(f'{{"round": {round}}}\n' for round in range(4))
+    file.append({"round": 4})
+    text = "".join(f'{{"round": {round}}}\n' for round in range(1, 5))
     assert file.path.read_text() == text
     assert file.extent().bytes == len(text)
 

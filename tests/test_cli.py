@@ -156,7 +156,7 @@ def test_an_output_folder_that_cannot_be_made(
 def test_the_python_entry_point_runs_locally_whatever_the_transport(tmp_path: Path) -> None:
     run = fslsage_rpc.train({**SMALL, "transport": "rpc", "output": str(tmp_path)})
     assert run.folder == tmp_path / "small"
-    assert [line["round"] for line in run.rounds] == [0, 1, 2]
+    assert [line["round"] for line in run.rounds] == [1, 2, 3]
     assert run.summary["rounds"] == 3
     model = torch.load(run.folder / "model.pt", weights_only=True)
     assert "conv1.weight" in model

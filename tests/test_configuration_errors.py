@@ -152,7 +152,10 @@ def test_an_unknown_key_is_named_with_the_nearest_or_all_known(empty: Path, key:
 
 def test_a_key_of_files_or_that_is_no_text_is_unknown_in_a_tree() -> None:
     assert mistake(from_tree, {"base": "a.yaml"}).startswith("base: unknown key; ")
-    assert mistake(from_tree, {"stop": {3: 3}}) == "stop.3: unknown key; known keys: paper_gib, accuracy"
+    assert (
+        mistake(from_tree, {"stop": {3: 3}})
+        == "stop.3: unknown key; known keys: paper_gib, accuracy, diverged"
+    )
 
 
 def test_a_partition_by_file_needs_the_file() -> None:

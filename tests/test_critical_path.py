@@ -140,7 +140,7 @@ def test_no_schedule_of_the_same_pieces_is_below_the_bound(name: str, seed: int)
         )
     steps = {id: steps_of(client, "exchange" if exchanges else "push") for id, client in clients.items()}
     lanes = {client: client if name == "splitfed_v1" else 0 for client in clients}
-    clients_ended, server_ended = RoundSimulation(steps, lanes, ranks, link, 2, 4, 0.0, 0.0).run()
+    clients_ended, server_ended = RoundSimulation(steps, lanes, ranks, link, 2, 4, 0.0, 0.0, 0.0).run()
     ended = max(clients_ended + 0.5, server_ended + (0.7 if name == "splitfed_v1" else 0.0))
     round = RoundPieces(clients, dict.fromkeys(range(ranks), link), 2, 0.5, 0.7, 0.0)
     assert bound(name, round) <= ended + 1e-9

@@ -111,7 +111,7 @@ def assert_equals_one_process(job: ElasticJob, keys: dict[str, Any]) -> None:
     trainer = Trainer(experiment, open_world(experiment.config))
     lines: list[dict[str, Any]] = []
     trainer.train(lambda line, reports: lines.append(line))
-    assert [line["round"] for line in job.rounds] == list(range(keys["rounds"]))
+    assert [line["round"] for line in job.rounds] == list(range(1, keys["rounds"] + 1))
     for mine, its in zip(lines, job.rounds, strict=True):
         for key in ("participants", "paper_bytes", "paper_bytes_total"):
             assert its[key] == mine[key], key
@@ -135,7 +135,7 @@ def test_a_killed_rank_costs_its_clients_and_the_round_under_way(tmp_path: Path)
     (event,) = job.events
     assert event.pop("seconds") > 0
     reason = "its process has died, or its connection to rank 0"
-    assert event == {"event": "loss", "round": 2, "rank": 1, "clients": [0, 2], "reason": reason}
+    assert event == {"event": "loss", "round": 3, "rank": 1, "clients": [0, 2], "reason": reason}
     assert f"rank 1 is lost ({reason}): clients 0, 2 leave; goes on from round 2" in job.said
     assert_equals_one_process(job, keys)
 
@@ -200,7 +200,7 @@ def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
     loss, joined = job.events
     assert (joined["event"], joined["clients"]) == ("joined", [1, 3])
     assert joined["round"] > loss["round"]
-    assert f"rank 2 has joined: clients 1, 3 are back; goes on from round {joined['round']}" in job.said
+    assert f"rank 2 has joined: clients 1, 3 are back; goes on from round {joined['round'] - 1}" in job.said
     assert_equals_one_process(job, keys)
 
 
@@ -241,14 +241,14 @@ def test_below_the_minimum_the_run_gives_up_and_all_ranks_go_on_from_its_checkpo
         assert (
             "0 clients are left, fewer than clients.minimum (2): the run ends (rank 1 is lost: " in job.said
         )
-        assert [line["round"] for line in job.rounds] == [0, 1, 2, 3]
+        assert [line["round"] for line in job.rounds] == [1, 2, 3, 4]
         job.wait(1, 2)
         job.start()
         assert job.wait(0, 1, 2) == [0, 0, 0], job.said
     loss, joined = job.events
-    assert (loss["round"], loss["clients"]) == (2, [1, 3])
+    assert (loss["round"], loss["clients"]) == (3, [1, 3])
     assert joined["clients"] == [1, 3]
-    assert joined["round"] in (3, 4)
+    assert joined["round"] in (4, 5)
     assert_equals_one_process(job, keys)
 
 
@@ -290,7 +290,7 @@ def test_wherever_a_rank_is_lost(fault: str, participation: float, tmp_path: Pat
         assert job.wait(0, 3 - int(rank)) == [0, 0], job.said
     (event,) = job.events
     assert event["seconds"] < 5
-    assert (event["rank"], event["round"]) == (int(rank), int(round))
+    assert (event["rank"], event["round"]) == (int(rank), int(round) + 1)
     assert (event["reason"] == "ZeroDivisionError: a fault for the test") == (kind == "raise")
     assert_equals_one_process(job, keys)
 

@@ -128,7 +128,7 @@ def test_a_listing_trains_goes_on_and_is_evaluated(
     assert said.err == ""
     assert load("runs/run/config.yaml") == load("run.yaml", ["rounds=4"])
     lines = [json.loads(line) for line in Path("runs/run/metrics.jsonl").read_text().splitlines()]
-    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     summary = json.loads(Path("runs/run/summary.json").read_text())
     assert summary["algorithm"] == keys.get("algorithm", {}).get("name", "fsl_sage")
@@ -286,6 +286,7 @@ def test_a_subclass_of_a_known_algorithm_writes_only_what_differs(tmp_path: Path
     lines = train(own(Lazy), output=tmp_path).rounds
     assert [line["requests"]["push"]["count"] if line["requests"] else 0 for line in lines] == [2, 0]
     assert lines[1]["train_loss"] is None  # the server had nothing to train on
+    assert "diverged" not in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def test_steps_are_the_batches_of_all_epochs() -> None:
 def test_clients_that_are_away_take_no_part_and_the_others_weigh_more() -> None:
     some = federation([10, 20, 30, 40], 0.5)
     before = [some.participants(round) for round in range(6)]
-    loss = {"event": "loss", "round": 2, "clients": [1, 3]}
-    back = {"event": "joined", "round": 4, "clients": [1, 3]}
+    loss = {"event": "loss", "round": 3, "clients": [1, 3]}
+    back = {"event": "joined", "round": 5, "clients": [1, 3]}
     some.follow([loss, back])
     assert [some.present(round) for round in (1, 2, 3, 4)] == [[0, 1, 2, 3], [0, 2], [0, 2], [0, 1, 2, 3]]
     after = [some.participants(round) for round in range(6)]

@@ -190,7 +190,7 @@ def test_elastic_ranks_go_on_without_a_killed_one_which_is_started_again(tmp_pat
     loss, joined = (line for line in lines if "event" in line)
     assert (loss["event"], joined["event"]) == ("loss", "joined")
     trained = [line for line in lines if "event" not in line]
-    assert [line["round"] for line in trained] == list(range(len(trained)))
+    assert [line["round"] for line in trained] == list(range(1, len(trained) + 1))
     absent = range(loss["round"], joined["round"])
     assert [1 not in line["participants"] for line in trained] == [
         line["round"] in absent for line in trained

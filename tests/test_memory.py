@@ -121,7 +121,7 @@ def test_states_that_are_there_from_the_start_change_no_step(name: str, weight_d
     optimizer = ScheduledOptimizer(keys, mine.parameters())
     by_torch = OPTIMIZERS[name](plain.parameters(), lr=keys.lr, weight_decay=weight_decay, fused=True)
     if name != "sgd":
-        state = optimizer.state()["optimizer"]["state"]
+        state = optimizer.optimizer.state_dict()["state"]
         assert {key: tensor.abs().max().item() for key, tensor in state[0].items()} == dict.fromkeys(
             ("step", "exp_avg", "exp_avg_sq"), 0.0
         )

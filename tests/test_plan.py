@@ -206,7 +206,7 @@ def test_costs_are_per_sample_and_request() -> None:
     size = scenario.sizes.smashed + 8
     client = {"data": 1.0, "forward_backward": 2.0, "estimate": 3.0, "upload_wait": 0.4, "averaging": 5.0}
     line = {
-        "round": 2,
+        "round": 3,
         "phases": {"client": {"averaging": 0.0}},
         "cpu_seconds": {
             # On two threads an operation: 2 x 10 for requests, 2.6 beside; 2 x 2 x 6, 2 x 0.9 and 1.3 beside.

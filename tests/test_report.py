@@ -99,6 +99,7 @@ def test_the_tables_of_runs_hold_what_was_written(tmp_path: Path) -> None:
         "rounds": "4",
         "last test accuracy": "0.3750 (0.2500 to 0.5000)",
         "best test accuracy": "0.5625 (0.3750 to 0.7500)",
+        "last train loss, over": "0.2500, uploads",
         "seconds per round, median": "5.250",
         "training seconds": "22.00",
         "wire, MiB": "12.00",
@@ -217,7 +218,7 @@ def test_an_algorithm_has_one_colour_everywhere() -> None:
         assert {to_hex(patch.get_edgecolor()).upper() for patch in bars.patches} == {color}
 
 
-ROUNDS = Panel(lambda line: line["round"] + 1, lambda line: line["test_accuracy"], "round", "accuracy")
+ROUNDS = Panel(lambda line: line["round"], lambda line: line["test_accuracy"], "round", "accuracy")
 SECONDS = Panel(
     lambda line: line["elapsed_seconds"], lambda line: line["test_accuracy"], "seconds", "accuracy"
 )
@@ -269,7 +270,7 @@ def test_legends_do_not_cover_the_axes() -> None:
 def test_runs_without_an_evaluation_are_compared_too(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", [None, None], finished=False, algorithm={"name": "fedavg"})
     page = to_markdown(comparison.compose(series_of(folder), []))
-    assert "No run has been evaluated yet." in page
+    assert "No round has a test accuracy." in page
     assert "latency.png" in page
 
 

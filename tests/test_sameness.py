@@ -220,8 +220,8 @@ def test_shares_of_ranks_that_know_other_clients_end_the_run(experiment: Experim
 
     class Two(LocalWorld):
         def gather(self, value: Any) -> list[Any]:
-            report, stop, share = value
-            return [(report, stop, share), (report, stop, -0.0025)] if isinstance(share, float) else [value]
+            report, stop, share, finite = value
+            return [(report, stop, share, finite), (report, stop, -0.0025, finite)]
 
     trainer = Trainer(Experiment.prepare(experiment.config), Two(experiment.config))
     with pytest.raises(ValueError, match=r"add up to 0\.9975, not to 1"):

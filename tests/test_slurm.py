@@ -161,7 +161,7 @@ def test_under_plain_srun_the_others_go_on_without_a_killed_rank(slurm: Cluster,
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (loss,) = (line for line in lines if "event" in line)
     assert (loss["event"], loss["rank"], loss["clients"]) == ("loss", 3, [2])
-    assert [line["round"] for line in lines if "event" not in line] == list(range(ROUNDS))
+    assert [line["round"] for line in lines if "event" not in line] == list(range(1, ROUNDS + 1))
     assert all(
         (2 in line["participants"]) == (line["round"] < loss["round"])
         for line in lines

@@ -116,10 +116,11 @@ def test_sigterm_stops_after_the_round_and_the_run_goes_on(
 def test_a_run_that_was_gone_on_with_counts_its_rounds_from_the_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    line = {"wire_bytes": {}, "test_accuracy": None, "train_loss": 1.0, "round_seconds": 0.1}
+    line = {"wire_bytes": {}, "test_accuracy": None, "round_seconds": 0.1}
+    line |= {"train_loss": 1.0, "train_loss_of": "uploads"}
     screen = Screen(Config(rounds=50))
-    screen.show_resumed([{**line, "round": round} for round in range(12)], Path("before"))
-    screen.show_round({**line, "round": 12})
+    screen.show_resumed([{**line, "round": round} for round in range(1, 13)], Path("before"))
+    screen.show_round({**line, "round": 13})
     screen.show_stopped(Path("now"))
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "stopped on request after round 13 of 50; the same command goes on from now"

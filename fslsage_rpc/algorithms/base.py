@@ -52,6 +52,11 @@ class Algorithm(ABC):
         self.keys = keys
         self.federation = federation
 
+    @classmethod
+    def train_loss_of(cls) -> Literal["batches", "uploads"]:
+        """What `train_loss` is the mean loss over: all batches trained on, or what the server trained on."""
+        return "batches" if cls.client_holds_whole_model else "uploads"
+
     @abstractmethod
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         """One local step of a participating client on x `[B, ...]` and labels y `[B, ...]`."""

@@ -1,5 +1,7 @@
 """SplitFed: split learning with parallel clients and federated averaging (arXiv 2004.12088)."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
@@ -11,6 +13,10 @@ from fslsage_rpc.randomness import numpy_stream
 
 class SplitFed(Algorithm):
     """Every client step waits for the true cut-layer gradient of its batch."""
+
+    @classmethod
+    def train_loss_of(cls) -> Literal["batches", "uploads"]:
+        return "batches"  # each goes up
 
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)  # smashed data [B, ...]

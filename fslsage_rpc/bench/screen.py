@@ -36,6 +36,8 @@ class BenchScreen(ProgressScreen):
         """The tables."""
         self._progress.stop()
         self._show_variants(f"{name}: seconds per round", tables.rows(result))
+        for line in tables.diverged_lines(result):
+            self._console.print(line, soft_wrap=True, markup=False)
         self._show_rows("one request, mean", tables.REQUEST_HEADERS, tables.request_rows(result))
         targets = tables.target_rows(result)
         if targets:

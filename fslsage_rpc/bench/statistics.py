@@ -69,6 +69,9 @@ def _variant(runs: Sequence[BenchRun], reference: Mapping[int, BenchRun], keys: 
         "samples": described,
         "busy_samples": sum(sample["busy"] for sample in described),
         "target": _target(runs, keys.target_accuracy),
+        "diverged": min(
+            (line["round"] for run in runs for line in run.lines if line.get("diverged")), default=None
+        ),
     }
 
 
@@ -94,9 +97,11 @@ def typical_seconds(run: BenchRun, warmup_rounds: int) -> float:
     return statistics.median(seconds_of(run, rounds) for rounds in run.samples(warmup_rounds))
 
 
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, lower and upper quartile; of one value, that value."""
-    q1, median, q3 = statistics.quantiles(values, method="inclusive") if len(values) > 1 else 3 * [values[0]]
+def quartiles(values: Sequence[float]) -> dict[str, float | None]:
+    """Median, lower and upper quartile; one value has no quartiles (None)."""
+    if len(values) == 1:
+        return {"median": values[0], "q1": None, "q3": None}
+    q1, median, q3 = statistics.quantiles(values, method="inclusive")
     return {"median": median, "q1": q1, "q3": q3}
 
 

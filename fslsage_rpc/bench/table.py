@@ -29,7 +29,7 @@ def _row(name: str, record: Mapping[str, Any]) -> list[str]:
     return [
         name,
         f"{seconds['median']:.3f}",
-        f"{seconds['q1']:.3f} to {seconds['q3']:.3f}",
+        "-" if seconds["q1"] is None else f"{seconds['q1']:.3f} to {seconds['q3']:.3f}",
         f"{ratio['median']:.2f}",
         f"{sum(client[phase] for phase in COMPUTE):.3f}",
         f"{sum(client[phase] for phase in WAIT):.3f}",
@@ -103,6 +103,15 @@ def links_line(result: Mapping[str, Any]) -> str:
     return f"links, slowest: {up:.1f} MiB/s up, {down:.1f} MiB/s down, round trip {1000 * round_trip:.2f} ms"
 
 
+def diverged_lines(result: Mapping[str, Any]) -> list[str]:
+    """A sentence for each variant that has diverged."""
+    return [
+        f"{name}: diverged in round {record['diverged']}; later rounds compute with what is not finite."
+        for name, record in result["variants"].items()
+        if record["diverged"]
+    ]
+
+
 def markdown(name: str, result: Mapping[str, Any]) -> str:
     """`bench.md`."""
     environment = result["environment"]
@@ -116,6 +125,7 @@ def markdown(name: str, result: Mapping[str, Any]) -> str:
         f"torch {environment['versions']['torch']}, {len(ranks)} ranks on {hosts}, transport "
         f"{environment['transport']}; {links_line(result)}.",
         table(HEADERS, rows(result)),
+        *diverged_lines(result),
         "Seconds per round; compute, wait, alignment and averaging are means over client ranks; wire MiB are "
         "what a round sends, without evaluation. `bound` is the longest chain of the same measured pieces "
         "under perfect overlap; efficiency = bound / measured.",

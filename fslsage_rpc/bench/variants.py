@@ -36,6 +36,6 @@ def _variant(config: Config, name: str, overrides: list[str]) -> Config:
                 f"bench.variants.{name}: got {override}, expected keys that processes do not share"
             )
     try:
-        return from_tree({**to_tree(config), "trace": False, "stop": {}}, overrides)
+        return from_tree({**to_tree(config), "trace": False, "stop": {"diverged": False}}, overrides)
     except InputError as error:
         raise type(error)(f"bench.variants.{name}: {error}") from None

@@ -29,6 +29,10 @@ class Weights:
         """|C|, |S| or |A| of the paper ledger: the size of all trainable parameters and buffers."""
         return sum(t.numel() * t.element_size() for t in (self.floats, self.integers))
 
+    def finite(self) -> bool:
+        """Is every number finite? Waits for the device, and takes no memory to speak of."""
+        return not self.floats.numel() or bool(torch.stack(self.floats.aminmax()).isfinite().all())
+
     def clone(self) -> "Weights":
         """A copy that no later training step changes."""
         return Weights(self.floats.clone(), self.integers.clone())

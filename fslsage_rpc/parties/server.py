@@ -178,6 +178,10 @@ class Server:
         """The whole model of the federation: the averaged client model and the (averaged) server model."""
         return [self.averaged, *(lane.model for lane in self._distinct[:1])]
 
+    def finite(self) -> bool:
+        """Are all weights of the server model finite? After averaging replicas are the same."""
+        return all(lane.weights.finite() for lane in self._distinct[:1])
+
     def report(self, round_seconds: float) -> ServerReport:
         """The round that has just ended; the next one starts with empty counts."""
         lanes = [(lane.timeline.take(), *lane.losses.take()) for lane in self._distinct]

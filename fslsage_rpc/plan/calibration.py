@@ -135,7 +135,7 @@ def _measured_lines(folder: Path, name: str, config: Config, scenario: Scenario)
             )
         for line in measured:  # differences of clocks may be below 0
             _check_figures([line["phases"], line["requests"], line["cpu_seconds"]], least=-LARGEST)
-        if [line["round"] for line in measured] != list(range(scenario.config.rounds)):
+        if [line["round"] for line in measured] != list(range(1, scenario.config.rounds + 1)):
             raise ValueError("rounds are missing")
         run = BenchRun(name, repeat, scenario.algorithm.interval, measured)
         lines += [run.lines[round] for rounds in run.samples(config.bench.warmup_rounds) for round in rounds]

@@ -47,7 +47,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
     Args:
         threads: of an operation, by rank; one rank is server and client rank at once.
     """
-    pairs = [(line, scenario.round(line["round"])) for line in lines]
+    pairs = [(line, scenario.round(line["round"] - 1)) for line in lines]
     requests = sum(times["count"] for line in lines for times in line["requests"].values())
     main, ranks = _main_threads(lines), scenario.client_ranks
     # A rank's other threads: those of the transport, and the further ones of its operations.

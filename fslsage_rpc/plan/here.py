@@ -75,7 +75,7 @@ def calibrate_here(config: Config) -> Calibration:
             "evaluation.every=1000",
             "data.test_limit=1",
         ),
-        *("stop.paper_gib=null", "stop.accuracy=null"),
+        *("stop.paper_gib=null", "stop.accuracy=null", "stop.diverged=false"),
         *("clients.count=2", "clients.minimum=1", "clients.participation=1.0", "clients.on_loss=fail"),
         "data.partition=iid",
         f"data.train_limit={samples}",

@@ -127,14 +127,18 @@ def _reading(series: Sequence[Series]) -> str:
     ledgers = (
         "Wire bytes are those of all kinds, evaluation's too; the paper ledger is a model, not a measurement."
     )
-    return trained + seeds + median + ledgers
+    losses = (
+        "Train losses over all batches and over the server's uploads are not to be compared. Accuracies are "
+        "of rounds in which losses and weights are finite. "
+    )
+    return trained + seeds + losses + median + ledgers
 
 
 def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequence[str]) -> list[Block]:
     heading = Heading("Accuracy", 3)
     scored = [one for one in series if any(map(tables.accuracies, one.runs))]
     if not scored:
-        return [heading, "No run has been evaluated yet."]
+        return [heading, "No round has a test accuracy."]
     curves = _curves(scored, looks)
     seeds = "Mean over seeds, round by round; the band runs from the lowest to the highest."
     if any(len({len(run.lines) for run in one.runs}) > 1 for one in scored):
@@ -296,7 +300,7 @@ def _unit(series: Sequence[Series], key: str) -> tuple[int, str]:
 
 
 def _round(line: Line) -> float:
-    number: float = line["round"] + 1
+    number: float = line["round"]
     return number
 
 

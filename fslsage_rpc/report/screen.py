@@ -21,12 +21,15 @@ from rich.progress import (
 from rich.table import Table
 
 from fslsage_rpc.config import Config
+from fslsage_rpc.errors import Diverged
 from fslsage_rpc.measure.cores import BUSY
 
 MIB = 2**20
 GIB = 2**30
 LARGE_CHECKPOINT_BYTES = 100 * MIB
 TABLE_WIDTH = 78
+NARROW = 64
+"""columns of a terminal, below which the numbers of a row stand under its label"""
 
 
 class SteadyCursorConsole(Console):
@@ -108,7 +111,7 @@ class Screen(ProgressScreen):
     ) -> None:
         """Ranks were lost or have joined, and the run goes on from so many rounds."""
         for event in events:
-            if event["round"] == rounds and event not in self._events:
+            if event["round"] == rounds + 1 and event not in self._events:
                 self._events.append(event)
                 clients = ", ".join(str(client) for client in event["clients"])
                 lost = f"is lost ({event.get('reason')}): clients {clients} leave"
@@ -127,27 +130,36 @@ class Screen(ProgressScreen):
         """Take in a metrics line."""
         self._shown += 1
         self._wire_bytes += sum(line["wire_bytes"].values())
-        if line["test_accuracy"] is not None:
+        if line["test_accuracy"] is not None or line.get("diverged"):
             self._accuracy = line["test_accuracy"]
         fields = self._fields()
         self._progress.update(self._task, advance=1, **fields)
         if not self._console.is_terminal:
-            loss = "not finite" if line["train_loss"] is None else f"{line['train_loss']:.4f}"
+            loss = "not finite" if line.get("diverged") else "-"  # a server may have had no upload
+            if line["train_loss"] is not None:
+                loss = f"{line['train_loss']:.4f}"
             print(
-                f"round {line['round'] + 1}/{self._rounds}  accuracy {fields['accuracy']}  "
-                f"train loss {loss}  {line['round_seconds']:.3f} s  "
-                f"{fields['bytes']} so far",
+                f"round {line['round']}/{self._rounds}  accuracy {fields['accuracy']}  "
+                f"train loss {loss} ({line['train_loss_of']})  {line['round_seconds']:.3f} s  "
+                f"{fields['bytes']} so far" + ("  diverged" if line.get("diverged") else ""),
                 flush=True,
             )
 
     def show_finished(self, summary: dict[str, Any], folder: Path) -> None:
         """The table of a run that was complete before it was asked for."""
         self.show_summary(summary, folder)
+        done, on = "was complete already", "more rounds=..."
+        if summary.get("diverged"):
+            done, on = f"has diverged in round {summary['diverged']} already", "stop.diverged=false"
         self._console.print(
-            "This run was complete already. To go on: more rounds=...; to start anew: resume=never, or "
-            "another name=...",
+            f"This run {done}. To go on: {on}; to start anew: resume=never, or another name=...",
             soft_wrap=True,
         )
+
+    def show_diverged(self, error: Diverged, checkpoint: Path | None) -> None:
+        """The last line of a run that ends because it has diverged."""
+        kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint"
+        self._console.print(f"{error}; {kept}", soft_wrap=True, markup=False)
 
     def show_stopped(self, checkpoint: Path | None) -> None:
         """The last line of a run that was stopped on request."""
@@ -162,7 +174,7 @@ class Screen(ProgressScreen):
     def show_summary(self, summary: dict[str, Any], folder: Path) -> None:
         """The table that a run ends in."""
         self._progress.stop()
-        self._console.print(summary_table(self._name, summary))
+        self._console.print(summary_table(self._name, summary, self._console.width))
         if busy := busy_line(summary.get("host_busy")):
             self.warn(busy)
         self._console.print(f"Run folder: {folder}", soft_wrap=True, markup=False)
@@ -180,28 +192,43 @@ def busy_line(host_busy: float | None) -> str | None:
     return f"others took {host_busy:.0%} of the host's cores meanwhile: do not trust these seconds"
 
 
-def summary_table(name: str, summary: dict[str, Any]) -> Table:
-    """Accuracy, seconds by phase, bytes by kind, and the paper ledger beside them."""
-    rounds, seconds = summary["rounds"], summary["training_seconds"]
-    accuracy = summary["test_accuracy"]
-    table = Table(title=f"{name}: {summary['algorithm']}, {rounds} rounds", width=TABLE_WIDTH)
-    table.add_column("measured")
-    table.add_column("total", justify="right")
-    table.add_column("per round", justify="right")
-    table.add_column("share", justify="right")
+def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) -> Table:
+    """Accuracy, seconds by phase, bytes by kind, and the paper ledger beside them.
 
-    best = f"best {accuracy['best']:.4f} in round {accuracy['best_round'] + 1}"
-    table.add_row("test accuracy", f"{accuracy['last']:.4f}")
-    table.add_row(f"  {best}")
+    Numbers stand beside what they measure, or below it where fewer columns than `NARROW` leave no room.
+    """
+    rounds, seconds = summary["rounds"], summary["training_seconds"]
+    accuracy, diverged = summary["test_accuracy"], summary.get("diverged")
+    headers = ("measured", "total", "per round", "share")
+    table = Table(title=f"{name}: {summary['algorithm']}, {rounds} rounds", width=min(width, TABLE_WIDTH))
+    table.add_column(headers[0] if width >= NARROW else f"{headers[0]}: {', '.join(headers[1:])}")
+    for header in headers[1:] if width >= NARROW else ():
+        table.add_column(header, justify="right", no_wrap=True)
+
+    def add(label: str, *numbers: str) -> None:
+        if width >= NARROW:
+            table.add_row(label, *numbers)
+            return
+        table.add_row(label)
+        if numbers:
+            table.add_row(f"    {'  '.join(numbers)}")
+
+    if diverged:
+        add(f"diverged in round {diverged}")
+    if accuracy["last"] is None:
+        add("test accuracy", "-")
+    else:
+        add(f"test accuracy{', finite rounds' if diverged else ''}", f"{accuracy['last']:.4f}")
+        add(f"  best {accuracy['best']:.4f} in round {accuracy['best_round']}")
     table.add_section()
 
     def add_seconds(label: str, value: float) -> None:
-        table.add_row(label, f"{value:.2f} s", f"{value / rounds:.4f} s", f"{value / seconds:.1%}")
+        add(label, f"{value:.2f} s", f"{value / rounds:.4f} s", f"{value / seconds:.1%}")
 
     add_seconds("training clock", seconds)
     for party, title in (("client", "client ranks, mean"), ("server", "server lanes, mean")):
         table.add_section()
-        table.add_row(title)
+        add(title)
         for phase, value in summary["phases"][party].items():
             if value:
                 add_seconds(f"  {phase}", value)
@@ -209,7 +236,7 @@ def summary_table(name: str, summary: dict[str, Any]) -> Table:
     wire = sum(summary["wire_bytes"].values())
 
     def add_bytes(label: str, value: int) -> None:
-        table.add_row(label, _mib(value), _mib(value / rounds), f"{value / wire:.1%}")
+        add(label, _mib(value), _mib(value / rounds), f"{value / wire:.1%}")
 
     table.add_section()
     add_bytes("bytes on the wire", wire)
@@ -218,7 +245,7 @@ def summary_table(name: str, summary: dict[str, Any]) -> Table:
             add_bytes(f"  {kind}", value)
     paper = summary["paper_bytes_total"]
     table.add_section()
-    table.add_row("paper ledger (modelled)", _mib(paper), _mib(paper / rounds))
+    add("paper ledger (modelled)", _mib(paper), _mib(paper / rounds))
     return table
 
 

@@ -12,6 +12,7 @@ from fslsage_rpc.bench.table import COMPUTE, WAIT
 from fslsage_rpc.comm.ledger import OFF_THE_CLOCK
 from fslsage_rpc.configuration import load, to_tree
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.training.round_numbers import from_one
 
 Tree = dict[str, Any]
 Line = dict[str, Any]
@@ -41,6 +42,11 @@ class Run:
     """that of its folder, with parents where another folder has the same"""
     label: str | None
     """the user's own name for it"""
+
+    @property
+    def diverged(self) -> int | None:
+        """The first round with a loss or a weight that is not finite."""
+        return next((line["round"] for line in self.lines if line.get("diverged")), None)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class Variant:
     busy_samples: float | None
     """those whose seconds others' work on the host has changed"""
     target: Target | None
+    diverged: float | None = None
+    """the first round in which it did"""
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,7 @@ def _read_lines(path: Path) -> list[Line]:
         lines.append({**line, "wire_bytes_total": wire_bytes})
     if not lines:
         raise InputError(f"RUN: got {str(path.parent)!r}, which has no finished round; expected one or more")
-    return lines
+    return from_one(lines)
 
 
 def _is_round(line: Any) -> bool:
@@ -233,6 +241,7 @@ def _is_round(line: Any) -> bool:
         and _are_numbers(line.get("wire_bytes"))
         and _are_numbers(line["phases"].get("client"))
         and (accuracy is None or _is_number(accuracy))
+        and (line.get("train_loss") is None or _is_number(line["train_loss"]))
         and (drift is None or isinstance(drift, dict))
         and all(value is None or _is_number(value) for value in (drift or {}).values())
     )
@@ -297,6 +306,7 @@ def _read_variant(name: str, tree: Any) -> Variant:
         _number(tree, name, "efficiency"),
         _number(tree, name, "busy_samples"),
         target,
+        _number(tree, name, "diverged"),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.bench.table import links_line
 from fslsage_rpc.report.figures import Bar, display_name
 from fslsage_rpc.report.page import Table
@@ -24,6 +25,7 @@ def runs_table(series: Sequence[Series]) -> Table:
         "rounds",
         "last test accuracy",
         "best test accuracy",
+        "last train loss, over",
         "seconds per round, median",
         "training seconds",
         "wire, MiB",
@@ -33,9 +35,10 @@ def runs_table(series: Sequence[Series]) -> Table:
         [
             one.label,
             ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in one.runs)),
-            _over_seeds([run.lines[-1]["round"] + 1 for run in one.runs], show_count),
-            _over_seeds([last_accuracy(run) for run in one.runs], "{:.4f}".format),
+            _over_seeds([run.lines[-1]["round"] for run in one.runs], show_count),
+            _over_seeds([last_accuracy(run) for run in one.runs], "{:.4f}".format) + _diverged(one),
             _over_seeds([best_accuracy(run) for run in one.runs], "{:.4f}".format),
+            _train_loss(one),
             _over_seeds([median_round_seconds(run) for run in one.runs], show_seconds),
             _over_seeds([run.lines[-1]["elapsed_seconds"] for run in one.runs], show_seconds),
             _over_seeds([run.lines[-1]["wire_bytes_total"] for run in one.runs], show_mib),
@@ -71,7 +74,8 @@ def bench_table(bench: Bench) -> Table:
     ]
     rows = [
         [
-            variant_label(bench, variant),
+            variant_label(bench, variant)
+            + (f", diverged in round {variant.diverged:g}" if variant.diverged else ""),
             _or_unknown(variant.round_seconds.n, show_count),
             _quartiles(variant.round_seconds, show_seconds),
             _quartiles(variant.ratio_to_reference, "{:.3f}".format),
@@ -204,6 +208,22 @@ def show_count(value: float) -> str:
 def show_mib(bytes: float) -> str:
     """Bytes in MiB."""
     return f"{bytes / MIB:,.2f}"
+
+
+def _diverged(series: Series) -> str:
+    """Behind an accuracy: which of the runs have diverged, and when."""
+    return "".join(
+        f", diverged in round {run.diverged}" + (f" (seed {run.config['seed']})" if series.runs[1:] else "")
+        for run in series.runs
+        if run.diverged
+    )
+
+
+def _train_loss(series: Series) -> str:
+    """The last round's, and over what it is the mean: older runs do not say, and their algorithm does."""
+    known = ALGORITHMS.get(series.algorithm)
+    over = series.runs[0].lines[-1].get("train_loss_of") or (known.train_loss_of() if known else "unknown")
+    return f"{_over_seeds([run.lines[-1].get('train_loss') for run in series.runs], '{:.4f}'.format)}, {over}"
 
 
 def _over_seeds(values: Sequence[float | None], show: Callable[[float], str]) -> str:

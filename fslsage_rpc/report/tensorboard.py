@@ -28,14 +28,22 @@ class TensorBoard:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensorboard's own imports
             from torch.utils.tensorboard import SummaryWriter
-        self._writer = SummaryWriter(str(self._folder), purge_step=self._first_round or None)
+        purged = self._first_round if self._first_round > 1 else None
+        self._writer = SummaryWriter(str(self._folder), purge_step=purged)
 
     def add_round(self, line: dict[str, Any]) -> None:
-        """Write one metrics line: scalars under their keys, nested ones under `section/key`."""
+        """Write one metrics line: scalars under their keys, nested ones under `section/key`.
+
+        `train_loss/batches` and `train_loss/uploads` have charts of their own.
+        """
         if self._writer is None:
             return
         for name, value in _scalars(line):
+            if name == "train_loss" and "train_loss_of" in line:
+                name = f"train_loss/{line['train_loss_of']}"
             self._writer.add_scalar(name, value, line["round"])
+        if line.get("diverged"):
+            self._writer.add_text("diverged", f"diverged in round {line['round']}", line["round"])
         self._writer.flush()
 
     def give_up(self) -> None:
@@ -53,6 +61,6 @@ def _scalars(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             found += _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and key != "round":
+        elif isinstance(value, int | float) and key not in ("round", "diverged"):
             found.append((prefix + key, value))
     return found

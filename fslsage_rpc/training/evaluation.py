@@ -1,5 +1,6 @@
 """The score of a whole model on a test set."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -12,12 +13,18 @@ from fslsage_rpc.training.finished import load_finished
 
 
 def evaluate(model: nn.Module, task: Task, data: Batches) -> Score:
-    """Evaluate in eval mode on all samples; the model is left in train mode."""
+    """Evaluate in eval mode on all samples; the model is left in train mode.
+
+    Where the loss is not finite, neither is the accuracy: it would be that of some class.
+    """
     model.eval()
     with torch.no_grad():
         tallies = [task.tally(model(x), y) for x, y in data.in_order()]
     model.train()
-    return task.score(torch.stack(tallies).sum(0))
+    score = task.score(torch.stack(tallies).sum(0))
+    if math.isfinite(score.loss):
+        return score
+    return Score(score.loss, math.nan, dict.fromkeys(score.metrics, math.nan))
 
 
 def evaluate_run(folder: str | Path) -> Score:

@@ -30,7 +30,7 @@ def from_checkpoint(
     back = [
         {
             "event": "joined",
-            "round": manifest.rounds,
+            "round": manifest.rounds + 1,
             "rank": home + world.size - world.homes,
             "clients": away,
         }
@@ -140,7 +140,7 @@ def returning_state(client: int, peer: State, left: State | None, server: RankSt
 
 
 def _event(change: Change, rounds: int, clients: list[int]) -> Event:
-    event = {"event": "loss" if change.reason else "joined", "round": rounds, "rank": change.rank}
+    event = {"event": "loss" if change.reason else "joined", "round": rounds + 1, "rank": change.rank}
     reason = {"reason": change.reason} if change.reason else {}
     return {**event, "clients": clients, **reason, "seconds": round(change.seconds, 3)}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.training.checkpoint_files import Damaged, Extent, compare, extent_of, said, write_durably
+from fslsage_rpc.training.round_numbers import from_one, from_zero
 
 
 class MetricsFile:
@@ -80,8 +81,8 @@ def encoded(lines: Iterable[dict[str, Any]]) -> bytes:
 
 
 def decoded(lines: bytes) -> list[dict[str, Any]]:
-    """What `encoded` has made of lines."""
-    return [json.loads(line) for line in lines.splitlines()]
+    """What `encoded` has made of lines, in this version or an older one."""
+    return from_one([json.loads(line) for line in lines.splitlines()])
 
 
 def rounds_of(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,13 +93,25 @@ def rounds_of(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def read_beginning(path: Path, extent: Extent) -> bytes:
     """The beginning of the file that a checkpoint goes with.
 
+    Going on with an older run rewrites its lines; its checkpoints have the SHA-256 of what they were.
+
     Raises:
         Damaged: it is not what was written.
     """
     try:
-        with path.open("rb") as file:
-            lines = file.read(extent.bytes)
+        whole = path.read_bytes()
     except OSError as error:
         raise Damaged(said(error, path)) from None
+    lines = whole[: extent.bytes]
+    if extent_of(lines) != extent and extent_of(older := _as_older(whole)[: extent.bytes]) == extent:
+        return older
     compare(path, extent_of(lines), extent)
     return lines
+
+
+def _as_older(lines: bytes) -> bytes:
+    """Lines as an older version has written them; nothing where they are none."""
+    try:
+        return encoded(from_zero(decoded(lines)))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return b""

@@ -13,6 +13,7 @@ from fslsage_rpc.measure.requests import ByClient, by_kind
 from fslsage_rpc.measure.trace import Span
 from fslsage_rpc.parties.server import ServerReport
 from fslsage_rpc.tasks import Score
+from fslsage_rpc.training.round_numbers import FIRST_ROUND
 
 CLIENT_PHASES = (
     "data",
@@ -94,14 +95,17 @@ class RoundRecorder:
 
     Args:
         metrics: names of what the task measures by besides loss and accuracy.
+        train_loss_of: see `Algorithm.train_loss_of`.
 
     Attributes:
         last: the line of the last round so far.
         client_bytes: on the wire in all rounds so far, by client.
+        diverged: the first round, from 1, with a loss or a weight that is not finite.
     """
 
-    def __init__(self, metrics: Sequence[str] = ()) -> None:
+    def __init__(self, metrics: Sequence[str], train_loss_of: str) -> None:
         self._metrics = metrics
+        self._train_loss_of = train_loss_of
         self.last: dict[str, Any] | None = None
         self.client_bytes: WireBytes = {}
         self._elapsed_seconds = 0.0
@@ -114,6 +118,7 @@ class RoundRecorder:
         self._wire_bytes = dict.fromkeys(KINDS, 0)
         self._last_scored: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
+        self.diverged: int | None = None
 
     def go_on(self, lines: Sequence[dict[str, Any]], client_bytes: WireBytes) -> None:
         """Take over earlier rounds: their lines, one or more, and the bytes by client, not in them."""
@@ -132,8 +137,14 @@ class RoundRecorder:
         evaluation_seconds: float,
         paper_bytes: int,
         participants: list[int],
+        finite: bool,
     ) -> dict[str, Any]:
-        """The line of one round."""
+        """The line of one round.
+
+        Args:
+            round: t, from 0.
+            finite: are the weights? Where they or a loss are not, the line has `diverged`, and no score.
+        """
         seconds = round_seconds(reports)
         self._elapsed_seconds += seconds
         self._paper_bytes += paper_bytes
@@ -147,9 +158,12 @@ class RoundRecorder:
         requests = by_kind({client: kinds for report in reports for client, kinds in report.requests.items()})
         loss_sum = server.loss_sum + sum(report.loss_sum for report in reports)
         samples = server.samples + sum(report.samples for report in reports)
+        finite = finite and math.isfinite(loss_sum) and (score is None or math.isfinite(score.loss))
+        score = score if finite else None
         line = {
-            "round": round,
+            "round": round + FIRST_ROUND,
             "train_loss": loss_sum / samples if samples else math.nan,
+            "train_loss_of": self._train_loss_of,
             "test_loss": score.loss if score else None,
             "test_accuracy": score.accuracy if score else None,
             **{f"test_{name}": score.metrics[name] if score else None for name in self._metrics},
@@ -173,6 +187,8 @@ class RoundRecorder:
         on_devices = {"client": client_device_seconds(reports), "server": server.device_seconds}
         if any(on_devices.values()):
             line["device_seconds"] = on_devices
+        if not finite:
+            line["diverged"] = True
         line = _finite(line)
         self._count(line)
         return line
@@ -191,6 +207,8 @@ class RoundRecorder:
                 total[name] = total.get(name, 0.0) + seconds
         for kind in KINDS:
             self._wire_bytes[kind] += line["wire_bytes"][kind]
+        if line.get("diverged") and self.diverged is None:
+            self.diverged = line["round"]
         if line["test_accuracy"] is not None:
             self._last_scored = line
             if not self._best or line["test_accuracy"] > self._best["test_accuracy"]:
@@ -198,17 +216,19 @@ class RoundRecorder:
 
     def summary(self, algorithm: str, interval: int) -> dict[str, Any]:
         """What `summary.json` holds: totals, accuracies, and medians over alignment intervals of `interval`
-        rounds.
+        rounds. Rounds count from `first_round`; accuracies are of finite rounds, null where there are none.
         """
         return {
             "algorithm": algorithm,
+            "first_round": FIRST_ROUND,
             "rounds": len(self._round_seconds),
+            "diverged": self.diverged,
             "test_accuracy": {
-                "last": self._last_scored["test_accuracy"],
-                "best": self._best["test_accuracy"],
-                "best_round": self._best["round"],
+                "last": self._last_scored.get("test_accuracy"),
+                "best": self._best.get("test_accuracy"),
+                "best_round": self._best.get("round"),
             },
-            "test_loss": self._last_scored["test_loss"],
+            "test_loss": self._last_scored.get("test_loss"),
             "training_seconds": self._elapsed_seconds,
             "evaluation_seconds": self._evaluation_seconds,
             "cpu_seconds": self._cpu_seconds,
@@ -222,6 +242,11 @@ class RoundRecorder:
             },
             "paper_bytes_total": self._paper_bytes,
         }
+
+
+def is_scored(line: dict[str, Any]) -> bool:
+    """Has a round been evaluated, as a run's last one must be, as far as it can be?"""
+    return line["test_accuracy"] is not None or bool(line.get("diverged"))
 
 
 def interval_median(seconds: Sequence[float], interval: int) -> float | None:

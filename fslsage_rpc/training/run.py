@@ -7,7 +7,7 @@ from typing import Any
 
 from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.config import AlgorithmKeys, Config
-from fslsage_rpc.errors import RunOver
+from fslsage_rpc.errors import Diverged, RunOver
 from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.stopping import Stopped, StopRequest
 from fslsage_rpc.training.checkpoint_files import Manifest
@@ -38,6 +38,7 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
     Raises:
         InputError: the configuration cannot run here; found before ranks meet.
         Stopped: on request, before its end.
+        Diverged: by which `stop.diverged` has ended the run, now or before.
     """
     warn = screen.warn if is_first_rank(config) else None
     links = emulated_links()
@@ -48,17 +49,17 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
         stop or nullcontext(),  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
     ):
         try:
-            stopped = None
+            ended = None
             with (
                 screen if folder else nullcontext(),
                 suppress(RunOver),
             ):  # it was meeting the others at the end
-                stopped = _train(experiment, world, folder, links, screen, stop)
+                ended = _train(experiment, world, folder, links, screen, stop)
             world.close()
         except BaseException as error:
             world.fail(error)
-    if stopped:
-        raise stopped
+    if ended:
+        raise ended
     return Path(config.output) / config.name
 
 
@@ -98,18 +99,19 @@ def _train(
     links: Mapping[str, Any],
     screen: Screen,
     stop: StopRequest | None = None,
-) -> Stopped | None:
+) -> Stopped | Diverged | None:
     """Train; on the server's rank, which has the folder and the screen, show and write what comes of it.
 
     Returns:
         How the run stopped, if it did so before its end.
     """
+    config = experiment.config
     finished = world.broadcast(folder and folder.finished_summary) if world.generation == 0 else None
     if finished:
         if folder:
             screen.show_finished(finished, folder.path)
-        return None
-    config = experiment.config
+        round = finished.get("diverged")
+        return Diverged(round) if round and config.stop.diverged else None
     elastic = config.clients.on_loss == "drop" and config.transport == "rpc"
     checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder, elastic)
     trainer: Trainer | None = None
@@ -160,13 +162,18 @@ def _train(
         if stop:
             stop.obeyed()
         return _stopped(world, checkpoints, folder, screen)
+    diverged = Diverged(trainer.diverged) if trainer.diverged else None
     if folder:
         if trainer.trace:
             folder.add_trace(trainer.trace.text())
+        if diverged:
+            folder.mark_diverged(str(diverged))
         summary = trainer.recorder.summary(config.algorithm.name, experiment.algorithm.interval)
         folder.finish(summary, trainer.final_model())
         screen.show_summary(summary, folder.path)
-    return None
+        if diverged:
+            screen.show_diverged(diverged, checkpoints.newest())
+    return diverged
 
 
 def _stopped(world: World, checkpoints: Checkpoints, folder: RunFolder | None, screen: Screen) -> Stopped:

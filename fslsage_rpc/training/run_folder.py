@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,12 +34,15 @@ from fslsage_rpc.training.checkpoint_files import (
 )
 from fslsage_rpc.training.folder_lock import FolderLock
 from fslsage_rpc.training.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
+from fslsage_rpc.training.records import is_scored
+from fslsage_rpc.training.round_numbers import summary_from_one
 from fslsage_rpc.version import __version__
 
 FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
 """what may differ between a run and the run whose folder it finds"""
 STOPPED = "STOPPED"
-ENDINGS = (STOPPED, "summary.json", "model.pt", "trace.json", "links.json")
+DIVERGED = "DIVERGED"
+ENDINGS = (STOPPED, DIVERGED, "summary.json", "model.pt", "trace.json", "links.json")
 """what a run leaves at its end"""
 EVENTS = "tensorboard"
 ANOTHER = "choose another name=, or resume=never to replace that run"
@@ -67,6 +71,7 @@ class RunFolder:
         self.finished_summary: dict[str, Any] | None = None
         self.manifest: Manifest | None = None
         self._before: list[dict[str, Any]] | None = []  # until it is started, the lines to go on from
+        self._older = False  # do rounds count from 0 in what is there?
         self._config = to_tree(config)
         self._checkpoints = checkpoints_folder(config)
         self._metrics = MetricsFile(self.path / "metrics.jsonl")
@@ -135,9 +140,12 @@ class RunFolder:
             self._write("config.yaml", yaml.safe_dump(self._config, sort_keys=False))
             self._write("environment.json", _json(environment))
             self._write("partition.json", _json(partition))
-            if not going_on:
+            if self._older or not going_on:
                 shutil.rmtree(self.path / EVENTS, ignore_errors=True)
-        self._open_events(going_on.rounds if going_on else 0)
+        self._open_events(going_on.rounds + 1 if going_on else 1)
+        if self._older:
+            for line in self.rounds:
+                self._try(partial(self._tensorboard.add_round, line))
 
     def add_before(self, events: list[dict[str, Any]]) -> None:
         """Add lines of events before the first round; written as the folder is started."""
@@ -187,12 +195,12 @@ class RunFolder:
             InputError: the folder cannot be written to.
         """
         lines = self.lines
-        kept = [line for line in lines if "event" in line or line["round"] < rounds]
+        kept = [line for line in lines if "event" in line or line["round"] <= rounds]
         if len(kept) < len(lines):
             with self._writing():
                 self._metrics.begin(encoded(kept))
             self._try(self._tensorboard.close)
-            self._open_events(rounds)
+            self._open_events(rounds + 1)
 
     def _open_events(self, first_round: int) -> None:
         self._tensorboard = TensorBoard(self.path / EVENTS, first_round)
@@ -232,6 +240,15 @@ class RunFolder:
         """
         with self._writing():
             self._write(STOPPED, f"goes on from {checkpoint}\n")
+
+    def mark_diverged(self, said: str) -> None:
+        """Write `DIVERGED`, by which a launcher knows that the run has ended so.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        with self._writing():
+            self._write(DIVERGED, f"{said}\n")
 
     def finish(self, summary: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
         """Write the final model and, last, the summary that marks the run as complete.
@@ -289,8 +306,8 @@ class RunFolder:
     def _summary(self) -> dict[str, Any] | None:
         """That of a complete run; None where there is none, or not what the program writes."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            summary = summary_from_one(json.loads((self.path / "summary.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
         return summary if can_be_shown(summary) else None
 
@@ -310,8 +327,8 @@ class RunFolder:
                 continue
             self.manifest = manifest
             self._before = decoded(kept)
-            evaluated = self.rounds[-1]["test_accuracy"] is not None  # as a run's last round must be
-            least = manifest.rounds if evaluated else manifest.rounds + 1
+            self._older = encoded(self._before) != kept
+            least = manifest.rounds if is_scored(self.rounds[-1]) else manifest.rounds + 1
             if self._config["rounds"] < least:
                 raise InputError(
                     f"rounds: got {self._config['rounds']}, expected {least} or more, as the run in "

@@ -27,7 +27,7 @@ from fslsage_rpc.training.checkpoint_files import RankState
 from fslsage_rpc.training.checkpoints import Checkpoints
 from fslsage_rpc.training.evaluation import evaluate
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.training.records import RankReport, RoundRecorder, round_seconds
+from fslsage_rpc.training.records import RankReport, RoundRecorder, is_scored, round_seconds
 
 GIB = 2**30
 OnRound = Callable[[dict[str, Any], Sequence[RankReport]], None]
@@ -45,6 +45,8 @@ class Trainer:
         clients: the clients that this rank hosts, by id.
         recorder: on the server's rank, the lines of the rounds so far.
         trace: on the server's rank, where the configuration asks for one.
+        diverged: on all ranks, the round (from 1) of the divergence by which `stop.diverged` has ended the
+            training; else None.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class Trainer:
     ):
         self.experiment = experiment
         self.world = world
-        self.recorder = RoundRecorder(experiment.task.metrics)
+        self.recorder = RoundRecorder(experiment.task.metrics, experiment.algorithm.train_loss_of())
+        self.diverged: int | None = None
         self._first_round = saved.rounds if saved else 0
         if saved and lines:
             self.recorder.go_on(lines, saved.client_bytes)
@@ -108,8 +111,10 @@ class Trainer:
         Returns:
             Is there more to train?
         """
-        if self._first_round and self.world.broadcast(self._had_ended()):
-            return False
+        if self._first_round:
+            ended, self.diverged = self.world.broadcast(self._had_ended())
+            if ended:
+                return False
         stops = False
         for round in range(self._first_round, self._config.rounds):
             self.world.admit(checkpoints.complete if checkpoints else lambda: None)
@@ -117,7 +122,7 @@ class Trainer:
             if checkpoints:
                 checkpoints.complete()  # a lost rank costs one checkpoint at most
             last, stops = self._close_round(round, seconds, on_round, stop_requested())
-            if checkpoints:
+            if checkpoints and not self.diverged:  # else the last one is of finite weights
                 checkpoints.begin(round + 1, last or stops, self.state)
             if last or stops:
                 break
@@ -239,12 +244,13 @@ class Trainer:
             requests=self._log.take(),
             spans=self._tracer.take() if self._tracer else [],
         )
+        finite = next(iter(self.clients.values())).weights.finite() if self._link else True
         shares = self.experiment.federation.shares(round)
         share = sum(share for client, share in shares.items() if client in self.clients)
-        gathered = self.world.gather((report, stop_requested, share))
-        stops = False
+        gathered = self.world.gather((report, stop_requested, share, finite))
+        stops, diverged = False, None
         if self.server and gathered:
-            reports, requests, shares_by_rank = zip(*gathered, strict=True)
+            reports, requests, shares_by_rank, finites = zip(*gathered, strict=True)
             check_shares(shares_by_rank)  # each rank knows its own clients' alone
             score = self._evaluate(self.server) if evaluated else None
             server = self.server.report(round_seconds(reports))
@@ -258,14 +264,16 @@ class Trainer:
                 evaluation_seconds=clock() - ended if evaluated else 0.0,
                 paper_bytes=paper_bytes,
                 participants=self.experiment.federation.participants(round),
+                finite=all(finites) and self.server.finite(),
             )
             if self.trace:
-                self.trace.add_round(round, [report.spans for report in reports])
+                self.trace.add_round(round + 1, [report.spans for report in reports])
             on_round(line, reports)
-            last = last or self._accuracy_reached(line)
+            diverged = self._ended_by_divergence(line)
+            last = last or self._accuracy_reached(line) or diverged is not None
             stops = any(requests) and not last
-        decided: tuple[bool, bool] = self.world.broadcast((last, stops))
-        return decided
+        last, stops, self.diverged = self.world.broadcast((last, stops, diverged))
+        return last, stops
 
     def _open_trace(self) -> TraceFile | None:
         """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""
@@ -312,11 +320,19 @@ class Trainer:
         target, accuracy = self._config.stop.accuracy, line["test_accuracy"]
         return target is not None and accuracy is not None and accuracy >= target
 
-    def _had_ended(self) -> bool:
-        """Was the round before the first one here already the last? Known on the server's rank."""
+    def _ended_by_divergence(self, line: dict[str, Any]) -> int | None:
+        """The first round that has diverged, where a run ends by that of this line's."""
+        return self.recorder.diverged if self._config.stop.diverged and line.get("diverged") else None
+
+    def _had_ended(self) -> tuple[bool, int | None]:
+        """Was the round before the first one here already the last, and by its divergence? Known on the
+        server's rank.
+        """
         if self.server is None:
-            return False
+            return False, None
         line = self.recorder.last
         assert line is not None
+        diverged = self._ended_by_divergence(line)
         enough = self._first_round == self._config.rounds or self._paper_limit_reached()
-        return line["test_accuracy"] is not None and (enough or self._accuracy_reached(line))
+        ended = is_scored(line) and (enough or self._accuracy_reached(line))
+        return ended or diverged is not None, diverged

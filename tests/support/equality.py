@@ -71,7 +71,7 @@ def assert_identical(a: Run, b: Run) -> None:
 
 def assert_whole(run: Run) -> None:
     """One line for each round, and a clock and a ledger that add up."""
-    assert [line["round"] for line in run.rounds] == list(range(run.summary["rounds"]))
+    assert [line["round"] for line in run.rounds] == list(range(1, run.summary["rounds"] + 1))
     for each, total in (("round_seconds", "elapsed_seconds"), ("paper_bytes", "paper_bytes_total")):
         sums = np.cumsum([line[each] for line in run.rounds])
         assert [line[total] for line in run.rounds] == pytest.approx(sums)
@@ -95,7 +95,7 @@ def assert_equal(expected: dict[str, Any], found: dict[str, Any]) -> None:
 def assert_equal_runs(a: Path, b: Path) -> None:
     """On the same number of ranks: to the last bit, but for seconds; one line for each round."""
     mine, its = lines(a), lines(b)
-    assert [line["round"] for line in its] == list(range(ROUNDS))
+    assert [line["round"] for line in its] == list(range(1, ROUNDS + 1))
     assert without_seconds(mine) == without_seconds(its)
     models = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
@@ -104,7 +104,7 @@ def assert_equal_runs(a: Path, b: Path) -> None:
 def assert_close_runs(a: Path, b: Path) -> None:
     """On different numbers of ranks: to the rounding of a sum."""
     mine, its = lines(a), lines(b)
-    assert [line["round"] for line in its] == list(range(ROUNDS))
+    assert [line["round"] for line in its] == list(range(1, ROUNDS + 1))
     for key in ("train_loss", "test_loss", "test_accuracy"):
         assert [line[key] for line in its] == pytest.approx([line[key] for line in mine], rel=1e-10)
     models = [torch.load(folder / "model.pt", weights_only=True) for folder in (a, b)]
