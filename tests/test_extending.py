@@ -223,13 +223,12 @@ def test_algorithms_of_the_users_own_look_the_same_in_all_figures() -> None:
 def test_plan_says_that_it_does_not_predict_it(
     working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from fslsage_rpc.critical_path import NO_LINK
     from fslsage_rpc.plan import run as planning
     from fslsage_rpc.plan.costs import Costs
 
     def calibrated(config: Config) -> planning.Calibration:
-        return planning.Calibration(
-            config, {"fedavg": Costs(1, 1, 1, 1, 1, 1, 1)}, planning.NO_LINK, 1, float("inf")
-        )
+        return planning.Calibration(config, {"fedavg": Costs(1, 1, 1, 1, 1, 1, 1)}, NO_LINK, 1, float("inf"))
 
     monkeypatch.setattr(planning, "calibrate_here", calibrated)
     Path("run.yaml").write_text(yaml.safe_dump(tree(PATIENT)))
