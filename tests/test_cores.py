@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fslsage_rpc.bench.table import BUSY_MARK
+from fslsage_rpc.bench.table import busy_line as busy_line_of_bench
 from fslsage_rpc.measure import cores
 from fslsage_rpc.measure.cores import CoreTimes, busy_by_host, host_busy, mean_busy, usable_cores
 from fslsage_rpc.report.screen import busy_line
@@ -133,3 +134,12 @@ def test_foreign_jobs_are_seen_by_check_and_train(tmp_path: Path) -> None:
     assert summary["host_busy"] > 0.1
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert len(line["cpu_seconds"]["ranks"]) == 3
+
+
+@pytest.mark.parametrize(("busy", "untrusted"), [(1, False), (2, False), (3, True)])
+def test_few_busy_samples_leave_the_quartiles_alone(busy: int, untrusted: bool) -> None:
+    samples = [{"busy": number < busy, "host_busy": 0.2} for number in range(8)]
+    line = busy_line_of_bench({"variants": {"a": {"samples": samples, "busy_samples": busy}}})
+    assert line is not None
+    assert line.startswith(f"* others took up to 20% of the host's cores in {busy} of 8 samples")
+    assert ("cannot be trusted" in line) == untrusted
