@@ -23,7 +23,7 @@ from fslsage_rpc.bench.table import table
 from fslsage_rpc.configuration import load
 from fslsage_rpc.measure.cores import usable_cores
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
-from fslsage_rpc.plan.here import at_batch_size, calibrate_here
+from fslsage_rpc.plan.here import adapted, calibrate_here, fits_apart
 from fslsage_rpc.plan.run import link_speed, predictions
 from fslsage_rpc.report.figures import display_name
 
@@ -108,8 +108,8 @@ def comparisons(case: Case, calibration: Calibration, runs: Path) -> list[Compar
     bandwidth, rtt = (BANDWIDTH, RTT) if case.links else (None, None)
     link = link_speed(calibration.link, bandwidth, rtt)
     by = {
-        "benchmark": at_batch_size(calibration, config),
-        "here": calibrate_here(config),
+        "benchmark": adapted(calibration, config),
+        "here": fits_apart(calibrate_here(config), config),
     }
     found = {
         how: predictions(config, costs, link, case.clients, CLIENT_RANKS, len(usable_cores()))

@@ -16,7 +16,7 @@ from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
 from fslsage_rpc.plan.calibration import Calibration
 from fslsage_rpc.plan.cores import Cores
 from fslsage_rpc.plan.costs import Costs, measure_costs
-from fslsage_rpc.plan.here import TYPICAL_REQUEST, at_batch_size, calibrate_here
+from fslsage_rpc.plan.here import TYPICAL_REQUEST, _fit_seconds, adapted, calibrate_here, fits_apart
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.run import link_speed
 from fslsage_rpc.plan.scenario import Scenario
@@ -347,7 +347,7 @@ def test_small_batches_cost_more_a_sample(monkeypatch: pytest.MonkeyPatch) -> No
     keys = {"client_per_sample": 1e-4, "server_per_sample": 2e-4, "alignment_per_sample": 3e-4}
     costs = Costs(**keys, sending=0.0, client_handling=0.0, server_handling=0.0, averaging=0.0)
     measured = Calibration(config, {"fedavg": costs}, LINK, 2, 2.0)
-    assert at_batch_size(measured, config) is measured
+    assert adapted(measured, config) is measured
 
     def here(config: Config) -> Calibration:
         step = 1e-3 + 1e-4 * config.clients.batch_size
@@ -356,11 +356,30 @@ def test_small_batches_cost_more_a_sample(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("fslsage_rpc.plan.here.calibrate_here", here)
     small = from_tree({"device": "cpu", "clients": {"batch_size": 8}})
-    found = at_batch_size(measured, small).costs["fedavg"]
+    found = adapted(measured, small).costs["fedavg"]
     assert found.client_per_sample == pytest.approx(1e-4 * (1.8 / 8) / (4.2 / 32))
     assert found.server_per_sample == costs.server_per_sample  # nothing to compare
     long = replace(measured, costs={"fedavg": replace(costs, client_per_sample=0.1)})
-    assert at_batch_size(long, small) is long
+    assert adapted(long, small) is long
+
+
+def test_a_fit_costs_something_whatever_its_buffer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = Costs(0.0, 0.0, 4e-4, 0.0, 0.0, 0.0, 0.0, buffered=800.0)
+    measured = Calibration(Config(), {"fsl_sage": costs}, LINK, 2, 2.0)
+    monkeypatch.setattr(
+        "fslsage_rpc.plan.here._fit_seconds", lambda config, sizes: [3.0 + 0.005 * size for size in sizes]
+    )
+    apart = fits_apart(measured, Config()).costs["fsl_sage"]
+    assert apart.alignment(800) == pytest.approx(800 * 4e-4)  # what was measured stays
+    assert apart.alignment(0) == pytest.approx(800 * 4e-4 * 3 / 7)
+    long = replace(measured, costs={"fsl_sage": replace(costs, alignment_per_sample=1.0)})
+    assert fits_apart(long, Config()) is long
+
+
+def test_fits_are_measured_here_with_the_buffers_asked_for() -> None:
+    config = from_tree(merged(tree("fsl_sage"), {"data": {"train_limit": 400}}))
+    small, large = _fit_seconds(config, (10, 1000))
+    assert 0 < small < large
 
 
 @pytest.mark.nightly

@@ -34,11 +34,14 @@ class Costs:
     """likewise on the server's rank"""
     averaging: float
     """of an averaging, beside the links"""
+    alignment_per_fit: float = 0.0
+    """of the server, for an alignment whatever its buffer holds"""
+    buffered: float = 0.0
+    """no cost: the samples of the buffers that were measured, their mean"""
 
-    @property
-    def request(self) -> float:
-        """Of one request beside the link and what the server computes for it."""
-        return self.sending + self.client_handling + self.server_handling
+    def alignment(self, samples: int) -> float:
+        """Seconds of one alignment with so many samples in its buffer."""
+        return self.alignment_per_fit + self.alignment_per_sample * samples
 
 
 def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[int]) -> Costs:
@@ -48,6 +51,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
         threads: of an operation, by rank; one rank is server and client rank at once.
     """
     pairs = [(line, scenario.round(line["round"] - 1)) for line in lines]
+    buffers = [samples for _, planned in pairs for samples in planned.aligned.values()]
     requests = sum(times["count"] for line in lines for times in line["requests"].values())
     main, ranks = _main_threads(lines), scenario.client_ranks
     # A rank's other threads: those of the transport, and the further ones of its operations.
@@ -68,10 +72,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
             sum(_server_seconds(line, ("push", "exchange")) for line in lines),
             sum(_uploaded(line) for line in lines) / scenario.sample_bytes,
         ),
-        alignment_per_sample=_per(
-            sum(_server_seconds(line, ("align",)) for line in lines),
-            sum(sum(planned.aligned.values()) for _, planned in pairs),
-        ),
+        alignment_per_sample=_per(sum(_server_seconds(line, ("align",)) for line in lines), sum(buffers)),
         sending=_per(ranks * sum(rest for _, rest in main), requests),
         client_handling=max(0.0, _per(sum(of_clients), requests)),
         server_handling=max(0.0, _per(sum(of_server), requests)),
@@ -82,6 +83,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
                 for line, planned in pairs
             ),
         ),
+        buffered=_per(sum(buffers), len(buffers)),
     )
 
 

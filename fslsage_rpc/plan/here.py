@@ -1,7 +1,7 @@
-"""Costs measured on this machine, in one process: of every algorithm, and of batches of another size."""
+"""Costs measured on this machine, in one process: of every algorithm, and of other batches and buffers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,8 @@ from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree, to_tree
 from fslsage_rpc.critical_path import NO_LINK
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.measure.clock import clock, cpu_clock, synchronise
+from fslsage_rpc.parties.alignment import AlignmentBuffer
 from fslsage_rpc.plan.calibration import Calibration
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.scenario import Scenario
@@ -23,6 +25,9 @@ CALIBRATION_BATCHES = 6
 """of each client, in the rounds that calibrate this machine"""
 CALIBRATION_ROUNDS = 3
 """the first of them warms up"""
+CALIBRATION_PASSES = 10
+SMALLER = 8
+"""times as small as those of the calibration is the other buffer that alignments are measured with"""
 LONG_STEP_SECONDS = 0.05
 """from which on next to nothing of a step is independent of its batch's size"""
 TYPICAL_REQUEST = {"sending": 5e-4, "client_handling": 1e-3, "server_handling": 1.1e-3}
@@ -31,12 +36,16 @@ one process has no transport to measure
 """
 
 
-def at_batch_size(measured: Calibration, config: Config) -> Calibration:
-    """The costs per sample in the planned batches, where those of the calibration had another size.
+def adapted(measured: Calibration, config: Config) -> Calibration:
+    """A benchmark's costs in batches and alignment buffers of the planned sizes.
 
-    A part of a step does not grow with its batch. How much that is, is measured here, in one process; steps
-    that are long have next to none of it.
+    A part of a step does not grow with its batch, nor one of a pass with its buffer. How large these are is
+    measured here, in one process; steps and passes that are long have next to none of it.
     """
+    return fits_apart(_at_batch_size(measured, config), config)
+
+
+def _at_batch_size(measured: Calibration, config: Config) -> Calibration:
     was, planned = measured.config.clients.batch_size, config.clients.batch_size
     steps = (max(each.client_per_sample, each.server_per_sample) for each in measured.costs.values())
     if was == planned or min(was, planned) * max(steps) > LONG_STEP_SECONDS:
@@ -64,30 +73,59 @@ def _ratio(costs: Mapping[str, Costs], to: Mapping[str, Costs], name: str, key: 
     return float(getattr(costs[name], key) / getattr(to[name], key))
 
 
+def fits_apart(measured: Calibration, config: Config) -> Calibration:
+    """The costs with the part of an alignment that does not grow with its buffer by itself."""
+    costs = measured.costs.get("fsl_sage")
+    if costs is None or not costs.buffered:
+        return measured
+    whole = costs.alignment(round(costs.buffered))
+    if whole > LONG_STEP_SECONDS * config.algorithm.alignment.epochs:
+        return measured
+    large = round(costs.buffered)
+    small = max(1, large // SMALLER)
+    of_small, of_large = _fit_seconds(config, (small, large))
+    per_sample = min(1.0, max(0.0, (of_large - of_small) / of_large * large / max(1, large - small)))
+    apart = replace(
+        costs,
+        alignment_per_sample=per_sample * whole / costs.buffered,
+        alignment_per_fit=(1 - per_sample) * whole,
+    )
+    return replace(measured, costs={**measured.costs, "fsl_sage": apart})
+
+
+def _fit_seconds(config: Config, buffered: Sequence[int]) -> list[float]:
+    """Seconds of an alignment here with so many samples in its buffer."""
+    keys = [*_keys(config), "algorithm.name=fsl_sage", f"algorithm.alignment.epochs={CALIBRATION_PASSES}"]
+    trainer, _ = _train_here(from_tree(to_tree(config), keys))
+    server, device = trainer.server, trainer.world.device
+    assert server is not None
+    fit, model = server.fits[0], server.lanes[0].model
+    reads = cpu_clock if device.type == "cpu" else clock
+    ((z, y),) = fit.buffer.batches(len(fit.buffer))
+    found = []
+    for samples in buffered:
+        fit.buffer = AlignmentBuffer(samples)
+        while len(fit.buffer) < samples:
+            fit.buffer.add(z, y)
+        for _ in range(2):  # the first warms up
+            synchronise(device)
+            began = reads()
+            fit.fit(fit.targets(model))
+            synchronise(device)
+            seconds = reads() - began
+        found.append(seconds)
+    return found
+
+
 def calibrate_here(config: Config) -> Calibration:
     """The costs of every algorithm on this machine: rounds of two clients, in one process."""
-    samples = min(2 * CALIBRATION_BATCHES * config.clients.batch_size, open_task(config).train_samples)
-    keys = [
-        *(
-            "transport=local",
-            f"rounds={CALIBRATION_ROUNDS}",
-            "trace=false",
-            "evaluation.every=1000",
-            "data.test_limit=1",
-        ),
-        *("stop.paper_gib=null", "stop.accuracy=null", "stop.diverged=false"),
-        *("clients.count=2", "clients.minimum=1", "clients.participation=1.0", "clients.on_loss=fail"),
-        "data.partition=iid",
-        f"data.train_limit={samples}",
-        *([] if config.algorithm.align_every is None else ["algorithm.align_every=1"]),
-    ]
     costs: dict[str, Costs] = {}
     left_out: dict[str, str] = {}
     for name in ALGORITHMS:
-        variant = from_tree(to_tree(config), [*keys, f"algorithm.name={name}"])
+        variant = from_tree(to_tree(config), [*_keys(config), f"algorithm.name={name}"])
         try:
             check(variant, ranks=1)
-            lines = _train_here(variant)
+            _, lines = _train_here(variant)
         except InputError as error:
             if name == config.algorithm.name:
                 raise
@@ -102,9 +140,22 @@ def calibrate_here(config: Config) -> Calibration:
     return Calibration(config, costs, NO_LINK, workers, math.inf, left_out)
 
 
-def _train_here(config: Config) -> list[Line]:
-    """The metrics lines of a run in this process, of which nothing else is kept."""
+def _keys(config: Config) -> list[str]:
+    """By which a training is short enough to calibrate with, and all in one process."""
+    samples = min(2 * CALIBRATION_BATCHES * config.clients.batch_size, open_task(config).train_samples)
+    return [
+        *("transport=local", f"rounds={CALIBRATION_ROUNDS}", "trace=false"),
+        *("evaluation.every=1000", "data.test_limit=1"),
+        *("stop.paper_gib=null", "stop.accuracy=null", "stop.diverged=false"),
+        *("clients.count=2", "clients.minimum=1", "clients.participation=1.0", "clients.on_loss=fail"),
+        *("data.partition=iid", f"data.train_limit={samples}"),
+        *([] if config.algorithm.align_every is None else ["algorithm.align_every=1"]),
+    ]
+
+
+def _train_here(config: Config) -> tuple[Trainer, list[Line]]:
+    """A run in this process, and its metrics lines; nothing is written."""
     lines: list[Line] = []
     trainer = Trainer(Experiment.prepare(config), open_world(config))
     trainer.train(lambda line, _: lines.append(line))
-    return lines
+    return trainer, lines

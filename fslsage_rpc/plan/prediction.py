@@ -85,7 +85,7 @@ def client_steps(scenario: Scenario, costs: Costs, client: int, planned: Planned
             )
             compute = 0.0
         if k == 0 and client in planned.aligned:
-            seconds = costs.alignment_per_sample * planned.aligned[client]
+            seconds = costs.alignment(planned.aligned[client])
             steps.append(Step(0.0, "align", 0, seconds, down_bytes=sizes.auxiliary))
         compute += (1 - FORWARD_SHARE) * costs.client_per_sample * samples
     return [*steps, Step(compute)]
