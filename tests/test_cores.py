@@ -15,7 +15,9 @@ from fslsage_rpc.bench.table import busy_line as busy_line_of_bench
 from fslsage_rpc.measure import cores
 from fslsage_rpc.measure.cores import CoreTimes, busy_by_host, host_busy, mean_busy, usable_cores
 from fslsage_rpc.report.screen import busy_line
+from fslsage_rpc.training.records import RoundRecorder
 from support.commands import fslsage, said
+from support.rank_program import train_locally
 from support.trees import BENCH, tree
 
 
@@ -143,3 +145,30 @@ def test_few_busy_samples_leave_the_quartiles_alone(busy: int, untrusted: bool) 
     assert line is not None
     assert line.startswith(f"* others took up to 20% of the host's cores in {busy} of 8 samples")
     assert ("cannot be trusted" in line) == untrusted
+
+
+def test_the_report_marks_runs_of_a_busy_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, share in (("quiet", 0.01), ("busy", 0.3)):
+        monkeypatch.setattr("fslsage_rpc.training.records.host_busy", lambda ranks, share=share: share)
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(tree(tmp_path, name=name, seed=len(name))))
+        assert said(capsys, "train", config).returncode == 0
+    labels = ["--label", "a", "--label", "b"]
+    report = ["report", tmp_path / "quiet", tmp_path / "busy", *labels, "--out", tmp_path / "report"]
+    assert said(capsys, *report).returncode == 0
+    rows = (tmp_path / "report/report.md").read_text().splitlines()
+    marked = [row.split("|")[1].strip() for row in rows if "(busy host)" in row]
+    assert marked == ["b"]
+
+
+def test_totals_are_those_of_all_rounds_or_null() -> None:
+    """A run may have been begun by a version that did not count CPU seconds."""
+    known = train_locally({**tree(Path("nowhere")), "rounds": 2}).lines
+    older = [{k: v for k, v in line.items() if k not in ("cpu_seconds", "host_busy")} for line in known]
+    for lines, told in ((known, True), ([*older[:1], *known[1:]], False)):
+        recorder = RoundRecorder((), "uploads")
+        recorder.go_on([{**line, "host_busy": 0.1} if "cpu_seconds" in line else line for line in lines], {})
+        summary = recorder.summary("fsl_sage", 2)
+        assert (summary["cpu_seconds"] is not None, summary["host_busy"] is not None) == (told, told)

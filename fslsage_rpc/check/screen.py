@@ -56,7 +56,7 @@ class CheckScreen:
             )
         self._console.print(table)
         busy = (f"{host} {'-' if share is None else f'{share:.0%}'}" for host, share in findings.busy.items())
-        self._say("Of the cores, others had in half a second: " + ", ".join(busy) + ".")
+        self._say("Share of the cores that others had, over half a second: " + ", ".join(busy) + ".")
 
     def _show_links(self, findings: Findings) -> None:
         world = findings.world

@@ -91,7 +91,9 @@ def _others_share(ranks: Sequence[CoreTimes]) -> float | None:
 
 def mean_busy(lines: Sequence[Mapping[str, Any]]) -> float | None:
     """The mean over the seconds of some rounds, given as metrics lines; None where no round's is known."""
-    known = [(line["round_seconds"], line["host_busy"]) for line in lines if line["host_busy"] is not None]
+    known = [
+        (line["round_seconds"], line["host_busy"]) for line in lines if line.get("host_busy") is not None
+    ]
     total = sum(seconds for seconds, _ in known)
     return sum(seconds * share for seconds, share in known) / total if total else None
 

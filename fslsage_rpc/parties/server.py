@@ -44,8 +44,8 @@ class ServerReport:
     """What the server has to say of one round; `phases` are mean seconds per lane, and `alignment` those in
     which nothing but fits of auxiliary models ran.
 
-    Of a GPU, empty on a CPU: `device_seconds`, mean per lane, of `alignment` the sum over all fits, which
-    overlap; `requests`, their queue and compute seconds.
+    Likewise `cpu_seconds`, of its threads; of `alignment` the sum over all fits, which overlap. Of a GPU,
+    empty on a CPU: `device_seconds`, as `cpu_seconds`; `requests`, their queue and compute seconds.
     """
 
     loss_sum: float
@@ -53,6 +53,7 @@ class ServerReport:
     phases: dict[str, float]
     alignments: list[dict[str, float]] = field(default_factory=list)
     drifts: list[dict[str, float]] = field(default_factory=list)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     device_seconds: dict[str, float] = field(default_factory=dict)
     requests: ByClient = field(default_factory=dict)
 
@@ -200,7 +201,8 @@ class Server:
             phases=phases,
             alignments=[alignment for alignment in alignments if alignment],
             drifts=[drift for drift in drifts if drift],
-            device_seconds=self._take_device_seconds(),
+            cpu_seconds=self._take_by_phase(Timeline.take_cpu_seconds),
+            device_seconds=self._take_by_phase(Timeline.take_device_seconds),
             requests=self._on_device.take(),
         )
         self._alignments, self._drifts = {}, {}
@@ -223,15 +225,16 @@ class Server:
             with self.lanes[client].queue.after(current_place(self._device)):  # where its buffer grows
                 fit.load_state(state["fits"][client])
 
-    def _take_device_seconds(self) -> dict[str, float]:
-        lanes = [lane.timeline.take_device_seconds() for lane in self._distinct]
+    def _take_by_phase(self, take: Callable[[Timeline], dict[str, float]]) -> dict[str, float]:
+        """Seconds of all timelines: of lanes their mean, of fits and of averaging their sum."""
+        lanes = [take(lane.timeline) for lane in self._distinct]
         seconds = {
             name: sum(taken.get(name, 0.0) for taken in lanes) / len(lanes)
             for name in ("step", "targets", "drift")
             if any(lanes)
         }
         for timeline in (self._timeline, *(fit.timeline for fit in self.fits.values())):
-            for name, taken in timeline.take_device_seconds().items():
+            for name, taken in take(timeline).items():
                 seconds[name] = seconds.get(name, 0.0) + taken
         return seconds
 

@@ -134,7 +134,7 @@ def _show(
 ) -> None:
     table = Table(title="PREDICTED rounds (nothing here was measured)", box=box.SIMPLE_HEAD)
     for header in ("algorithm", "clients", "seconds", "from", "to", "wire MiB", "paper-ledger MiB"):
-        table.add_column(header, justify="left" if header == "algorithm" else "right")
+        table.add_column(header, justify="left" if header == "algorithm" else "right", overflow="fold")
     for name, count, predicted in rows:
         table.add_row(
             name,

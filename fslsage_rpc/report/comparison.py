@@ -36,7 +36,8 @@ BAR_TEXT = (
 BENCH_TEXT = (
     "A sample is a whole alignment interval, its value the mean seconds per round within it. A ratio below 1 "
     "is faster than the reference. The lower bound is what the same measured pieces would take with perfect "
-    "overlap."
+    "overlap. On a busy host, where others had more than 5 % of the cores in a sample or more, ratios and "
+    "efficiencies are not to be trusted."
 )
 UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 
@@ -96,7 +97,9 @@ def _picture(figure: Figure, name: str, formats: Sequence[str], caption: str) ->
 
 def _runs(series: Sequence[Series], formats: Sequence[str]) -> list[Block]:
     looks = _looks(series)
-    bars = [Bar(one.label, looks[one.name].color, tables.mean_parts(one)) for one in series]
+    bars = [
+        Bar(one.label + tables.diverged(one), looks[one.name].color, tables.mean_parts(one)) for one in series
+    ]
     caption = f"Where a round's time goes. {BAR_TEXT} Lower bounds come from a bench."
     blocks: list[Block] = [Heading("Runs"), tables.runs_table(series), _reading(series)]
     if settings := tables.settings_table(series):
@@ -127,11 +130,12 @@ def _reading(series: Sequence[Series]) -> str:
     ledgers = (
         "Wire bytes are those of all kinds, evaluation's too; the paper ledger is a model, not a measurement."
     )
+    busy = "On a busy host, where others had more than 5 % of the cores, seconds are not to be trusted. "
     losses = (
         "Train losses over all batches and over the server's uploads are not to be compared. Accuracies are "
         "of rounds in which losses and weights are finite. "
     )
-    return trained + seeds + losses + median + ledgers
+    return trained + seeds + losses + median + busy + ledgers
 
 
 def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequence[str]) -> list[Block]:
@@ -139,6 +143,7 @@ def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequ
     scored = [one for one in series if any(map(tables.accuracies, one.runs))]
     if not scored:
         return [heading, "No round has a test accuracy."]
+    without = "; ".join(one.label for one in series if one not in scored)
     curves = _curves(scored, looks)
     seeds = "Mean over seeds, round by round; the band runs from the lowest to the highest."
     if any(len({len(run.lines) for run in one.runs}) > 1 for one in scored):
@@ -174,6 +179,7 @@ def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequ
     }
     return [
         heading,
+        *([f"Without a test accuracy: {without}."] if without else []),
         *_coinciding(scored),
         *(
             _picture(

@@ -12,6 +12,7 @@ from fslsage_rpc.bench.table import COMPUTE, WAIT
 from fslsage_rpc.comm.ledger import OFF_THE_CLOCK
 from fslsage_rpc.configuration import load, to_tree
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.measure.cores import BUSY, mean_busy
 from fslsage_rpc.training.round_numbers import from_one
 
 Tree = dict[str, Any]
@@ -28,6 +29,9 @@ PARTS = {
 
 EXPECTED = "expected a run folder (config.yaml, metrics.jsonl) or the folder of a bench (bench.json)"
 
+HASHES = ("samples", "sources")
+"""of an environment: by them the program compares runs, and people do not"""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -42,6 +46,12 @@ class Run:
     """that of its folder, with parents where another folder has the same"""
     label: str | None
     """the user's own name for it"""
+
+    @property
+    def busy(self) -> bool:
+        """Others had a part of the host's cores that its seconds are not to be trusted with."""
+        share = mean_busy(self.lines)
+        return share is not None and share > BUSY
 
     @property
     def diverged(self) -> int | None:
@@ -202,7 +212,7 @@ def _checked_environment(folder: Path) -> Tree:
     """A run's own, else that beside its folder, of several runs in one process; empty where there is none."""
     own = folder / "environment.json"
     path = own if own.exists() else folder.parent / "environment.json"
-    environment = _read_json(path) if path.exists() else {}
+    environment = {k: v for k, v in (_read_json(path) if path.exists() else {}).items() if k not in HASHES}
     ranks = environment.get("ranks", [])
     if not isinstance(ranks, list) or not all(isinstance(rank, dict) for rank in ranks):
         raise InputError(f"{path}: ranks is damaged, expected a list of mappings")

@@ -15,6 +15,8 @@ from fslsage_rpc.report.sources import Bench, Run, Spread, Target, Tree, Variant
 
 MIB = 2**20
 UNKNOWN = "–"
+BUSY_HOST = " (busy host)"
+"""behind figures that others' work on the host has changed"""
 
 
 def runs_table(series: Sequence[Series]) -> Table:
@@ -36,10 +38,11 @@ def runs_table(series: Sequence[Series]) -> Table:
             one.label,
             ", ".join(str(seed) for seed in sorted(run.config["seed"] for run in one.runs)),
             _over_seeds([run.lines[-1]["round"] for run in one.runs], show_count),
-            _over_seeds([last_accuracy(run) for run in one.runs], "{:.4f}".format) + _diverged(one),
+            _over_seeds([last_accuracy(run) for run in one.runs], "{:.4f}".format) + diverged(one),
             _over_seeds([best_accuracy(run) for run in one.runs], "{:.4f}".format),
             _train_loss(one),
-            _over_seeds([median_round_seconds(run) for run in one.runs], show_seconds),
+            _over_seeds([median_round_seconds(run) for run in one.runs], show_seconds)
+            + (BUSY_HOST if any(run.busy for run in one.runs) else ""),
             _over_seeds([run.lines[-1]["elapsed_seconds"] for run in one.runs], show_seconds),
             _over_seeds([run.lines[-1]["wire_bytes_total"] for run in one.runs], show_mib),
             _over_seeds([run.lines[-1]["paper_bytes_total"] for run in one.runs], show_mib),
@@ -78,10 +81,10 @@ def bench_table(bench: Bench) -> Table:
             + (f", diverged in round {variant.diverged:g}" if variant.diverged else ""),
             _or_unknown(variant.round_seconds.n, show_count),
             _quartiles(variant.round_seconds, show_seconds),
-            _quartiles(variant.ratio_to_reference, "{:.3f}".format),
+            _quartiles(variant.ratio_to_reference, "{:.3f}".format)
+            + (BUSY_HOST if variant.busy_samples else ""),
             _or_unknown(variant.bound_seconds, show_seconds),
-            _or_unknown(variant.efficiency, "{:.3f}".format)
-            + (" (busy host)" if variant.busy_samples else ""),
+            _or_unknown(variant.efficiency, "{:.3f}".format) + (BUSY_HOST if variant.busy_samples else ""),
             _or_unknown(variant.wire_bytes, show_mib),
             _or_unknown(variant.paper_bytes, show_mib),
         ]
@@ -210,7 +213,7 @@ def show_mib(bytes: float) -> str:
     return f"{bytes / MIB:,.2f}"
 
 
-def _diverged(series: Series) -> str:
+def diverged(series: Series) -> str:
     """Behind an accuracy: which of the runs have diverged, and when."""
     return "".join(
         f", diverged in round {run.diverged}" + (f" (seed {run.config['seed']})" if series.runs[1:] else "")

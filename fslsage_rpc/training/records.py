@@ -26,6 +26,8 @@ CLIENT_PHASES = (
     "averaging",
 )
 
+WATCHED = 0.9
+"""the least share of a run's seconds whose load is known where the whole run's is told"""
 WireBytes = dict[int, dict[str, int]]
 
 
@@ -174,6 +176,7 @@ class RoundRecorder:
             "cpu_seconds": {
                 "ranks": [report.cores.cpu_seconds for report in reports],
                 "client": client_cpu_seconds(reports),
+                "server": server.cpu_seconds,
             },
             "host_busy": host_busy([report.cores for report in reports]),
             "requests": {kind: times.record() for kind, times in requests.items()},
@@ -198,7 +201,8 @@ class RoundRecorder:
         self.last = line
         self._round_seconds.append(line["round_seconds"])
         self._evaluation_seconds += line["evaluation_seconds"]
-        self._cpu_seconds += sum(line.get("cpu_seconds", {}).get("ranks", ()))
+        cpu_seconds = line.get("cpu_seconds")  # older lines have none
+        self._cpu_seconds += sum(cpu_seconds["ranks"]) if cpu_seconds else math.nan
         if line.get("host_busy") is not None:
             self._watched_seconds += line["round_seconds"]
             self._others_seconds += line["round_seconds"] * line["host_busy"]
@@ -218,6 +222,7 @@ class RoundRecorder:
         """What `summary.json` holds: totals, accuracies, and medians over alignment intervals of `interval`
         rounds. Rounds count from `first_round`; accuracies are of finite rounds, null where there are none.
         """
+        watched = self._watched_seconds > WATCHED * sum(self._round_seconds)
         return {
             "algorithm": algorithm,
             "first_round": FIRST_ROUND,
@@ -231,8 +236,8 @@ class RoundRecorder:
             "test_loss": self._last_scored.get("test_loss"),
             "training_seconds": self._elapsed_seconds,
             "evaluation_seconds": self._evaluation_seconds,
-            "cpu_seconds": self._cpu_seconds,
-            "host_busy": self._others_seconds / self._watched_seconds if self._watched_seconds else None,
+            "cpu_seconds": None if math.isnan(self._cpu_seconds) else self._cpu_seconds,
+            "host_busy": self._others_seconds / self._watched_seconds if watched else None,
             "interval_rounds": interval,
             "median_round_seconds": interval_median(self._round_seconds, interval),
             "phases": self._phases,
