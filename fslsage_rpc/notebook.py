@@ -42,4 +42,5 @@ def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> R
     folder = run(checked, Screen(checked))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = decoded((folder / "metrics.jsonl").read_bytes())
-    return Run(folder, rounds_of(lines), summary_from_one(summary))
+    rounds = rounds_of(lines)
+    return Run(folder, rounds, summary_from_one(summary, rounds))

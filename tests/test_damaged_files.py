@@ -200,7 +200,7 @@ def look(tmp_path: Path) -> None:
     config = from_tree(tree(tmp_path / "runs", rounds=3, name="run", evaluation={"every": 1}))
     found = used_or_refused(RunFolder, config, lambda line: None)
     if found and found.finished_summary:
-        Screen(config).show_finished(found.finished_summary, found.path)
+        Screen(config).show_finished(found.finished_summary, found.path, found.has_checkpoint)
     if found:
         used_or_refused(found.check_partition, [])
 

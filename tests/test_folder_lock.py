@@ -297,3 +297,14 @@ def test_no_child_keeps_the_lock_of_a_process_that_was_killed(tmp_path: Path) ->
         for child in children:
             os.kill(child, signal.SIGKILL)
         holder.communicate(timeout=30)
+
+
+def test_a_wait_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(folder_lock, "RESTART_SECONDS", 0.5)
+    monkeypatch.setattr(folder_lock, "TELLING_SECONDS", 0.0)
+    said: list[str] = []
+    with FolderLock(tmp_path):
+        mistake(FolderLock, tmp_path, said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"waits for process {os.getpid()} on host ")

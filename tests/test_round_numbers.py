@@ -16,7 +16,7 @@ from fslsage_rpc.report.series import group
 from fslsage_rpc.report.sources import read
 from fslsage_rpc.training.checkpoint_files import complete_folders, extent_of, read_manifest
 from fslsage_rpc.training.metrics_file import encoded
-from fslsage_rpc.training.round_numbers import from_one, from_zero
+from fslsage_rpc.training.round_numbers import from_one, from_zero, summary_from_one
 from fslsage_rpc.training.run_folder import RunFolder
 from support.commands import said
 from support.equality import without_seconds
@@ -164,3 +164,21 @@ def test_a_train_loss_says_over_what_it_is(
     (line,) = lines(tmp_path / "run")
     assert line["train_loss_of"] == over
     assert f"train loss {line['train_loss']:.4f} ({over})" in printed
+
+
+def test_older_lines_that_diverged_are_called_so(tmp_path: Path) -> None:
+    """Older versions gave them the accuracy of some class."""
+    good = {"round": 0, "train_loss": 2.0, "test_loss": 1.0, "test_accuracy": 0.5}
+    bad = {"round": 1, "train_loss": None, "test_loss": None, "test_accuracy": 0.1}
+    lines = from_one([good, bad])
+    assert lines[0] == {**good, "round": 1}
+    assert lines[1] == {**bad, "round": 2, "test_accuracy": None, "diverged": True}
+    older = {"test_accuracy": {"last": 0.1, "best": 0.5, "best_round": 0}, "rounds": 2}
+    summary = summary_from_one(older, lines)
+    assert summary["diverged"] == 2
+    assert summary["test_accuracy"] == {"last": 0.5, "best": 0.5, "best_round": 1}
+    finite = summary_from_one(older, lines[:1])
+    assert finite["diverged"] is None
+    assert finite["test_accuracy"] == {"last": 0.1, "best": 0.5, "best_round": 1}
+    nothing = summary_from_one(older, lines[1:])
+    assert nothing["test_accuracy"] == {"last": None, "best": None, "best_round": None}

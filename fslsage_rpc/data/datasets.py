@@ -271,7 +271,7 @@ def _load_own(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
             f"data.name: got {keys.name!r}, which gives a {which} label of {most}, expected labels 0 to "
             f"{classes - 1}"
         )
-    if images.is_floating_point() and not images.isfinite().all():
+    if images.is_floating_point() and not images.float().isfinite().all():
         raise InputError(f"data.name: got {keys.name!r}, whose {which} images are not all finite numbers")
     return images, labels
 

@@ -145,14 +145,15 @@ class Screen(ProgressScreen):
                 flush=True,
             )
 
-    def show_finished(self, summary: dict[str, Any], folder: Path) -> None:
-        """The table of a run that was complete before it was asked for."""
+    def show_finished(self, summary: dict[str, Any], folder: Path, has_checkpoint: bool) -> None:
+        """The table of a run that was complete before it was asked for, and how to go on or start anew."""
         self.show_summary(summary, folder)
         done, on = "was complete already", "more rounds=..."
         if summary.get("diverged"):
             done, on = f"has diverged in round {summary['diverged']} already", "stop.diverged=false"
+        going_on = f"To go on: {on}; to" if has_checkpoint else "To"
         self._console.print(
-            f"This run {done}. To go on: {on}; to start anew: resume=never, or another name=...",
+            f"This run {done}. {going_on} start anew: resume=never, or another name=...",
             soft_wrap=True,
         )
 

@@ -11,7 +11,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -32,6 +32,8 @@ RESTART_SECONDS = 120.0
 """how long an earlier attempt of the same job may take, or a silent holder whose lock is still there"""
 SETTLING_SECONDS = 1.0
 """after which two that have taken a file without locks at the same time see whose name is in it"""
+TELLING_SECONDS = 2.0
+"""after which a line says what is waited for"""
 POLL_SECONDS = 0.2
 ATTEMPTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
 """variables that name a job, and those that count its attempts"""
@@ -103,8 +105,9 @@ class FolderLock:
         OSError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, warn: Callable[[str], None] = lambda said: None):
         self._folder = folder
+        self._warn = warn
         self._path = folder / NAME
         self._mine = Holder.here()
         self._released = threading.Event()
@@ -144,7 +147,7 @@ class FolderLock:
     def _take(self) -> None:
         last: tuple[bytes, int] | None = None
         began = came = time.monotonic()
-        lives = False
+        lives = told = False
         while True:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             try:
@@ -159,6 +162,9 @@ class FolderLock:
                         return
                 elif now - began > self._patience(holder, lives):
                     raise self._refusal(holder)
+                elif not told and now - began > TELLING_SECONDS:
+                    self._warn(f"waits for {holder or 'another run'}, which holds {self._folder}")
+                    told = True
             finally:
                 if descriptor >= 0:
                     os.close(descriptor)

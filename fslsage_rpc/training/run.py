@@ -43,21 +43,21 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
     warn = screen.warn if is_first_rank(config) else None
     links = emulated_links()
     experiment, folder = prepare(config, job_ranks(config), warn)
-    world = open_world(config)
-    with (
-        folder or nullcontext(),
-        stop or nullcontext(),  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
-    ):
-        try:
-            ended = None
-            with (
-                screen if folder else nullcontext(),
-                suppress(RunOver),
-            ):  # it was meeting the others at the end
-                ended = _train(experiment, world, folder, links, screen, stop)
-            world.close()
-        except BaseException as error:
-            world.fail(error)
+    with folder or nullcontext():
+        world = open_world(config)
+        with (
+            stop or nullcontext()
+        ):  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
+            try:
+                ended = None
+                with (
+                    screen if folder else nullcontext(),
+                    suppress(RunOver),
+                ):  # it was meeting the others at the end
+                    ended = _train(experiment, world, folder, links, screen, stop)
+                world.close()
+            except BaseException as error:
+                world.fail(error)
     if ended:
         raise ended
     return Path(config.output) / config.name
@@ -109,7 +109,7 @@ def _train(
     finished = world.broadcast(folder and folder.finished_summary) if world.generation == 0 else None
     if finished:
         if folder:
-            screen.show_finished(finished, folder.path)
+            screen.show_finished(finished, folder.path, folder.has_checkpoint)
         round = finished.get("diverged")
         return Diverged(round) if round and config.stop.diverged else None
     elastic = config.clients.on_loss == "drop" and config.transport == "rpc"

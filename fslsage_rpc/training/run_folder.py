@@ -85,7 +85,7 @@ class RunFolder:
         self._lock: FolderLock | None = None
         if not self._is_complete():
             with self._writing():
-                self._lock = FolderLock(self.path)
+                self._lock = FolderLock(self.path, warn)
             try:
                 if not self._is_complete():  # it may have ended since
                     self._look_at_run()
@@ -103,6 +103,11 @@ class RunFolder:
         """Let others write there."""
         if self._lock:
             self._lock.release()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Is there one that a run could go on from?"""
+        return bool(complete_folders(self._checkpoints))
 
     def check_partition(self, partition: list[dict[str, Any]]) -> None:
         """Refuse to go on with other samples.
@@ -286,9 +291,9 @@ class RunFolder:
             return
         self._find_checkpoint()
         if self._summary() and not self.manifest:
-            key = self._asks_for_more(old)[0]
+            key, (was, is_now) = next(iter(self._asks_for_more(old).items()))
             raise InputError(
-                f"{key}: got {self._config[key]!r}, expected {old.get(key)!r} as in the complete run in "
+                f"{key}: got {is_now!r}, expected {was!r} as in the complete run in "
                 f"{self.path}, which has no checkpoint to go on from; {ANOTHER}"
             )
         if not self.manifest:
@@ -299,17 +304,26 @@ class RunFolder:
         path = self.path / "config.yaml"
         return to_tree(load(path)) if self._config["resume"] == "auto" and path.exists() else None
 
-    def _asks_for_more(self, old: Mapping[str, Any]) -> list[str]:
-        """The keys by which a complete run is given more to do."""
-        return [key for key in ("rounds", "stop") if old.get(key) != self._config[key]]
+    def _asks_for_more(self, old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The keys by which a complete run is given more to do, each with its old and new value."""
+        changes = changed_keys(old, self._config)
+        return {key: values for key, values in changes.items() if key.split(".")[0] in ("rounds", "stop")}
 
     def _summary(self) -> dict[str, Any] | None:
         """That of a complete run; None where there is none, or not what the program writes."""
         try:
-            summary = summary_from_one(json.loads((self.path / "summary.json").read_text(encoding="utf-8")))
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            summary = summary_from_one(summary, self._rounds_there())
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return None
         return summary if can_be_shown(summary) else None
+
+    def _rounds_there(self) -> list[dict[str, Any]]:
+        """The lines of rounds that are there; none where they cannot be read."""
+        try:
+            return rounds_of(decoded(self._metrics.path.read_bytes()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return []
 
     def _find_checkpoint(self) -> None:
         """Take the newest sound checkpoint; damaged ones are named and left out.
