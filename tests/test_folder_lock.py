@@ -262,7 +262,7 @@ def test_a_second_start_is_refused_and_one_after_a_kill_goes_on(transport: str, 
         assert (again.returncode, errors) == (75, "")
         assert "goes on from round " in (tmp_path / "said").read_text()
     rounds = [line["round"] for line in lines(folder)]
-    assert rounds == list(range(len(rounds)))
+    assert rounds == list(range(1, len(rounds) + 1))
 
 
 HOLDS = """
