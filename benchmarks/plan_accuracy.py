@@ -139,12 +139,16 @@ def page(all: Sequence[Comparison]) -> str:
     headers = ["case", "algorithm", "measured", "*predicted*, benchmark", "measured / predicted"]
     headers += ["*predicted*, here", "measured / predicted"]
     said = []
-    for how in all[0].predicted:
-        off = [one.measured / one.predicted[how] for one in all]
-        wrong = sum(wrong_order(a, b, how) for a, b in itertools.combinations(all, 2) if a.case == b.case)
+    places = {"on one machine": False, f"over links of {BANDWIDTH} and {RTT}": True}
+    for (where, links), how in itertools.product(places.items(), all[0].predicted):
+        some = [one for one in all if one.case.links == links]
+        if not some:
+            continue
+        off = [one.measured / one.predicted[how] for one in some]
+        wrong = sum(wrong_order(a, b, how) for a, b in itertools.combinations(some, 2) if a.case == b.case)
         said.append(
-            f"From {how}: measured / predicted is {min(off):.2f} to {max(off):.2f}. Of pairs of algorithms "
-            f"that are more than 10 % apart, {wrong} are predicted in the wrong order."
+            f"From {how}, {where}: measured / predicted is {min(off):.2f} to {max(off):.2f}. Of the pairs of "
+            f"algorithms that are more than 10 % apart, {wrong} are predicted in the wrong order."
         )
     return "\n\n".join([table(headers, rows), *said])
 

@@ -133,6 +133,14 @@ def test_a_connection_begins_with_a_small_window_after_every_rest() -> None:
     assert Connection(rate, trip, lanes=16).carry(0.0, 1e6) == pytest.approx(1.0)
 
 
+def test_an_averaging_soon_after_the_last_finds_fast_connections() -> None:
+    scenario = Scenario(from_tree(tree("fedavg")), LinkSpeed(0.02, 12.5e6, 12.5e6), client_ranks=2)
+    soon, late = (scenario.averaging_seconds(1_000_000, rest) for rest in (0.1, 9.0))
+    steps = 2 * (500_000 / 12.5e6 + 0.04)  # half of the bytes up one link and down another, which is 40 ms
+    assert soon == pytest.approx(steps)
+    assert late > steps + 3 * 0.04  # a connection that has rested begins with a small window
+
+
 def test_ranks_on_one_machine_share_its_cores() -> None:
     alone = [[Step(1.0)], [Step(2.0)], [Step(4.0)]]
     assert simulate(*alone, ranks=3, cores=3) == pytest.approx(4.0)
@@ -207,6 +215,7 @@ def test_costs_are_per_sample_and_request() -> None:
     client = {"data": 1.0, "forward_backward": 2.0, "estimate": 3.0, "upload_wait": 0.4, "averaging": 5.0}
     line = {
         "round": 3,
+        "round_seconds": 1.0,
         "phases": {"client": {"averaging": 0.0}},
         "cpu_seconds": {
             # On two threads an operation: 2 x 10 for requests, 2.6 beside; 2 x 2 x 6, 2 x 0.9 and 1.3 beside.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fslsage_rpc.bench.table import COMPUTE
-from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.plan.scenario import PlannedRound, Scenario
 
 Line = Mapping[str, Any]
 """one line of metrics"""
@@ -78,10 +78,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
         server_handling=max(0.0, _per(sum(of_server), requests)),
         averaging=max(
             0.0,
-            statistics.fmean(
-                line["phases"]["client"]["averaging"] - scenario.averaging_seconds(planned.averaged_bytes)
-                for line, planned in pairs
-            ),
+            statistics.fmean(_averaging_seconds(line, planned, scenario) for line, planned in pairs),
         ),
         buffered=_per(sum(buffers), len(buffers)),
     )
@@ -108,6 +105,12 @@ def _server_seconds(line: Line, kinds: Sequence[str]) -> float:
     on_gpu = line.get("device_seconds", {}).get("server")
     key = "compute_seconds" if on_gpu else "cpu_seconds"
     return float(sum(line["requests"][kind][key] for kind in kinds if kind in line["requests"]))
+
+
+def _averaging_seconds(line: Line, planned: PlannedRound, scenario: Scenario) -> float:
+    """Seconds of an averaging beside the links."""
+    measured: float = line["phases"]["client"]["averaging"]
+    return measured - scenario.averaging_seconds(planned.averaged_bytes, line["round_seconds"] - measured)
 
 
 def _uploaded(line: Line) -> int:

@@ -36,7 +36,8 @@ def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction
 def _seconds(scenario: Scenario, costs: Costs, server_workers: int, round: int) -> float:
     """The simulated round; clients average when they have ended, whatever the server has still to do."""
     clients_ended, server_ended = simulation_of(scenario, costs, server_workers, round).run()
-    averaging = costs.averaging + scenario.averaging_seconds(scenario.round(round).averaged_bytes)
+    averaged = scenario.round(round).averaged_bytes
+    averaging = costs.averaging + scenario.averaging_seconds(averaged, rest=clients_ended)
     return max(clients_ended + averaging, server_ended) + scenario.barrier_seconds()
 
 

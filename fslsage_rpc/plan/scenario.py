@@ -64,13 +64,21 @@ class Scenario:
             averaged_bytes=self.sizes.client + whole + auxiliary,
         )
 
-    def averaging_seconds(self, bytes: int) -> float:
+    def averaging_seconds(self, bytes: int, rest: float) -> float:
         """Two ring all-reduces among the n client ranks, of floats and of integers: 2 (n-1) steps each, of
         1/n of the bytes up one link and down another, which is as far as a round trip to the server.
+
+        Args:
+            rest: seconds since the last averaging, over the same connections.
         """
         rate = min(self.link.up_bytes_per_second, self.link.down_bytes_per_second)
         neighbour = Connection(rate, 2 * self.link.round_trip_seconds)
-        ended = 0.0
+        began = self._averaged(neighbour, 0.0, bytes) + rest
+        return self._averaged(neighbour, began, bytes) - began
+
+    def _averaged(self, neighbour: Connection, began: float, bytes: int) -> float:
+        """When an averaging that begins now has ended."""
+        ended = began
         for _ in range(2 * (self.client_ranks - 1)):
             ended = neighbour.carry(ended, bytes / self.client_ranks) + 2 * self.link.round_trip_seconds
         return ended
