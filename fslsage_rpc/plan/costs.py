@@ -11,6 +11,7 @@ from typing import Any
 
 from fslsage_rpc.bench.table import COMPUTE
 from fslsage_rpc.plan.scenario import PlannedRound, Scenario
+from fslsage_rpc.training.round_numbers import FIRST_ROUND
 
 Line = Mapping[str, Any]
 """one line of metrics"""
@@ -50,7 +51,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
     Args:
         threads: of an operation, by rank; one rank is server and client rank at once.
     """
-    pairs = [(line, scenario.round(line["round"] - 1)) for line in lines]
+    pairs = [(line, scenario.round(line["round"] - FIRST_ROUND)) for line in lines]
     buffers = [samples for _, planned in pairs for samples in planned.aligned.values()]
     requests = sum(times["count"] for line in lines for times in line["requests"].values())
     main, ranks = _main_threads(lines), scenario.client_ranks
