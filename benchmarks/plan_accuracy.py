@@ -148,7 +148,7 @@ def page(all: Sequence[Comparison]) -> str:
         wrong = sum(wrong_order(a, b, how) for a, b in itertools.combinations(some, 2) if a.case == b.case)
         said.append(
             f"From {how}, {where}: measured / predicted is {min(off):.2f} to {max(off):.2f}.\n"
-            f"Of the pairs of algorithms that are more than 10 % apart, {wrong} are predicted in the wrong order."
+            f"Of the pairs of algorithms more than 10 % apart, {wrong} are predicted in the wrong order."
         )
     return "\n\n".join([table(headers, rows), *said])
 
