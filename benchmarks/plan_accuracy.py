@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fslsage_rpc.bench.table import table
+from fslsage_rpc.bench.table import table, untrusted
 from fslsage_rpc.configuration import load
 from fslsage_rpc.measure.cores import usable_cores
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
@@ -84,11 +84,10 @@ class Case:
         Raises:
             SystemExit: others had the cores meanwhile.
         """
-        variants = json.loads((self.folder(runs) / "bench.json").read_text(encoding="utf-8"))["variants"]
-        busy = any(each["busy_samples"] > len(each["samples"]) / 4 for each in variants.values())
-        if busy and not self.links:  # whose emulation works on the same cores
+        result = json.loads((self.folder(runs) / "bench.json").read_text(encoding="utf-8"))
+        if untrusted(result) and not self.links:  # whose emulation works on the same cores
             raise SystemExit(f"{self.folder(runs)}: others had the cores; remove it and try again")
-        return {each["algorithm"]: each["round_seconds"]["median"] for each in variants.values()}
+        return {each["algorithm"]: each["round_seconds"]["median"] for each in result["variants"].values()}
 
 
 @dataclass(frozen=True)

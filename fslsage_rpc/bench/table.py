@@ -16,7 +16,7 @@ COMPUTE = ("data", "forward_backward", "estimate")
 BUSY_MARK = "*"
 """behind what others' work on the host has changed"""
 QUARTER = 1 / 4
-"""of a variant's samples: more of them reach its quartiles"""
+"""of a variant's samples"""
 WAIT = ("upload_wait", "gradient_wait", "drain_wait")
 REQUEST_PARTS = ("round_trip", "queue", "compute", "wire")
 
@@ -49,12 +49,16 @@ def busy_line(result: Mapping[str, Any]) -> str | None:
     busy = [sample["host_busy"] for sample in samples if sample["busy"]]
     if not busy:
         return None
-    many = any(
-        record["busy_samples"] > QUARTER * len(record["samples"]) for record in result["variants"].values()
-    )
     return (
         f"{BUSY_MARK} others took up to {max(busy):.0%} of the host's cores in {len(busy)} of {len(samples)} "
-        "samples" + (": these ratios and efficiencies cannot be trusted" if many else "")
+        "samples" + (": these ratios and efficiencies cannot be trusted" if untrusted(result) else "")
+    )
+
+
+def untrusted(result: Mapping[str, Any]) -> bool:
+    """Has others' work on the host changed so many samples of a variant that it reaches the quartiles?"""
+    return any(
+        record["busy_samples"] > QUARTER * len(record["samples"]) for record in result["variants"].values()
     )
 
 
