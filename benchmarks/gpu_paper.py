@@ -133,8 +133,8 @@ class Training:
         self._round += 1
 
     def _aligns(self, round: int) -> bool:
-        participants = self._experiment.federation.participants(round)
-        return any(self._experiment.algorithm.aligns(client, round) for client in participants)
+        course = self._experiment.rehearsal.course(round)
+        return course is not None and course.aligns
 
     def _add(self, line: dict[str, Any]) -> None:
         if line["round"] == 1:

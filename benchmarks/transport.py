@@ -48,7 +48,7 @@ def upload(body: Push, count: int) -> None:
     for number in range(count):
         if len(under_way) == WINDOW:
             under_way.pop(0).wait()
-        under_way.append(rpc.rpc_async("server", submit, args=(Request(0, number, body),), timeout=0))
+        under_way.append(rpc.rpc_async("server", submit, args=(Request(0, number, 0, body),), timeout=0))
     for future in under_way:
         future.wait()
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fslsage_rpc.algorithms.rehearsal import Rehearsal
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Model
 from fslsage_rpc.configuration import from_tree
@@ -62,6 +63,7 @@ def test_fsl_sage_with_the_server_model_as_auxiliary_is_splitfed_v2() -> None:
         for name in ("fsl_sage", "splitfed_v2")
     )
     sage.split.auxiliary = copy.deepcopy(sage.split.server)
+    sage.rehearsal = Rehearsal(sage.algorithm, sage.task, sage.split)
     a, b = (train(experiment, open_world(experiment.config)) for experiment in (sage, splitfed))
     assert_equal(a.tensors["client 0/floats"], b.tensors["client 0/floats"])
     assert all(line["drift"]["nmse"] < 1e-20 for line in a.lines)

@@ -14,7 +14,7 @@ PLANS = {0: [0, 0, 2, 4], 1: [0, 2], 2: []}
 
 
 def request(client: int, number: int) -> Request:
-    return Request(client, number, Align())
+    return Request(client, number, 0, Align())
 
 
 def released(

@@ -210,7 +210,7 @@ def test_costs_are_per_sample_and_request() -> None:
     scenario = Scenario(from_tree(tree("fsl_sage", average_auxiliary="never")), LINK, client_ranks=2)
     samples = 1437
     uploaded = sum(sum(sizes[::2]) for sizes in scenario.federation.batch_sizes)
-    buffered = sum(scenario.round(2).aligned.values())
+    buffered = sum(sum(each) for each in scenario.round(2).aligned.values())
     size = scenario.sizes.smashed + 8
     client = {"data": 1.0, "forward_backward": 2.0, "estimate": 3.0, "upload_wait": 0.4, "averaging": 5.0}
     line = {

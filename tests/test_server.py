@@ -57,7 +57,7 @@ def make_server(
 
 def exchange(client: int, number: int = 0) -> Request:
     generator = torch.Generator().manual_seed(client)
-    return Request(client, number, Exchange(torch.randn(5, 4, generator=generator), torch.arange(5) % 3))
+    return Request(client, number, 0, Exchange(torch.randn(5, 4, generator=generator), torch.arange(5) % 3))
 
 
 def test_replicas_are_trained_at_the_same_time() -> None:
@@ -148,9 +148,9 @@ def test_an_upload_is_answered_when_the_device_has_trained_on_it() -> None:
         server = make_server({0: lane}, pool)
         server.announce(0, {0: [0, 0, 1]}, [0])
         push = Push(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
-        server.submit(Request(0, 0, push), answers.append)
+        server.submit(Request(0, 0, 0, push), answers.append)
         server.submit(exchange(0, number=1), answers.append)  # the lane goes on meanwhile
-        server.submit(Request(0, 2, push), answers.append)
+        server.submit(Request(0, 2, 0, push), answers.append)
         server.wait()
         assert [answer.value is None for answer in answers] == [False]
         device.done.set()
@@ -198,7 +198,7 @@ def test_auxiliary_models_are_fitted_side_by_side_while_the_lane_goes_on() -> No
 
         def submit(client: int, number: int, body: Push | Align) -> None:
             server.submit(
-                Request(client, number, body), lambda answer: answers.update({(client, number): answer})
+                Request(client, number, 0, body), lambda answer: answers.update({(client, number): answer})
             )
 
         for client in range(2):
@@ -235,8 +235,8 @@ def test_true_gradients_are_of_the_model_at_the_alignments_turn_whenever_they_ar
                 server.announce(round, {client: [0, 0] for client in range(3)}, [0, 1, 2])
                 for client in range(3):
                     push = Push(torch.randn(5, 4), torch.randint(3, (5,)))
-                    server.submit(Request(client, 0, push), lambda answer: None)
-                    server.submit(Request(client, 1, Align()), lambda answer: None)
+                    server.submit(Request(client, 0, 0, push), lambda answer: None)
+                    server.submit(Request(client, 1, 0, Align()), lambda answer: None)
                 assert len(waiting) == 3 * fits_wait  # the lane has not waited for the fits
                 while waiting:
                     waiting.pop()()

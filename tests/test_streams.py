@@ -100,7 +100,7 @@ def test_requests_on_a_gpu_are_timed_by_its_clock(process: Process) -> None:
     z, y = torch.randn(5, 4, device=GPU), torch.arange(5, device=GPU) % 3
     bodies = [Push(z, y), Exchange(z, y), Align(), Exchange(z, y)]
     for number, body in enumerate(bodies):
-        link.send(Request(0, number, body), lambda take: take())
+        link.send(Request(0, number, 0, body), lambda take: take())
     server.wait()
     told, report = log.take(), server.report(1.0)
     on_device(told, report.requests)
@@ -137,7 +137,7 @@ def test_pushes_and_alignments_are_answered_when_the_device_is_through_with_them
     y = torch.arange(5, device=GPU) % 3
     torch.cuda.synchronize()
     for number, body in enumerate([Push(pushed, y), Align(), Exchange(exchanged, y)]):
-        server.submit(Request(0, number, body), lambda answer, kind=body.kind: answered.append(kind))  # type: ignore[misc]  # mypy infers no lambda's default
+        server.submit(Request(0, number, 0, body), lambda answer, kind=body.kind: answered.append(kind))  # type: ignore[misc]  # mypy infers no lambda's default
 
     def known_to_be_done(tensor: torch.Tensor) -> bool:
         block = cuda.block_of(tensor)
@@ -162,7 +162,7 @@ def test_on_a_cpu_requests_are_timed_by_the_hosts() -> None:
     server, log = server_on(torch.device("cpu")), RequestLog()
     link = LocalLink(server, WireLedger(), log, torch.device("cpu"))
     link.announce(0, {0: [0]}, [0])
-    link.send(Request(0, 0, Exchange(torch.randn(5, 4), torch.arange(5) % 3)), lambda take: take())
+    link.send(Request(0, 0, 0, Exchange(torch.randn(5, 4), torch.arange(5) % 3)), lambda take: take())
     told, report = log.take(), server.report(1.0)
     before = RequestTimes(**vars(told[0]["exchange"]))
     on_device(told, report.requests)

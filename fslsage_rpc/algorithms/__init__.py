@@ -1,6 +1,6 @@
 """The algorithms by the name that the configuration gives them."""
 
-from fslsage_rpc.algorithms.base import Algorithm, Sizes
+from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.algorithms.cse_fsl import CseFsl
 from fslsage_rpc.algorithms.fedavg import FedAvg
 from fslsage_rpc.algorithms.fsl_sage import FslSage
@@ -16,6 +16,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     algorithm.name: algorithm for algorithm in (FslSage, SplitFedV1, SplitFedV2, CseFsl, FedAvg)
 }
 AUXILIARY = ("none", "aligned", "trained")
+AVERAGE_AUXILIARY = ("never", "alignment", "round")
 
 
 def find(name: str) -> type[Algorithm]:
@@ -44,7 +45,7 @@ def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
     """The algorithm of a configuration, for these clients.
 
     Raises:
-        InputError: there is none, or what the user's own says of the first round cannot be.
+        InputError: there is none, or what the user's own says of itself cannot be.
     """
     kind = find(keys.name)
     if not is_own(keys.name):
@@ -60,22 +61,14 @@ def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
 
 
 def _contradiction(algorithm: Algorithm) -> str | None:
-    """What cannot be of what an algorithm says of its first round, which all ranks go by."""
+    """What cannot be of what an algorithm says of itself, which all ranks go by."""
     participants = algorithm.federation.participants(0)
-    for client in participants:
-        steps = algorithm.request_steps(client, 0)
-        count = algorithm.federation.steps(client)
-        if not all(isinstance(step, int) and 0 <= step < count for step in steps) or list(steps) != sorted(
-            steps
-        ):
-            return f"request_steps of client {client} is {steps}, expected steps below {count}, ascending"
     if sorted(algorithm.ranking(0)) != participants:
         return f"ranking is {algorithm.ranking(0)}, expected the participants, {participants}, in some order"
-    paid = algorithm.paper_bytes(Sizes(client=4, server=4, auxiliary=4, smashed=4), 0)
-    if not isinstance(paid, int) or paid < 0:
-        return f"paper_bytes is {paid!r}, expected whole bytes"
     if not isinstance(algorithm.interval, int) or algorithm.interval < 1:
         return f"interval is {algorithm.interval!r}, expected rounds, from 1 on"
-    if algorithm.auxiliary == "none" and algorithm.averages_auxiliary(0):
-        return "averages_auxiliary is true, expected auxiliary models, while auxiliary is none"
+    if algorithm.average_auxiliary not in AVERAGE_AUXILIARY:
+        return f"average_auxiliary is {algorithm.average_auxiliary!r}, expected one of " + ", ".join(
+            AVERAGE_AUXILIARY
+        )
     return None

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from fslsage_rpc.algorithms.base import Algorithm, Sizes
-from fslsage_rpc.critical_path import RoundPieces
+from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep, Push
 
@@ -23,29 +22,3 @@ class CseFsl(Algorithm):
         if step % self.keys.upload_every == 0:
             yield Push(z, y)  # one way
         client.backward(z, client.train_auxiliary(z, y))  # the auxiliary loss's own gradient
-
-    def request_steps(self, client: int, round: int) -> list[int]:
-        return list(range(0, self.federation.steps(client), self.keys.upload_every))
-
-    def averages_auxiliary(self, round: int) -> bool:
-        return True
-
-    def paper_bytes(self, sizes: Sizes, round: int) -> int:
-        """2|C| and 2|A|, and z at each upload."""
-        participants = self.federation.participants(round)
-        sizes_of = self.federation.batch_sizes
-        uploaded = sum(sum(sizes_of[client][:: self.keys.upload_every]) for client in participants)
-        return 2 * (sizes.client + sizes.auxiliary) * len(participants) + sizes.smashed * uploaded
-
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """Clients never wait: the longest of
-
-        - the busiest rank's compute, then averaging;
-        - the first upload's arrival, then the one lane's steps for all uploads;
-        - the busiest link's bytes.
-        """
-        return max(
-            pieces.busiest_rank() + pieces.averaging_seconds,
-            pieces.first_arrival() + pieces.server_seconds(),
-            pieces.busiest_link(),
-        )

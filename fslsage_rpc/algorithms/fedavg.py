@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from fslsage_rpc.algorithms.base import Algorithm, Sizes
-from fslsage_rpc.critical_path import RoundPieces
+from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep
 
@@ -17,14 +16,3 @@ class FedAvg(Algorithm):
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         client.train_whole_model(x, y)
         yield from ()  # it asks nothing of the server
-
-    def request_steps(self, client: int, round: int) -> list[int]:
-        return []
-
-    def paper_bytes(self, sizes: Sizes, round: int) -> int:
-        """2 (|C| + |S|)."""
-        return 2 * (sizes.client + sizes.server) * len(self.federation.participants(round))
-
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """The busiest rank's compute, then averaging."""
-        return pieces.busiest_rank() + pieces.averaging_seconds

@@ -1,11 +1,8 @@
 """SplitFed: split learning with parallel clients and federated averaging (arXiv 2004.12088)."""
 
-from typing import Literal
-
 from torch import Tensor
 
-from fslsage_rpc.algorithms.base import Algorithm, Sizes
-from fslsage_rpc.critical_path import RoundPieces
+from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep, Exchange
 from fslsage_rpc.randomness import numpy_stream
@@ -14,23 +11,10 @@ from fslsage_rpc.randomness import numpy_stream
 class SplitFed(Algorithm):
     """Every client step waits for the true cut-layer gradient of its batch."""
 
-    @classmethod
-    def train_loss_of(cls) -> Literal["batches", "uploads"]:
-        return "batches"  # each goes up
-
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)  # smashed data [B, ...]
         g = yield Exchange(z, y)  # true cut-layer gradient [B, ...]
         client.backward(z, g)
-
-    def request_steps(self, client: int, round: int) -> list[int]:
-        return list(range(self.federation.steps(client)))
-
-    def paper_bytes(self, sizes: Sizes, round: int) -> int:
-        """2|C|, and z up and g down for each batch."""
-        participants = self.federation.participants(round)
-        samples = sum(sum(self.federation.batch_sizes[client]) for client in participants)
-        return 2 * sizes.client * len(participants) + 2 * sizes.smashed * samples
 
 
 class SplitFedV1(SplitFed):
@@ -42,15 +26,6 @@ class SplitFedV1(SplitFed):
     name = "splitfed_v1"
     server_replicas = True
 
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """The longer of two, each with its averaging behind it: the clients (the longest chain, the busiest
-        rank's compute, the busiest link's bytes), and the steps of all replicas on the server's cores.
-        """
-        clients = max(pieces.longest_exchange_chain(), pieces.busiest_rank(), pieces.busiest_link())
-        workers = min(pieces.server_workers, len(pieces.clients))
-        server = pieces.first_arrival() + pieces.server_seconds() / workers
-        return max(clients + pieces.averaging_seconds, server + pieces.server_averaging_seconds)
-
 
 class SplitFedV2(SplitFed):
     """All clients train against one server model, which takes one step per batch.
@@ -60,12 +35,6 @@ class SplitFedV2(SplitFed):
     """
 
     name = "splitfed_v2"
-
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """That of SplitFedV1, with one lane that takes all steps, and nothing to average there."""
-        clients = max(pieces.longest_exchange_chain(), pieces.busiest_rank(), pieces.busiest_link())
-        server = pieces.first_arrival() + pieces.server_seconds()
-        return max(clients + pieces.averaging_seconds, server)
 
     def ranking(self, round: int) -> list[int]:
         drawn = numpy_stream(self.federation.seed, "server order", round)

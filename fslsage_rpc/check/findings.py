@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
+from fslsage_rpc.algorithms.ledger import paper_bytes
+from fslsage_rpc.algorithms.rehearsal import Rehearsal
 from fslsage_rpc.check.links import CollectiveSpeed
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import Estimate, Memory
@@ -66,8 +68,8 @@ class Run:
     """of those, with the buffers: what is averaged, sent and counted"""
     smashed_bytes: int
     """of one sample at the cut"""
-    paper_bytes: dict[str, float]
-    """by algorithm: the paper ledger's of one round, mean over the rounds"""
+    paper_bytes: dict[str, float | None]
+    """by algorithm: the paper ledger's of one round, mean over the rounds; None where it depends on values"""
     interval: int
     """rounds of an alignment interval; 1 for an algorithm without alignments"""
     disk_bytes: int
@@ -80,14 +82,11 @@ class Run:
         """That of an experiment."""
         config, split, sizes = experiment.config, experiment.split, experiment.sizes()
         halves = {"client": split.client, "server": split.server, "auxiliary": split.auxiliary}
-        paper = {}
         algorithms: dict[str, Algorithm] = {
             name: kind(config.algorithm, experiment.federation) for name, kind in ALGORITHMS.items()
         }
         algorithms[config.algorithm.name] = experiment.algorithm  # which may be the user's own
-        for name, algorithm in algorithms.items():
-            total = sum(algorithm.paper_bytes(sizes, round) for round in range(config.rounds))
-            paper[name] = total / config.rounds
+        paper = {name: _paper_bytes(experiment, algorithm) for name, algorithm in algorithms.items()}
         kept = 0 if config.checkpoint.every is None else config.checkpoint.keep + 1  # one is being written
         trained_bytes = {name: module_bytes(half) for name, half in halves.items()}
         frozen_bytes = {
@@ -296,6 +295,18 @@ class Findings:
                 kinds = "; ".join(f"{version} on rank {_listed(r)}" for version, r in by_version.items())
                 found.append(f"different versions of {name}: {kinds}")
         return found
+
+
+def _paper_bytes(experiment: Experiment, algorithm: Algorithm) -> float | None:
+    """The paper ledger's bytes of an algorithm's round, mean over the rounds."""
+    rehearsal = Rehearsal(algorithm, experiment.task, experiment.split)
+    sizes, total = experiment.sizes(), 0
+    for round in range(experiment.config.rounds):
+        course = rehearsal.course(round)
+        if course is None:
+            return None
+        total += paper_bytes(algorithm, course, sizes)
+    return total / experiment.config.rounds
 
 
 def size(bytes: float) -> str:

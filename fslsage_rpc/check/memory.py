@@ -15,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fslsage_rpc.algorithms import Algorithm
 from fslsage_rpc.config import Config
-from fslsage_rpc.own import is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.parties.requests import Push
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 from fslsage_rpc.tasks import Samples
 from fslsage_rpc.training.experiment import Experiment
@@ -89,14 +89,13 @@ class Estimate:
         self.sizes = experiment.sizes()
         self.states = StateSizes(experiment)
         self.participants = len(experiment.federation.participants(0))
-        kind = self.algorithm.auxiliary
         window = self.config.comm.upload_window
         self._most_open = max(MOST_OPEN_STEPS, window)  # steps with requests, on one rank
-        own = is_own(self.config.algorithm.name)  # of which it is not known where it waits
-        self._window = 1 if kind == "none" and not own else window  # of those that wait for g
+        asked = experiment.rehearsal.kinds(range(min(self.config.rounds, self.algorithm.interval + 1)))
+        self._travels = bool(asked)
+        self._window = window if Push.kind in asked else 1
         # Steps that only upload run one after the other; one that waits for an answer keeps its graph.
-        aligns = kind == "aligned" and self.config.algorithm.align_every is not None
-        self._waiting = self._most_open if kind == "none" or aligns or own else 1
+        self._waiting = self._most_open if asked - {Push.kind} else 1
         self._batch = max(max(sizes) for sizes in experiment.federation.batch_sizes)
         self._sample = self.sizes.smashed + experiment.task.label_bytes
         split, loss = experiment.split, experiment.task.loss
@@ -119,11 +118,10 @@ class Estimate:
         if not clients:
             return Memory()
         states = self.states
-        travels = bool(self.algorithm.request_steps(clients[0], 0))
         training = min(len(clients), self.participants)
-        running = min(training, self._waiting) if travels else 1  # each holds the graph of its step
-        sent = min(training * self._window, self._most_open) if travels else 0
-        step, kept = (self._client.peak, self._client.kept) if travels else (self._whole.peak, 0)
+        running = min(training, self._waiting) if self._travels else 1  # each holds the graph of its step
+        sent = min(training * self._window, self._most_open) if self._travels else 0
+        step, kept = (self._client.peak, self._client.kept) if self._travels else (self._whole.peak, 0)
         estimate = self._estimate.peak if states.auxiliary else 0
         gradients = states.model + (states.auxiliary if states.clients_train_auxiliary else 0)
         samples = sum(self.experiment.federation.samples[client] for client in clients)

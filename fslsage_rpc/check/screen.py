@@ -126,13 +126,11 @@ class CheckScreen:
         )
         for name, mean in run.paper_bytes.items():
             chosen = " (configured)" if name == config.algorithm.name else ""
-            table.add_row(name + chosen, size(mean), size(mean * config.rounds))
+            known = ("unknown", "unknown") if mean is None else (size(mean), size(mean * config.rounds))
+            table.add_row(name + chosen, *known)
         self._console.print(table)
-        if config.algorithm.name == "fsl_sage":
-            every = config.algorithm.align_every
-            self._say("No alignments." if every is None else f"Alignment interval: {every} rounds.")
-        elif run.interval > 1:
-            self._say(f"Interval: {run.interval} rounds.")
+        if run.interval > 1:
+            self._say(f"Alignment interval: {run.interval} rounds.")
 
     def _show_disk(self, findings: Findings) -> None:
         disk = findings.ranks[0].disk

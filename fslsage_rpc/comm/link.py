@@ -14,7 +14,7 @@ from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.measure.clock import Reading, clock, device_clock
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.parties.requests import Answer, Request, SmashedData
+from fslsage_rpc.parties.requests import Announced, Answer, Request, SmashedData
 
 CPU = torch.device("cpu")
 Take = Callable[[], Answer]
@@ -44,8 +44,8 @@ class ServerLink(ABC):
         self.carrier = carrier
 
     @abstractmethod
-    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
-        """Tell the server at which steps each of this rank's participants will make requests."""
+    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
+        """Tell the server at which steps each of this rank's participants will make requests, if it knows."""
 
     @abstractmethod
     def server_clock(self) -> float:

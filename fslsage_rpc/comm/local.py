@@ -19,7 +19,7 @@ from fslsage_rpc.measure.clock import clock, device_clock
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.finished import FinishedServer
-from fslsage_rpc.parties.requests import Request
+from fslsage_rpc.parties.requests import Announced, Request
 from fslsage_rpc.parties.server import Server
 
 
@@ -85,7 +85,7 @@ class LocalLink(ServerLink):
         super().__init__(ledger, log, carrier=device)
         self._server = server
 
-    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
         self._server.announce(round, plans, ranking)
 
     def server_clock(self) -> float:

@@ -22,7 +22,7 @@ from fslsage_rpc.measure.clock import clock, device_clock, synchronise, synchron
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.finished import FinishedServer
-from fslsage_rpc.parties.requests import Answer, Request
+from fslsage_rpc.parties.requests import Announced, Answer, Request
 from fslsage_rpc.parties.server import Server
 
 NO_TIMEOUT = 0  # a call waits for a slow rank while it lives; signs of life tell of the dead
@@ -42,7 +42,7 @@ class ServerEndpoint:
         """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
         return object, ()
 
-    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
         """See `Server.announce`."""
         self._server.announce(round, plans, ranking)
 
@@ -140,7 +140,7 @@ class RpcLink(ServerLink):
         self._device_map = device_map
         self.staged = device.type == "cuda" and not device_map
 
-    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
+    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
         self._call("announce", round, plans, ranking)
 
     def server_clock(self) -> float:
@@ -156,7 +156,7 @@ class RpcLink(ServerLink):
         return initial
 
     def _submit(self, request: Request, on_answer: OnAnswer) -> None:
-        travelling = Request(request.client, request.number, request.body.to(self.carrier))
+        travelling = replace(request, body=request.body.to(self.carrier))
 
         def deliver(answered: Future[Any]) -> None:
             # torch calls this on a thread of its own. The current stream there waits for the answer's tensors

@@ -1,6 +1,6 @@
 """One client: its data, its half of the model, its auxiliary model, and the few things it computes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
-from fslsage_rpc.models.flat import Weights, flatten
+from fslsage_rpc.models.flat import Weights, flatten, trainable
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import Loss, LossSum
@@ -35,6 +35,7 @@ class Client:
     Every computation is entered on the timeline of the rank that hosts it.
 
     Args:
+        make_auxiliary_optimizer: that of an auxiliary model which the client trains, of its parameters.
         graphs: the computations of a step are captured, but for those of models that draw masks.
     """
 
@@ -44,7 +45,7 @@ class Client:
         model: nn.Module,
         auxiliary: nn.Module | None,
         optimizer: ScheduledOptimizer,
-        auxiliary_optimizer: ScheduledOptimizer | None,
+        make_auxiliary_optimizer: Callable[[list[nn.Parameter]], ScheduledOptimizer],
         data: Batches,
         keys: TrainingKeys,
         timeline: Timeline,
@@ -60,19 +61,20 @@ class Client:
         self._loss = loss
         self._phase = partial(timeline.phase, row=f"client {id}")
         self._auxiliary = auxiliary
-        self._auxiliary_optimizer = auxiliary_optimizer
+        self._make_auxiliary_optimizer = make_auxiliary_optimizer
+        self._auxiliary_optimizer: ScheduledOptimizer | None = None
         self.losses = LossSum()  # of a client that trains the whole model
-        if auxiliary is not None:
-            self._auxiliary_weights = flatten(auxiliary)
-            if auxiliary_optimizer is None:
-                self.freeze_auxiliary()
         self._at = LocalStep(client=id)
         self._masks = Masks(model, keys.seed)
         self._auxiliary_masks = Masks(auxiliary, keys.seed)
+        self._captures_auxiliary = graphs and not self._auxiliary_masks
         self.passes = Graphed(graphs and not self._masks, optimizer)
         self.whole_steps = Graphed(graphs and not self._masks, optimizer)
-        self.estimates = Graphed(graphs and not self._auxiliary_masks)
-        self.auxiliary_steps = Graphed(graphs and not self._auxiliary_masks, auxiliary_optimizer)
+        self.estimates = Graphed(self._captures_auxiliary)
+        self._auxiliary_parameters = [] if auxiliary is None else trainable(auxiliary)
+        if auxiliary is not None:
+            self._auxiliary_weights = flatten(auxiliary)
+            self.freeze_auxiliary()
 
     @property
     def auxiliary_weights(self) -> Weights:
@@ -113,12 +115,12 @@ class Client:
         Returns:
             The gradient of its loss with respect to z `[B, ...]`, at the weights before the step.
         """
-        assert self._auxiliary is not None
-        assert self._auxiliary_optimizer is not None
+        assert self._auxiliary is not None, "the algorithm has no auxiliary model"
+        optimizer = self._auxiliary_optimizer or self.own_auxiliary()
         with self._phase("estimate"):
             self._auxiliary_masks.begin(self._at)
             (gradient,) = self.auxiliary_steps(self._auxiliary_step, z, y)
-            self._auxiliary_optimizer.advance()
+            optimizer.advance()
             return gradient
 
     def train_whole_model(self, x: Tensor, y: Tensor) -> None:
@@ -165,16 +167,31 @@ class Client:
             self.auxiliary_weights.load_state(state["auxiliary_weights"])
         if "auxiliary_optimizer" not in state:
             self.freeze_auxiliary()
-        elif self._auxiliary_optimizer is not None and state["auxiliary_optimizer"] is not None:
-            self._auxiliary_optimizer.load_state(state["auxiliary_optimizer"])
+        elif state["auxiliary_optimizer"] is not None:
+            optimizer = self._auxiliary_optimizer or self.own_auxiliary()
+            optimizer.load_state(state["auxiliary_optimizer"])
         for _ in range(state.get("rounds_missed", 0)):
             self.end_round()
+
+    def own_auxiliary(self) -> ScheduledOptimizer:
+        """From here on this client trains its auxiliary model, with a new optimizer."""
+        for parameter in self._auxiliary_parameters:
+            parameter.requires_grad_()
+        optimizer = self._make_auxiliary_optimizer(self._auxiliary_parameters)
+        self.auxiliary_steps = Graphed(self._captures_auxiliary, optimizer)
+        self._auxiliary_optimizer = optimizer
+        return optimizer
+
+    @property
+    def owns_auxiliary(self) -> bool:
+        """Does this client train its auxiliary model?"""
+        return self._auxiliary_optimizer is not None
 
     def freeze_auxiliary(self) -> None:
         """From here on the auxiliary model is the server's to fit: this client only loads and uses it."""
         self._auxiliary_optimizer = None
-        if self._auxiliary is not None:
-            self._auxiliary.requires_grad_(False)
+        for parameter in self._auxiliary_parameters:
+            parameter.requires_grad_(False)
 
     def _forward(self, x: Tensor) -> Tensors:
         return (self.model(x),)

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
-from fslsage_rpc.parties.requests import Request
+from fslsage_rpc.parties.requests import Announced, End, Request
 
 Turn = tuple[int, int]  # (client, number)
 
@@ -16,7 +16,8 @@ class Mailbox:
 
     - `round_robin`: by step, then client, then number;
     - `client_major`: by client, then number;
-    - `arrival`: as they come, each client's own requests by number.
+    - `arrival`: as they come, each client's own requests by number; so a client that announces none may
+      make any, until it says that this was all.
 
     Finished and absent clients have no turns, so nobody waits for a request that will not come.
     """
@@ -25,13 +26,14 @@ class Mailbox:
         self.order = order
         self._queue_of: dict[int, deque[Turn]] = {}  # one queue for all clients, or (arrival) one each
         self._expected: set[Turn] = set()
+        self._open: set[int] = set()  # clients that will announce their end
         self._waiting: dict[Turn, Request] = {}
 
-    def announce(self, plans: dict[int, Sequence[int]], ranking: Sequence[int]) -> None:
+    def announce(self, plans: dict[int, Announced], ranking: Sequence[int]) -> None:
         """Open a round.
 
         Args:
-            plans: for each client of this lane the steps of its requests, ascending.
+            plans: for each client of this lane what it announces.
             ranking: the order of the clients within a step.
 
         Raises:
@@ -39,13 +41,21 @@ class Mailbox:
         """
         if not self.finished:
             raise RuntimeError(f"a round was announced while the last waits for {self.next_turns()}")
-        turns = [(step, client, number) for client in plans for number, step in enumerate(plans[client])]
+        self._open = {client for client, steps in plans.items() if steps is None}
+        turns = [
+            (step, client, number)
+            for client, steps in plans.items()
+            for number, step in enumerate(steps or ())
+        ]
         self._expected = {(client, number) for _, client, number in turns}
         if self.order == "arrival":
             self._queue_of = {
-                client: deque((client, n) for n in range(len(plans[client]))) for client in plans
+                client: deque((client, number) for number in range(1 if steps is None else len(steps)))
+                for client, steps in plans.items()
             }
             return
+        if self._open:
+            raise RuntimeError(f"requests that are not announced have no place in {self.order}")
         if self.order == "round_robin":
             rank = {client: position for position, client in enumerate(ranking)}
             turns.sort(key=lambda turn: (turn[0], rank[turn[1]], turn[2]))
@@ -61,22 +71,31 @@ class Mailbox:
             RuntimeError: the request was not announced or came twice.
         """
         turn = (request.client, request.number)
-        if turn not in self._expected:
+        queue = self._queue_of.get(request.client, deque())
+        if request.client in self._open:
+            awaited = turn not in self._waiting and turn >= queue[0]
+        else:
+            awaited = turn in self._expected
+        if not awaited:
             raise RuntimeError(
                 f"client {request.client} sent request {request.number}, which it had not announced"
             )
-        self._expected.remove(turn)
+        self._expected.discard(turn)
         self._waiting[turn] = request
-        queue = self._queue_of[request.client]
         released = []
         while queue and queue[0] in self._waiting:
-            released.append(self._waiting.pop(queue.popleft()))
+            request = self._waiting.pop(queue.popleft())
+            released.append(request)
+            if isinstance(request.body, End):
+                self._open.remove(request.client)
+            elif request.client in self._open:
+                queue.append((request.client, request.number + 1))
         return released
 
     @property
     def finished(self) -> bool:
-        """Has every announced request had its turn?"""
-        return not self._expected and not self._waiting
+        """Has every request had its turn, and every client announced its end that had to?"""
+        return not (self._expected or self._waiting or self._open)
 
     def next_turns(self) -> list[Turn]:
         """The requests that this lane waits for: what to name when a round does not end."""

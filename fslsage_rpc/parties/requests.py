@@ -1,8 +1,8 @@
 """What a client may ask of the server, and the envelope it travels in."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -58,7 +58,38 @@ class Align:
         return self
 
 
-Body = Push | Exchange | Align
+@dataclass
+class End:
+    """There is no more to come in this round: of a client that could not announce its requests."""
+
+    kind: ClassVar[str] = "end"
+    waits_as: ClassVar[str] = "drain_wait"
+
+    def to(self, device: torch.device) -> Self:
+        """There is nothing to move."""
+        return self
+
+
+Body = Push | Exchange | Align | End
+ONE_WAY = Push | End
+"""bodies that the client does not wait for"""
+
+
+class Ask(NamedTuple):
+    """A request without its tensors: what it asks of the server, and the bytes that it moves."""
+
+    step: int
+    """the client's local step that it is made at, from 0"""
+    kind: str
+    samples: int = 0
+    smashed_bytes: int = 0
+    label_bytes: int = 0
+    answer_bytes: int = 0
+    """of a gradient, or an auxiliary model"""
+
+    def __str__(self) -> str:
+        amount = f" of {self.samples} samples, {self.smashed_bytes:,} bytes" if self.samples else ""
+        return f"{self.kind}{amount}"
 
 
 @dataclass
@@ -70,7 +101,14 @@ class Request:
 
     client: int
     number: int
+    step: int
+    """the client's local step that it is made at, from 0"""
     body: Body
+
+
+Announced = Sequence[int] | None
+"""the local steps, ascending, at which a client will make requests; None: it will say when there are no more
+(`End`)"""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.flat import Weights, flatten, load_mean
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, FitRecord, Target, cut_layer_gradient
 from fslsage_rpc.parties.lane import Lane
-from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
+from fslsage_rpc.parties.requests import Align, Announced, Answer, End, Exchange, Push, Request, SmashedData
 from fslsage_rpc.parties.streams import Place, current_place
 from fslsage_rpc.randomness import LocalStep
 
@@ -101,13 +101,12 @@ class Server:
         self._activity = Activity()
         self._on_device = DeviceLog()
         self._round = 0
-        self._steps: dict[int, Sequence[int]] = {}  # of the round: per participant, those of its requests
-        self._plans: dict[int, Sequence[int]] = {}
+        self._plans: dict[int, Announced] = {}  # of participants, until all have announced theirs
         self._alignments: dict[int, FitRecord] = {}
         self._drifts: dict[int, Agreement] = {}
 
-    def announce(self, round: int, plans: Mapping[int, Sequence[int]], ranking: Sequence[int]) -> None:
-        """Some participants say at which steps they will make requests; the round opens when all have.
+    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
+        """Some participants announce their requests; the round opens when all have.
 
         Args:
             round: its number, of which masks follow.
@@ -121,7 +120,7 @@ class Server:
                         client: steps for client, steps in self._plans.items() if self.lanes[client] is lane
                     }
                     lane.mailbox.announce(mine, ranking)
-                self._round, self._steps, self._plans = round, self._plans, {}
+                self._round, self._plans = round, {}
 
     def submit(self, request: Request, reply: Reply) -> None:
         """Take in a request; `reply` is called with its answer, from some thread, once its turn is over."""
@@ -243,7 +242,7 @@ class Server:
         thread at a time per lane. On a GPU it is queued, not done, on return.
         """
         body = request.body.to(self._device)
-        if not isinstance(body, Align):
+        if isinstance(body, SmashedData):
             lane.queue.keep(body.z, body.y)
         arrow = Arrow("execution", request.client, request.number)
         at = self._local_step(request)
@@ -268,6 +267,8 @@ class Server:
                         fit.masks.begin(at)
                         estimate = cut_layer_gradient(fit.model, body.z, body.y, fit.loss)
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
+                return None
+            case End():
                 return None
 
     def _targets(self, lane: Lane, fit: AuxiliaryFit, at: LocalStep) -> Callable[[], list[Target]]:
@@ -299,9 +300,8 @@ class Server:
         return weights
 
     def _local_step(self, request: Request) -> LocalStep:
-        """The local step that a request belongs to, as it was announced."""
-        step = self._steps[request.client][request.number]
-        return LocalStep(self._round, request.client, step)
+        """The local step that a request belongs to."""
+        return LocalStep(self._round, request.client, request.step)
 
     def _idle(self) -> bool:
         return not self._unfitted and all(lane.mailbox.finished and not lane.busy for lane in self._distinct)
@@ -346,7 +346,7 @@ class Server:
                 match request.body:
                     case Align():
                         self._begin_fit(self._local_step(request), answer, ended, arrival.reply)
-                    case Push():  # frees the upload's place in the window
+                    case Push() | End():  # frees an upload's place in the window
                         self._answer_once_done("lane", lane.number, lane.queue.end(), answer, arrival.reply)
                     case Exchange():
                         arrival.reply(answer)

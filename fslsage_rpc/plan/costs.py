@@ -52,7 +52,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
         threads: of an operation, by rank; one rank is server and client rank at once.
     """
     pairs = [(line, scenario.round(line["round"] - FIRST_ROUND)) for line in lines]
-    buffers = [samples for _, planned in pairs for samples in planned.aligned.values()]
+    buffers = [samples for _, planned in pairs for each in planned.aligned.values() for samples in each]
     requests = sum(times["count"] for line in lines for times in line["requests"].values())
     main, ranks = _main_threads(lines), scenario.client_ranks
     # A rank's other threads: those of the transport, and the further ones of its operations.

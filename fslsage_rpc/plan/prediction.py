@@ -1,14 +1,16 @@
 """Seconds and bytes of a round that nobody has run, from the costs of one that was measured."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fslsage_rpc.parties.requests import Align, Ask
 from fslsage_rpc.plan.costs import Costs
 from fslsage_rpc.plan.scenario import PlannedRound, Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 
 FORWARD_SHARE = 1 / 3
-"""of a client's step, the part before its request: a backward pass costs about two forward passes"""
+"""of a client's step: a backward pass costs about two forward passes"""
 
 
 @dataclass(frozen=True)
@@ -25,28 +27,29 @@ def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction
     """The alignment interval in the middle of the run: buffers fill as it goes on. Never the first."""
     interval = scenario.algorithm.interval
     first = max(1, scenario.config.rounds // interval // 2) * interval
-    rounds = range(first, first + interval)
+    rounds = [scenario.round(round) for round in range(first, first + interval)]
     return Prediction(
-        statistics.fmean(_seconds(scenario, costs, server_workers, round) for round in rounds),
-        statistics.fmean(_wire_bytes(scenario, round) for round in rounds),
-        statistics.fmean(scenario.algorithm.paper_bytes(scenario.sizes, round) for round in rounds),
+        statistics.fmean(_seconds(scenario, costs, server_workers, planned) for planned in rounds),
+        statistics.fmean(_wire_bytes(scenario, planned) for planned in rounds),
+        statistics.fmean(planned.paper_bytes for planned in rounds),
     )
 
 
-def _seconds(scenario: Scenario, costs: Costs, server_workers: int, round: int) -> float:
+def _seconds(scenario: Scenario, costs: Costs, server_workers: int, planned: PlannedRound) -> float:
     """The simulated round; clients average when they have ended, whatever the server has still to do."""
-    clients_ended, server_ended = simulation_of(scenario, costs, server_workers, round).run()
-    averaged = scenario.round(round).averaged_bytes
-    averaging = costs.averaging + scenario.averaging_seconds(averaged, rest=clients_ended)
+    clients_ended, server_ended = simulation_of(scenario, costs, server_workers, planned).run()
+    averaging = costs.averaging + scenario.averaging_seconds(planned.averaged_bytes, rest=clients_ended)
     return max(clients_ended + averaging, server_ended) + scenario.barrier_seconds()
 
 
-def simulation_of(scenario: Scenario, costs: Costs, server_workers: int, round: int) -> RoundSimulation:
+def simulation_of(
+    scenario: Scenario, costs: Costs, server_workers: int, planned: PlannedRound
+) -> RoundSimulation:
     """A round that is yet to be run in simulated time."""
-    planned, algorithm = scenario.round(round), scenario.algorithm
-    lanes = {client: client if algorithm.server_replicas else 0 for client in planned.participants}
+    replicas = scenario.algorithm.server_replicas
+    lanes = {client: client if replicas else 0 for client in planned.clients}
     return RoundSimulation(
-        steps={client: client_steps(scenario, costs, client, planned) for client in planned.participants},
+        steps={client: client_steps(scenario, costs, client, planned) for client in planned.clients},
         lane_of=lanes,
         ranks=scenario.client_ranks,
         link=scenario.link,
@@ -61,44 +64,47 @@ def simulation_of(scenario: Scenario, costs: Costs, server_workers: int, round: 
 
 def client_steps(scenario: Scenario, costs: Costs, client: int, planned: PlannedRound) -> list[Step]:
     """A client's compute and requests in one round, in order."""
-    batches, sizes = scenario.federation.batch_sizes[client], scenario.sizes
-    if scenario.algorithm.client_holds_whole_model:
-        return [Step(costs.client_per_sample * sum(batches))]
-    exchanges = scenario.algorithm.auxiliary == "none"
-    every = 1 if exchanges else scenario.config.algorithm.upload_every
+    buffered = iter(planned.aligned.get(client, ()))
+    sizes, rehearsed = scenario.federation.batch_sizes[client], planned.clients[client]
     steps: list[Step] = []
     compute = 0.0  # since the last request or turn
-    for k, samples in enumerate(batches):
-        if k % every == 0:
+    for k, (samples, events) in enumerate(zip(sizes, rehearsed.steps, strict=True)):
+        if any(isinstance(event, Ask) for event in events):
             steps.append(Step(compute, "turn", k))
             compute = 0.0
-        compute += FORWARD_SHARE * costs.client_per_sample * samples
-        if k % every == 0:
-            steps.append(
-                Step(
-                    compute_seconds=compute,
-                    kind="exchange" if exchanges else "push",
-                    turn=k,
-                    server_seconds=costs.server_per_sample * samples,
-                    up_bytes=scenario.sample_bytes * samples,
-                    down_bytes=sizes.smashed * samples if exchanges else 0,
-                )
+        seconds = costs.client_per_sample * samples
+        calls = [event for event in events if isinstance(event, str)]
+        for event in events:
+            if isinstance(event, str):
+                compute += seconds * _share(event, calls)
+                continue
+            server = (
+                costs.alignment(next(buffered))
+                if event.kind == Align.kind
+                else costs.server_per_sample * event.samples
             )
+            up = event.smashed_bytes + event.label_bytes
+            steps.append(Step(compute, event.kind, k, server, up, event.answer_bytes))
             compute = 0.0
-        if k == 0 and client in planned.aligned:
-            seconds = costs.alignment(planned.aligned[client])
-            steps.append(Step(0.0, "align", 0, seconds, down_bytes=sizes.auxiliary))
-        compute += (1 - FORWARD_SHARE) * costs.client_per_sample * samples
     return [*steps, Step(compute)]
 
 
-def _wire_bytes(scenario: Scenario, round: int) -> float:
-    """What the wire ledger would count, without evaluation."""
-    planned = scenario.round(round)
-    no_costs = Costs(0, 0, 0, 0, 0, 0, 0)
-    requests = sum(
-        step.up_bytes + step.down_bytes
-        for client in planned.participants
-        for step in client_steps(scenario, no_costs, client, planned)
+def _share(call: str, calls: Sequence[str]) -> float:
+    """The share of a local step's compute that one of its calls has."""
+    others = len(calls) - calls.count("forward")
+    forward = FORWARD_SHARE if others else 1.0
+    return (
+        forward / calls.count("forward")
+        if call == "forward"
+        else (1 - forward * ("forward" in calls)) / others
     )
-    return requests + 2 * (scenario.client_ranks - 1) * planned.averaged_bytes
+
+
+def _wire_bytes(scenario: Scenario, planned: PlannedRound) -> float:
+    """What the wire ledger would count, without evaluation."""
+    asked = sum(
+        ask.smashed_bytes + ask.label_bytes + ask.answer_bytes
+        for client in planned.clients.values()
+        for ask in client.asks
+    )
+    return asked + 2 * (scenario.client_ranks - 1) * planned.averaged_bytes

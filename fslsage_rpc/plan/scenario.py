@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from fslsage_rpc.algorithms import create
+from fslsage_rpc.algorithms.ledger import averaged_bytes, paper_bytes
+from fslsage_rpc.algorithms.rehearsal import ClientRehearsal, Rehearsal
 from fslsage_rpc.config import Config
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data.partitions import divided
 from fslsage_rpc.federation import Federation
+from fslsage_rpc.parties.requests import Align
 from fslsage_rpc.plan.wire import Connection
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import model_sizes
@@ -19,13 +22,15 @@ from fslsage_rpc.training.experiment import model_sizes
 class PlannedRound:
     """What one round has to do."""
 
-    participants: list[int]
+    clients: dict[int, ClientRehearsal]
+    """by participant"""
     samples: int
     """that the clients train on"""
-    aligned: dict[int, int]
-    """the samples in the alignment buffer of each client that is aligned"""
+    aligned: dict[int, list[int]]
+    """the samples in a participant's alignment buffer, at each of its alignments"""
     averaged_bytes: int
     """of the models that the clients average"""
+    paper_bytes: int
 
 
 class Scenario:
@@ -49,19 +54,25 @@ class Scenario:
         )
         self.algorithm = create(config.algorithm, self.federation)
         with torch.device("meta"):
-            self.sizes = model_sizes(task.build(), task.precision)
+            split = task.build()
+        self.sizes = model_sizes(split, task.precision)
+        self._rehearsal = Rehearsal(self.algorithm, task, split)
         self.sample_bytes = self.sizes.smashed + task.label_bytes
 
     def round(self, round: int) -> PlannedRound:
-        """What this round has to do."""
-        participants = self.federation.participants(round)
-        whole = self.sizes.server if self.algorithm.client_holds_whole_model else 0
-        auxiliary = self.sizes.auxiliary if self.algorithm.averages_auxiliary(round) else 0
+        """What this round has to do; not of an algorithm whose requests depend on values."""
+        course, clients = self._rehearsal.course(round), self._rehearsal.clients(round)
+        assert course is not None
         return PlannedRound(
-            participants=participants,
-            samples=sum(sum(self.federation.batch_sizes[client]) for client in participants),
-            aligned={c: self._buffered(c, round) for c in participants if self.algorithm.aligns(c, round)},
-            averaged_bytes=self.sizes.client + whole + auxiliary,
+            clients=clients,
+            samples=sum(sum(self.federation.batch_sizes[client]) for client in clients),
+            aligned={
+                client: self._rehearsal.aligned(client, round)
+                for client, rehearsed in clients.items()
+                if any(ask.kind == Align.kind for ask in rehearsed.asks)
+            },
+            averaged_bytes=averaged_bytes(self.algorithm, course, self.sizes),
+            paper_bytes=paper_bytes(self.algorithm, course, self.sizes),
         )
 
     def averaging_seconds(self, bytes: int, rest: float) -> float:
@@ -87,14 +98,3 @@ class Scenario:
         """That of the client ranks before averaging, and the last one of all ranks."""
         hops = sum(math.ceil(math.log2(ranks)) for ranks in (self.client_ranks, self.client_ranks + 1))
         return hops * self.link.round_trip_seconds
-
-    def _buffered(self, client: int, round: int) -> int:
-        """What the alignment buffer holds at a client's first step of a round, its first upload included."""
-        sizes = self.federation.batch_sizes[client]
-        uploaded = sum(sizes[:: self.config.algorithm.upload_every])
-        size, buffered = self.config.algorithm.alignment.buffer_size, sizes[0]
-        for past in reversed(range(round)):
-            if buffered >= size:
-                break
-            buffered += uploaded if client in self.federation.participants(past) else 0
-        return min(buffered, size)

@@ -1,6 +1,7 @@
 """Builds the server and the clients of an experiment on the ranks that host them."""
 
 import warnings
+from functools import partial
 
 from torch import nn
 
@@ -133,17 +134,15 @@ def build_clients(
             model=model,
             optimizer=ScheduledOptimizer(config.optimizer.client, trainable(model)),
             auxiliary=auxiliary,
-            auxiliary_optimizer=(
-                ScheduledOptimizer(config.optimizer.auxiliary, trainable(auxiliary))
-                if auxiliary is not None and (kind == "trained" or experiment.algorithm.warms_up(0))
-                else None
-            ),
+            make_auxiliary_optimizer=partial(ScheduledOptimizer, config.optimizer.auxiliary),
             data=task.batches(samples, config.clients.batch_size, world.device),
             keys=keys,
             timeline=timeline,
             graphs=uses_graphs(experiment, world),
             loss=task.loss,
         )
+        if kind == "trained":
+            client.own_auxiliary()
         if saved is not None:
             client.load_state(saved.clients[id])
         else:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fslsage_rpc.algorithms import Algorithm, create, find
-from fslsage_rpc.algorithms.base import Sizes
+from fslsage_rpc.algorithms.ledger import Sizes
+from fslsage_rpc.algorithms.rehearsal import Rehearsal
 from fslsage_rpc.comm.memory import physical_memory
 from fslsage_rpc.comm.placement import CPU_CHANNELS, lacking
 from fslsage_rpc.comm.world import choose_device, has_channel, interfaces, nccl_available, rpc_available
@@ -43,7 +44,11 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.transport == "rpc":
         _check_ranks(config, ranks)
-    find(config.algorithm.name)
+    name, order = config.algorithm.name, config.server.order
+    if find(name).requests_depend_on_values and order != "arrival":
+        raise InputError(
+            f"server.order: got {order!r}, expected arrival: the requests of {name} depend on values"
+        )
     task = open_task(config)
     clients = config.clients
     if clients.minimum > clients.count:
@@ -132,6 +137,7 @@ class Experiment:
     partition_summary: list[dict[str, Any]]
     federation: Federation
     algorithm: Algorithm
+    rehearsal: Rehearsal
     split: SplitModel
     warnings: list[str] = field(default_factory=list)
     """one line each, for the screen"""
@@ -157,12 +163,14 @@ class Experiment:
         )
         split = task.build()
         algorithm = create(config.algorithm, federation)
+        rehearsal = Rehearsal(create(config.algorithm, federation), task, split)
         _check_memory_format(task, split, algorithm)
         if algorithm.auxiliary == "aligned":
             _check_alignment_derivatives(task, split)
         used = (split.client, split.server, *([] if algorithm.auxiliary == "none" else [split.auxiliary]))
         if any(map(has_batch_norm, used)):
-            _check_alignment_batches(config, federation, algorithm)
+            if algorithm.auxiliary == "aligned" and not algorithm.requests_depend_on_values:
+                _check_alignment_batches(config, federation, rehearsal)
             alone = [client for client, sizes in enumerate(federation.batch_sizes) if 1 in sizes]
             if alone:
                 raise InputError(
@@ -178,6 +186,7 @@ class Experiment:
             partition_summary=partitions.summary(parts, train.labels.numpy(), task.groups),
             federation=federation,
             algorithm=algorithm,
+            rehearsal=rehearsal,
             split=split,
             warnings=[*_check_draws(task, split, algorithm), *_check_outputs(task, split, train)],
         )
@@ -298,26 +307,26 @@ def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:
         ) from None
 
 
-def _check_alignment_batches(config: Config, federation: Federation, algorithm: Algorithm) -> None:
+def _check_alignment_batches(config: Config, federation: Federation, rehearsal: Rehearsal) -> None:
     """BatchNorm cannot normalise one sample, so no alignment may leave one over."""
-    if algorithm.auxiliary != "aligned" or config.algorithm.align_every is None:
-        return
     keys = config.algorithm.alignment
     may_be_absent = config.clients.on_loss == "drop"  # and align when they are back, in whatever round
-    for client, sizes in enumerate(federation.batch_sizes):
-        uploaded = sum(sizes[:: config.algorithm.upload_every])
-        earlier = 0  # rounds that it took part in before; then its first upload
+    for client in range(len(federation.samples)):
+        earlier = first = 0  # samples uploaded in the rounds before; in an aligning round before it aligns
         for round in range(config.rounds):
             if not may_be_absent and client not in federation.participants(round):
                 continue
-            samples = min(earlier * uploaded + sizes[0], keys.buffer_size)
-            earlier += 1
-            if not may_be_absent and not algorithm.aligns(client, round):
-                continue
-            if samples % keys.batch_size == 1:
-                raise InputError(
-                    f"algorithm.alignment.batch_size: got {keys.batch_size}, expected one that leaves no "
-                    f"batch of 1 to {config.model.name}'s BatchNorm: client {client} aligns on {samples}"
-                )
-            if samples == keys.buffer_size:
+            rehearsed = rehearsal.client(client, round)
+            aligned = rehearsed.aligned(earlier, keys.buffer_size)
+            if may_be_absent:
+                first = min(rehearsed.aligned(0, keys.buffer_size), default=first)
+                aligned = [min(earlier + first, keys.buffer_size)] if first else []
+            for samples in aligned:
+                if samples % keys.batch_size == 1:
+                    raise InputError(
+                        f"algorithm.alignment.batch_size: got {keys.batch_size}, expected one that leaves no "
+                        f"batch of 1 to {config.model.name}'s BatchNorm: client {client} aligns on {samples}"
+                    )
+            if keys.buffer_size in aligned:
                 break
+            earlier += rehearsed.uploaded

@@ -29,7 +29,8 @@ class StateSizes:
         self._sample = sizes.smashed + experiment.task.label_bytes
         self.model = module_bytes(experiment.client_model())
         self.auxiliary = 0 if kind == "none" else sizes.auxiliary
-        self.clients_train_auxiliary = kind == "trained" or algorithm.warms_up(0)
+        course = experiment.rehearsal.course(0)
+        self.clients_train_auxiliary = course.trains_auxiliary if course else kind != "none"
         self.fits = clients if kind == "aligned" else 0
         self.lanes = 0 if algorithm.client_holds_whole_model else 1
         if algorithm.server_replicas:
@@ -55,10 +56,10 @@ class StateSizes:
         return sum(map(self.buffered, range(self.fits))) * self._sample
 
     def buffered(self, client: int) -> int:
-        """Samples of a client in its alignment buffer at the most."""
-        sizes = self._experiment.federation.batch_sizes[client]
-        uploaded = self._config.rounds * sum(sizes[:: self._config.algorithm.upload_every])
-        return min(uploaded, self._config.algorithm.alignment.buffer_size)
+        """Samples of a client in its alignment buffer at the most: at the end."""
+        if self._experiment.algorithm.requests_depend_on_values:
+            return self._config.algorithm.alignment.buffer_size
+        return self._experiment.rehearsal.buffered(client, self._config.rounds)
 
     def of_clients(self, clients: Sequence[int]) -> int:
         """The part of a rank that hosts these: models that averaging has made equal are kept once."""

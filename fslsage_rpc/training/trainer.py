@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fslsage_rpc.algorithms.client_round import client_round
+from fslsage_rpc.algorithms.ledger import averages_auxiliary, hands_auxiliary_over, paper_bytes
+from fslsage_rpc.algorithms.rehearsal import Course
 from fslsage_rpc.comm.averaging import federated_average
 from fslsage_rpc.comm.ledger import WireLedger
 from fslsage_rpc.comm.link import ServerLink
@@ -19,6 +22,7 @@ from fslsage_rpc.measure.requests import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
 from fslsage_rpc.models.flat import check_shares
+from fslsage_rpc.parties.requests import Ask
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.tasks import Batches, Score
@@ -44,6 +48,7 @@ class Trainer:
         server: the server, on the rank that hosts it; else None.
         clients: the clients that this rank hosts, by id.
         recorder: on the server's rank, the lines of the rounds so far.
+        course: of the last round.
         trace: on the server's rank, where the configuration asks for one.
         diverged: on all ranks, the round (from 1) of the divergence by which `stop.diverged` has ended the
             training; else None.
@@ -58,6 +63,7 @@ class Trainer:
     ):
         self.experiment = experiment
         self.world = world
+        self._paper_bytes_total: int = world.broadcast(lines[-1]["paper_bytes_total"] if lines else 0)
         self.recorder = RoundRecorder(experiment.task.metrics, experiment.algorithm.train_loss_of())
         self.diverged: int | None = None
         self._first_round = saved.rounds if saved else 0
@@ -66,9 +72,6 @@ class Trainer:
         self._config = experiment.config
         self._algorithm = experiment.algorithm
         self._sizes = experiment.sizes()
-        self._paper_bytes_total = sum(
-            self._algorithm.paper_bytes(self._sizes, round) for round in range(self._first_round)
-        )
         self._tracer = Tracer() if experiment.config.trace else None
         self._timeline = Timeline("rank", self._tracer, world.device)
         self._ledger = WireLedger()
@@ -152,16 +155,18 @@ class Trainer:
         self._progress.round = round
         federation, algorithm = self.experiment.federation, self._algorithm
         shares = federation.shares(round)
-        averages_auxiliary = algorithm.averages_auxiliary(round)
+        course = self.experiment.rehearsal.course(round)
         depth_first = self._config.server.order == "client_major"
-        warms_up = algorithm.warms_up(round)
         if self.server:
-            self.server.measure_drift = self._config.algorithm.measure_drift and not warms_up
+            estimated = course is None or not course.trains_auxiliary
+            self.server.measure_drift = self._config.algorithm.measure_drift and estimated
         order = federation.participants(round) if depth_first else algorithm.ranking(round)
         mine = [client for client in order if client in self.clients]
         if self._link:
-            plans = {client: algorithm.request_steps(client, round) for client in mine}
-            self._link.announce(round, plans, algorithm.ranking(round))
+            self._link.announce(
+                round, {id: course and course.steps(id) for id in mine}, algorithm.ranking(round)
+            )
+        made: dict[int, list[Ask]] = {client: [] for client in mine}
         self.world.barrier()
         cores = CoreTimes.now()
         started, cpu_started = clock(), cpu_clock()
@@ -174,18 +179,28 @@ class Trainer:
                 device=self.world.device,
                 staged=self._link.staged,
             )
-            scheduler.run({client: algorithm.client_round(self.clients[client], round) for client in mine})
+            scheduler.run(
+                {
+                    id: client_round(algorithm, self.clients[id], round, course and course.asks[id], made[id])
+                    for id in mine
+                }
+            )
+        if self.server:
+            self.server.wait()
+        self.course = course or self._exchanged(made)
+        averages = averages_auxiliary(algorithm, self.course)
+        hands_over = hands_auxiliary_over(algorithm, self.course)
+        if self._link:
             with self._timeline.phase("drain_wait"):
                 synchronise(self.world.device)  # no CUDA call may be in flight when NCCL begins
                 self.world.client_barrier()
             with self._timeline.phase("averaging"):
-                self._average_clients(shares, averages_auxiliary)
-                if warms_up:
+                self._average_clients(shares, averages)
+                if hands_over:
                     self._hand_auxiliary_over(self._link)
                 synchronise(self.world.device)
         if self.server:
-            self.server.wait()
-            self.server.average(shares, averages_auxiliary and not warms_up)
+            self.server.average(shares, averages and not hands_over)
             self.server.end_round()
         for client in self.clients.values():
             client.end_round()
@@ -222,8 +237,8 @@ class Trainer:
         Returns:
             Was it the last one? If not, has a rank been asked to stop after it?
         """
-        paper_bytes = self._algorithm.paper_bytes(self._sizes, round)
-        self._paper_bytes_total += paper_bytes
+        paid = paper_bytes(self._algorithm, self.course, self._sizes)
+        self._paper_bytes_total += paid
         last = round == self._config.rounds - 1 or self._paper_limit_reached()
         evaluated = evaluate or last or (round + 1) % self._config.evaluation.every == 0
         ended = clock()
@@ -262,7 +277,7 @@ class Trainer:
                 server=server,
                 score=score,
                 evaluation_seconds=clock() - ended if evaluated else 0.0,
-                paper_bytes=paper_bytes,
+                paper_bytes=paid,
                 participants=self.experiment.federation.participants(round),
                 finite=all(finites) and self.server.finite(),
             )
@@ -284,6 +299,14 @@ class Trainer:
         places = self.world.gather((" and ".join(hosts), offset))
         return TraceFile(*zip(*places, strict=True)) if places else None
 
+    def _exchanged(self, made: dict[int, list[Ask]]) -> Course:
+        """Collective: the course of the round that has just ended, from what the ranks' clients have asked."""
+        trained = any(client.owns_auxiliary for client in self.clients.values())
+        with self._timeline.phase("drain_wait"):
+            parts = self.world.gather(Course(made, trained))
+            course: Course = self.world.broadcast(parts and Course.joined(parts))
+        return course
+
     def _average_clients(self, shares: dict[int, float], auxiliary: bool) -> None:
         """Give every client of this rank, absent ones too, the weighted mean over all participants of all
         ranks.
@@ -298,7 +321,7 @@ class Trainer:
                 model.load(mean)
 
     def _hand_auxiliary_over(self, link: ServerLink) -> None:
-        """After the warm start: the server goes on from the averaged auxiliary model."""
+        """The server goes on from the average of the auxiliary models that the clients have trained."""
         for client in self.clients.values():
             client.freeze_auxiliary()
         if self.world.client_rank == 0:

@@ -1,0 +1,92 @@
+"""One client's round: its local steps by `client_step`, and what they ask of the server, watched."""
+
+from collections.abc import Callable, Sequence
+from types import GeneratorType
+
+from fslsage_rpc.algorithms.base import Algorithm
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import Align, Ask, ClientRound, ClientStep, End, Exchange, Push, Turn
+
+MAY_YIELD = (Push, Exchange, Align)
+
+
+def client_round(
+    algorithm: Algorithm, client: Client, round: int, rehearsed: Sequence[Ask] | None, made: list[Ask]
+) -> ClientRound:
+    """The round of one participating client, starting from the averaged client model.
+
+    Between two steps it holds neither a batch nor activations.
+
+    Args:
+        rehearsed: what the client has announced to ask; None: it announces its end instead.
+        made: gets what it asks.
+
+    Raises:
+        InputError: a step of an algorithm of the user's own asks anything else than it announced.
+    """
+    batches = client.batches(round)
+    asking = None if rehearsed is None else {ask.step for ask in rehearsed}
+
+    def notice(ask: Ask) -> None:
+        expected = None if rehearsed is None or len(made) == len(rehearsed) else rehearsed[len(made)]
+        if rehearsed is not None and ask != expected:
+            raise _departure(algorithm, ask.step, ask, expected)
+        made.append(ask)
+
+    for step in range(algorithm.federation.steps(client.id)):
+        if asking is None or step in asking:
+            yield Turn(step)
+        requests = algorithm.client_step(client, round, step, *next(batches))
+        yield from watched(algorithm, client, requests, step, notice)
+        if rehearsed is not None and len(made) < len(rehearsed) and rehearsed[len(made)].step == step:
+            raise _departure(algorithm, step, None, rehearsed[len(made)])
+    if rehearsed is None:
+        yield End()
+
+
+def watched(
+    algorithm: Algorithm, client: Client, requests: ClientStep, step: int, notice: Callable[[Ask], None]
+) -> ClientStep:
+    """The requests of a local step; each is shown to `notice` before it goes out.
+
+    Raises:
+        InputError: they are none.
+    """
+    if not isinstance(requests, GeneratorType):
+        raise refusal(algorithm, f"returns {type(requests).__name__}, expected it to yield its requests")
+    answer = None
+    while True:
+        try:
+            body = requests.send(answer)
+        except StopIteration:
+            return
+        if not isinstance(body, MAY_YIELD):
+            raise refusal(algorithm, f"yields {type(body).__name__}, expected Push, Exchange or Align")
+        if algorithm.client_holds_whole_model:
+            raise refusal(
+                algorithm, f"yields {type(body).__name__}, expected nothing: there is no server model"
+            )
+        if isinstance(body, Align):
+            if algorithm.auxiliary != "aligned":
+                raise refusal(algorithm, f"yields Align, where auxiliary is {algorithm.auxiliary!r}")
+            notice(Ask(step, body.kind, answer_bytes=client.auxiliary_weights.bytes))
+        else:
+            down = body.z.nbytes if isinstance(body, Exchange) else 0
+            notice(Ask(step, body.kind, len(body.y), body.z.nbytes, body.y.nbytes, down))
+        answer = yield body
+
+
+def refusal(algorithm: Algorithm, wrong: str) -> InputError:
+    """The user's own `client_step` is not what it should be."""
+    return InputError(f"algorithm.name: got {algorithm.keys.name!r}, whose client_step {wrong}")
+
+
+def _departure(algorithm: Algorithm, step: int, made: Ask | None, rehearsed: Ask | None) -> InputError:
+    """The server would wait in vain, or for something else."""
+    got, expected = (str(ask) if ask and ask.step == step else "nothing" for ask in (made, rehearsed))
+    return refusal(
+        algorithm,
+        f"asks at local step {step}: {got}, expected {expected} as in its rehearsal; if that depends on "
+        "values, it may say requests_depend_on_values = True",
+    )

@@ -1,0 +1,266 @@
+"""A round read off `client_step` before it is trained: what each client asks of the server, and when.
+
+The generator is run on a stand-in for the client and on tensors of the meta device, which have shapes and no
+numbers. From what it yields follow the announced requests, the paper ledger, the fill of alignment buffers,
+the lower bound of a round and the work that `plan` simulates.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fslsage_rpc.algorithms.base import Algorithm
+from fslsage_rpc.algorithms.client_round import MAY_YIELD, refusal, watched
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.models.flat import Weights, sorted_weights
+from fslsage_rpc.models.splitting import SplitModel
+from fslsage_rpc.own import first_line
+from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import Align, Ask, Exchange, Push
+from fslsage_rpc.tasks import Task
+
+META = torch.device("meta")
+
+
+class StandIn:
+    """Stands for a `Client`: what algorithms use of one, without numbers.
+
+    Args:
+        smashed: smashed data of so many samples.
+
+    Attributes:
+        events: the methods called in a local step, by name, and what it asks, in order.
+    """
+
+    def __init__(
+        self, id: int, smashed: Callable[[int], Tensor], weights: Weights, auxiliary_weights: Weights | None
+    ):
+        self.id = id
+        self.weights = weights
+        self.events: list[str | Ask] = []
+        self._smashed = smashed
+        self._auxiliary_weights = auxiliary_weights
+
+    @property
+    def auxiliary_weights(self) -> Weights:
+        """See `Client.auxiliary_weights`."""
+        if self._auxiliary_weights is None:
+            raise AttributeError("there is no auxiliary model, as auxiliary is 'none'")
+        return self._auxiliary_weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Client.forward`."""
+        self.events.append("forward")
+        return self._smashed(len(x))
+
+    def estimate(self, z: Tensor, y: Tensor) -> Tensor:
+        """See `Client.estimate`."""
+        assert self.auxiliary_weights
+        self.events.append("estimate")
+        return z
+
+    def train_auxiliary(self, z: Tensor, y: Tensor) -> Tensor:
+        """See `Client.train_auxiliary`."""
+        assert self.auxiliary_weights
+        self.events.append("train_auxiliary")
+        return z
+
+    def train_whole_model(self, x: Tensor, y: Tensor) -> None:
+        """See `Client.train_whole_model`."""
+        self.events.append("train_whole_model")
+
+    def backward(self, z: Tensor, gradient: Tensor) -> None:
+        """See `Client.backward`."""
+        self.events.append("backward")
+
+
+@dataclass(frozen=True)
+class ClientRehearsal:
+    """One client's round: for each local step the client's methods that it calls, and what it asks, in
+    order.
+    """
+
+    steps: Sequence[Sequence[str | Ask]]
+
+    @cached_property
+    def asks(self) -> list[Ask]:
+        """All requests, in order."""
+        return [event for events in self.steps for event in events if isinstance(event, Ask)]
+
+    @property
+    def trains_auxiliary(self) -> bool:
+        """Does the client train its auxiliary model?"""
+        return any("train_auxiliary" in events for events in self.steps)
+
+    @property
+    def uploaded(self) -> int:
+        """The samples that go into the client's alignment buffer."""
+        return sum(ask.samples for ask in self.asks if ask.kind == Push.kind)
+
+    def aligned(self, buffered: int, size: int) -> list[int]:
+        """The samples in the client's alignment buffer at each of its alignments.
+
+        Args:
+            buffered: those at the beginning of the round, and `size` the most that it holds.
+        """
+        found = []
+        for ask in self.asks:
+            if ask.kind == Push.kind:
+                buffered = min(buffered + ask.samples, size)
+            elif ask.kind == Align.kind:
+                found.append(buffered)
+        return found
+
+
+@dataclass(frozen=True)
+class Course:
+    """The course of a round: what each participant asks of the server, and whether one trains its auxiliary
+    model. Rehearsed; or, where requests depend on values, as it was.
+    """
+
+    asks: dict[int, list[Ask]]
+    trains_auxiliary: bool
+
+    @classmethod
+    def joined(cls, parts: Sequence["Course"]) -> "Course":
+        """That of all participants, from those of some each."""
+        asks = {client: mine for part in parts for client, mine in part.asks.items()}
+        return cls(asks, any(part.trains_auxiliary for part in parts))
+
+    def steps(self, client: int) -> list[int]:
+        """The local steps at which a client makes requests: one entry for each."""
+        return [ask.step for ask in self.asks[client]]
+
+    @property
+    def aligns(self) -> bool:
+        """Is a client aligned?"""
+        return any(ask.kind == Align.kind for asks in self.asks.values() for ask in asks)
+
+
+class Rehearsal:
+    """Rehearses the rounds of an algorithm.
+
+    Args:
+        algorithm: an object of its own, so that what it remembers is not the training's.
+
+    Raises:
+        InputError: the first round of an algorithm of the user's own cannot be.
+    """
+
+    def __init__(self, algorithm: Algorithm, task: Task, split: SplitModel):
+        self._algorithm = algorithm
+        self._federation = algorithm.federation
+        self._buffer_size = algorithm.keys.alignment.buffer_size
+        self._formats = (
+            (task.sample_shape, task.precision.weights),
+            (task.label_shape, task.label_dtype),
+            (split.smashed_shape, task.precision.smashed),
+        )
+        self._weights = _without_numbers(
+            split.whole() if algorithm.client_holds_whole_model else split.client
+        )
+        self._auxiliary = None if algorithm.auxiliary == "none" else _without_numbers(split.auxiliary)
+        self._batches: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # x, y and z, by their samples
+        self._last: tuple[tuple[int, list[int]], dict[int, ClientRehearsal]] | None = None
+        self.course(0)
+
+    def course(self, round: int) -> Course | None:
+        """The course of a round; None where requests depend on values.
+
+        Raises:
+            InputError: `client_step` of an algorithm of the user's own fails, or asks what cannot be.
+        """
+        if self._algorithm.requests_depend_on_values:
+            return None
+        clients = self.clients(round)
+        return Course(
+            {client: rehearsed.asks for client, rehearsed in clients.items()},
+            any(rehearsed.trains_auxiliary for rehearsed in clients.values()),
+        )
+
+    def kinds(self, rounds: Iterable[int]) -> set[str]:
+        """The kinds of requests that there are in these rounds; all, where that depends on values."""
+        if self._algorithm.requests_depend_on_values:
+            return {body.kind for body in MAY_YIELD}
+        courses = (self.clients(round).values() for round in rounds)
+        return {ask.kind for clients in courses for client in clients for ask in client.asks}
+
+    def clients(self, round: int) -> dict[int, ClientRehearsal]:
+        """The round of each participant."""
+        participants = self._federation.participants(round)
+        if self._last is None or self._last[0] != (round, participants):
+            rehearsed = {client: self.client(client, round) for client in participants}
+            self._last = (round, participants), rehearsed
+        return self._last[1]
+
+    def client(self, client: int, round: int) -> ClientRehearsal:
+        """The round of a client, if it takes part."""
+        sizes = self._federation.batch_sizes[client]
+        stand_in = StandIn(client, lambda size: self._batch(size)[2], self._weights, self._auxiliary)
+        return ClientRehearsal([self._step(stand_in, round, k, size) for k, size in enumerate(sizes)])
+
+    def buffered(self, client: int, round: int) -> int:
+        """The samples in a client's alignment buffer at the beginning of a round."""
+        samples = 0
+        for past in reversed(range(round)):
+            if samples >= self._buffer_size:
+                break
+            if client in self._federation.participants(past):
+                samples += self.client(client, past).uploaded
+        return min(samples, self._buffer_size)
+
+    def aligned(self, client: int, round: int) -> list[int]:
+        """The samples in the client's alignment buffer at each of its alignments in a round."""
+        return self.client(client, round).aligned(self.buffered(client, round), self._buffer_size)
+
+    def _step(self, client: StandIn, round: int, step: int, samples: int) -> list[str | Ask]:
+        """What happens in a local step, in order."""
+        algorithm, (x, y, _) = self._algorithm, self._batch(samples)
+        client.events = []
+        as_client = cast(Client, client)
+        try:
+            requests = watched(
+                algorithm,
+                as_client,
+                algorithm.client_step(as_client, round, step, x, y),
+                step,
+                client.events.append,
+            )
+            answer: Tensor | Weights | None = None
+            while True:
+                body = requests.send(answer)
+                answer = body.z if isinstance(body, Exchange) else None
+                if isinstance(body, Align):
+                    answer = client.auxiliary_weights
+        except StopIteration:
+            return client.events
+        except InputError:
+            raise
+        except Exception as error:  # the user's class may raise anything
+            raise refusal(
+                algorithm,
+                f"fails in its rehearsal, on tensors without numbers ({first_line(error)}); one that asks by "
+                "values says requests_depend_on_values = True",
+            ) from None
+
+    def _batch(self, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and z of so many samples."""
+        if samples not in self._batches:
+            x, y, z = (
+                torch.empty(samples, *shape, dtype=dtype, device=META) for shape, dtype in self._formats
+            )
+            self._batches[samples] = x, y, z
+        return self._batches[samples]
+
+
+def _without_numbers(model: nn.Module) -> Weights:
+    """A model's `Weights` on the meta device."""
+    floats, integers = sorted_weights(model)
+    return Weights(
+        torch.empty(sum(map(torch.numel, floats)), dtype=floats[0].dtype if floats else None, device=META),
+        torch.empty(sum(map(torch.numel, integers)), dtype=torch.int64, device=META),
+    )
