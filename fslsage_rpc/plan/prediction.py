@@ -9,8 +9,8 @@ from fslsage_rpc.plan.costs import Costs
 from fslsage_rpc.plan.scenario import PlannedRound, Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 
-FORWARD_SHARE = 1 / 3
-"""of a client's step: a backward pass costs about two forward passes"""
+BEHIND_FORWARD = 2.0
+"""forward passes that the rest of a client's local step costs, which is mostly its backward pass"""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def client_steps(scenario: Scenario, costs: Costs, client: int, planned: Planned
         if any(isinstance(event, Ask) for event in events):
             steps.append(Step(compute, "turn", k))
             compute = 0.0
-        seconds = costs.client_per_sample * samples
         calls = [event for event in events if isinstance(event, str)]
+        seconds = costs.client_per_sample * samples / sum(_weight(call, calls) for call in calls)
         for event in events:
             if isinstance(event, str):
-                compute += seconds * _share(event, calls)
+                compute += seconds * _weight(event, calls)
                 continue
             server = (
                 costs.alignment(next(buffered))
@@ -89,15 +89,9 @@ def client_steps(scenario: Scenario, costs: Costs, client: int, planned: Planned
     return [*steps, Step(compute)]
 
 
-def _share(call: str, calls: Sequence[str]) -> float:
-    """The share of a local step's compute that one of its calls has."""
-    others = len(calls) - calls.count("forward")
-    forward = FORWARD_SHARE if others else 1.0
-    return (
-        forward / calls.count("forward")
-        if call == "forward"
-        else (1 - forward * ("forward" in calls)) / others
-    )
+def _weight(call: str, calls: Sequence[str]) -> float:
+    """How much of a local step's compute one of its calls has, in forward passes."""
+    return 1.0 if call == "forward" else BEHIND_FORWARD / (len(calls) - calls.count("forward"))
 
 
 def _wire_bytes(scenario: Scenario, planned: PlannedRound) -> float:

@@ -1,6 +1,6 @@
 """The round loop. Every rank runs the same lines; each does the part of the parties that it hosts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,9 +163,8 @@ class Trainer:
         order = federation.participants(round) if depth_first else algorithm.ranking(round)
         mine = [client for client in order if client in self.clients]
         if self._link:
-            self._link.announce(
-                round, {id: course and course.steps(id) for id in mine}, algorithm.ranking(round)
-            )
+            plans = {id: None if course is None else course.steps(id) for id in mine}
+            self._link.announce(round, plans, algorithm.ranking(round))
         made: dict[int, list[Ask]] = {client: [] for client in mine}
         self.world.barrier()
         cores = CoreTimes.now()
@@ -179,9 +178,10 @@ class Trainer:
                 device=self.world.device,
                 staged=self._link.staged,
             )
+            rehearsed: Mapping[int, list[Ask]] = {} if course is None else course.asks
             scheduler.run(
                 {
-                    id: client_round(algorithm, self.clients[id], round, course and course.asks[id], made[id])
+                    id: client_round(algorithm, self.clients[id], round, rehearsed.get(id), made[id])
                     for id in mine
                 }
             )
@@ -300,7 +300,7 @@ class Trainer:
         return TraceFile(*zip(*places, strict=True)) if places else None
 
     def _exchanged(self, made: dict[int, list[Ask]]) -> Course:
-        """Collective: the course of the round that has just ended, from what the ranks' clients have asked."""
+        """Collective: the course of the round that has ended, from what each rank's clients have asked."""
         trained = any(client.owns_auxiliary for client in self.clients.values())
         with self._timeline.phase("drain_wait"):
             parts = self.world.gather(Course(made, trained))
