@@ -64,9 +64,8 @@ def watched(
         if not isinstance(body, MAY_YIELD):
             raise refusal(algorithm, f"yields {type(body).__name__}, expected Push, Exchange or Align")
         if algorithm.client_holds_whole_model:
-            raise refusal(
-                algorithm, f"yields {type(body).__name__}, expected nothing: there is no server model"
-            )
+            wrong = f"yields {type(body).__name__}, where client_holds_whole_model leaves no server model"
+            raise refusal(algorithm, wrong)
         if isinstance(body, Align):
             if algorithm.auxiliary != "aligned":
                 raise refusal(algorithm, f"yields Align, where auxiliary is {algorithm.auxiliary!r}")
