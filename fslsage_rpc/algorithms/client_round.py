@@ -72,7 +72,7 @@ def watched(
             notice(Ask(step, body.kind, answer_bytes=client.auxiliary_weights.bytes))
         else:
             down = body.z.nbytes if isinstance(body, Exchange) else 0
-            notice(Ask(step, body.kind, len(body.y), body.z.nbytes, body.y.nbytes, down))
+            notice(Ask(step, body.kind, body.y.shape[0], body.z.nbytes, body.y.nbytes, down))
         answer = yield body
 
 

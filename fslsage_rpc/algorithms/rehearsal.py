@@ -55,7 +55,7 @@ class StandIn:
     def forward(self, x: Tensor) -> Tensor:
         """See `Client.forward`."""
         self.events.append("forward")
-        return self._smashed(len(x))
+        return self._smashed(x.shape[0])
 
     def estimate(self, z: Tensor, y: Tensor) -> Tensor:
         """See `Client.estimate`."""
