@@ -18,11 +18,11 @@ import time
 import torch
 from rank_job import overrides_on_ranks
 
-from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.comm.world import World, open_world
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import Align, Ask, Push
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.training.assembly import build_server
 from fslsage_rpc.training.experiment import Experiment
@@ -58,7 +58,7 @@ class Arithmetic:
     """What the clients of this rank, and the server for them, compute in a round, and nothing else."""
 
     def __init__(self, trainer: Trainer, world: World):
-        self._algorithm: Algorithm = trainer.experiment.algorithm
+        self._rehearsal = trainer.experiment.rehearsal
         self._clients = trainer.clients
         self._server: Server | None = (
             build_server(trainer.experiment, world, None, None) if self._clients else None
@@ -80,15 +80,17 @@ class Arithmetic:
     def _client_round(self, client: Client, round: int) -> None:
         assert self._server is not None
         lane, fit = self._server.lanes[client.id], self._server.fits.get(client.id)
-        for step, (x, y) in enumerate(self._batches[client.id]):
+        steps = self._rehearsal.clients(round)[client.id].steps
+        for (x, y), events in zip(self._batches[client.id], steps, strict=True):
+            asked = {event.kind for event in events if isinstance(event, Ask)}
             z = client.forward(x)
             if fit is None:
                 gradient = lane.train(z, y, gradient=True)
             else:
-                if step % self._algorithm.keys.upload_every == 0:
+                if Push.kind in asked:
                     lane.train(z, y, gradient=False)
                     fit.buffer.add(z.detach(), y)
-                if step == 0 and self._algorithm.aligns(client.id, round):
+                if Align.kind in asked:
                     client.auxiliary_weights.load(fit.fit(fit.targets(lane.model))[0])
                 gradient = client.estimate(z, y)
             assert gradient is not None

@@ -1,32 +1,33 @@
 """The paper ledger gives the published figures; the wire ledger adds up."""
 
+from typing import Any
+
 import pytest
 
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.algorithms.base import Sizes
 from fslsage_rpc.comm.ledger import WireLedger, ring_share
-from fslsage_rpc.config import AlgorithmKeys, Model
-from fslsage_rpc.federation import Federation
-from fslsage_rpc.models.flat import module_bytes
-from fslsage_rpc.models.splitting import build
+from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.critical_path import NO_LINK
+from fslsage_rpc.plan.scenario import Scenario
+from support.rank_program import train_locally
 
 ROUNDS = 10  # one alignment interval
+PAPER = {  # its CIFAR-10 setting
+    "clients": {"count": 10, "batch_size": 256},
+    "data": {"name": "cifar10", "partition": "iid"},
+    "model": {"name": "resnet18", "cut": "layer2"},
+}
 
 
-@pytest.fixture(scope="module")
-def sizes() -> Sizes:
-    import torch
-
-    split = build(Model(name="resnet18", cut="layer2"), 10, (3, 32, 32), 0, torch.float32)
-    models = (split.client, split.server, split.auxiliary)
-    return Sizes(*map(module_bytes, models), smashed=torch.Size(split.smashed_shape).numel() * 4)
+def scenario(name: str, **keys: Any) -> Scenario:
+    algorithm = {"name": name, "upload_every": 5, "align_every": 10, **keys}
+    return Scenario(from_tree({**PAPER, "algorithm": algorithm}), NO_LINK, client_ranks=1)
 
 
-def mean_paper_bytes(name: str, sizes: Sizes, **keys: object) -> float:
-    """Bytes per round of the paper's CIFAR-10 setting, without training anything."""
-    federation = Federation([5000] * 10, 1.0, batch_size=256, local_epochs=1, seed=0)
-    algorithm = ALGORITHMS[name](AlgorithmKeys(name=name, upload_every=5, align_every=10, **keys), federation)  # type: ignore[arg-type]
-    return sum(algorithm.paper_bytes(sizes, round) for round in range(ROUNDS)) / ROUNDS
+def mean_paper_bytes(name: str, **keys: Any) -> float:
+    """Bytes per round of the paper's setting, without training anything."""
+    planned = scenario(name, **keys)
+    return sum(planned.round(round).paper_bytes for round in range(ROUNDS)) / ROUNDS
 
 
 @pytest.mark.parametrize(
@@ -39,17 +40,85 @@ def mean_paper_bytes(name: str, sizes: Sizes, **keys: object) -> float:
         ("fsl_sage", 147_106_448),
     ],
 )
-def test_paper_ledger_check_values(name: str, expected: int, sizes: Sizes) -> None:
-    assert mean_paper_bytes(name, sizes, average_auxiliary="never") == expected
+def test_paper_ledger_check_values(name: str, expected: int) -> None:
+    assert mean_paper_bytes(name, average_auxiliary="never") == expected
 
 
-def test_averaging_the_auxiliary_models_is_in_the_paper_ledger(sizes: Sizes) -> None:
+def test_averaging_the_auxiliary_models_is_in_the_paper_ledger() -> None:
     never, alignment, every_round = (
-        mean_paper_bytes("fsl_sage", sizes, average_auxiliary=when)
-        for when in ("never", "alignment", "round")
+        mean_paper_bytes("fsl_sage", average_auxiliary=when) for when in ("never", "alignment", "round")
     )
-    assert alignment - never == 10 * 2 * sizes.auxiliary / ROUNDS  # 10 clients, once per interval
-    assert every_round - never == 10 * 2 * sizes.auxiliary
+    auxiliary = scenario("fsl_sage").sizes.auxiliary
+    assert alignment - never == 10 * 2 * auxiliary / ROUNDS  # 10 clients, once per interval
+    assert every_round - never == 10 * 2 * auxiliary
+
+
+def by_the_rule(planned: Scenario, round: int) -> int:
+    """ALGORITHM.md's words, worked out by hand for each algorithm."""
+    keys, sizes = planned.config.algorithm, planned.sizes
+    participants = planned.federation.participants(round)
+    m, batches = len(participants), [planned.federation.batch_sizes[client] for client in participants]
+    every, uploaded = sum(map(sum, batches)), sum(sum(each[:: keys.upload_every]) for each in batches)
+    match keys.name:
+        case "fedavg":
+            return 2 * (sizes.client + sizes.server) * m
+        case "splitfed_v1" | "splitfed_v2":
+            return 2 * sizes.client * m + 2 * sizes.smashed * every
+        case "cse_fsl":
+            return 2 * (sizes.client + sizes.auxiliary) * m + sizes.smashed * uploaded
+    if keys.warm_start and round == 0:
+        return 2 * (sizes.client + sizes.auxiliary) * m + sizes.smashed * uploaded
+    aligned = sum(aligns(planned, client, round) for client in participants)
+    averaged = keys.average_auxiliary == "round" or (keys.average_auxiliary == "alignment" and aligned > 0)
+    auxiliary = sizes.auxiliary * (aligned + 2 * m * averaged)
+    return 2 * sizes.client * m + auxiliary + sizes.smashed * uploaded
+
+
+def aligns(planned: Scenario, client: int, round: int) -> bool:
+    """In the first of the rounds from the last due one on in which the client takes part."""
+    first, every = int(planned.config.algorithm.warm_start), planned.config.algorithm.align_every
+    if every is None or round < first:
+        return False
+    due = first + (round - first) // every * every
+    return not any(client in planned.federation.participants(past) for past in range(due, round))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("participation", [0.4, 1.0])
+@pytest.mark.parametrize("when", ["never", "alignment", "round"])
+@pytest.mark.parametrize(("every", "warm_start"), [(3, False), (1, True), (4, True), (None, False)])
+def test_the_ledger_follows_the_rule(
+    name: str, participation: float, when: str, every: int | None, warm_start: bool
+) -> None:
+    tree = {
+        "clients": {"count": 5, "participation": participation, "batch_size": 20, "local_epochs": 2},
+        "data": {"train_limit": 330},
+        "algorithm": {
+            "name": name,
+            "upload_every": 2,
+            "align_every": every,
+            "average_auxiliary": when,
+            "warm_start": warm_start,
+        },
+    }
+    planned = Scenario(from_tree(tree), NO_LINK, client_ranks=1)
+    for round in range(9):
+        assert planned.round(round).paper_bytes == by_the_rule(planned, round)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_both_ledgers_count_the_same_requests(name: str) -> None:
+    tree: dict[str, Any] = {
+        "rounds": 3,
+        "device": "cpu",
+        "clients": {"count": 3, "batch_size": 16},
+        "data": {"train_limit": 150, "test_limit": 20},
+        "algorithm": {"name": name, "upload_every": 2, "align_every": 2, "alignment": {"epochs": 1}},
+    }
+    planned = Scenario(from_tree({**tree, "data": {**tree["data"], "partition": "iid"}}), NO_LINK, 1)
+    for round, line in enumerate(train_locally(tree).lines):
+        wire = sum(line["wire_bytes"][kind] for kind in ("smashed_up", "gradient_down", "auxiliary_down"))
+        assert line["paper_bytes"] == wire + 2 * 3 * planned.round(round).averaged_bytes
 
 
 def test_ring_shares_add_up_to_what_a_ring_moves() -> None:
@@ -69,19 +138,20 @@ def test_wire_ledger_counts_by_kind_and_client_and_starts_again() -> None:
 
 
 def test_absent_clients_align_at_their_first_round_back() -> None:
-    federation = Federation([10] * 6, 0.5, batch_size=5, local_epochs=1, seed=3)
-    algorithm = ALGORITHMS["fsl_sage"](AlgorithmKeys(align_every=4), federation)
+    keys = {"clients": {"count": 6, "participation": 0.5}, "algorithm": {"align_every": 4}, "seed": 3}
+    planned = Scenario(from_tree(keys), NO_LINK, client_ranks=1)
     for client in range(6):
         for interval in range(0, 40, 4):
-            present = [r for r in range(interval, interval + 4) if client in federation.participants(r)]
-            aligned = [r for r in present if algorithm.aligns(client, r)]
+            rounds = range(interval, interval + 4)
+            present = [r for r in rounds if client in planned.federation.participants(r)]
+            aligned = [r for r in present if client in planned.round(r).aligned]
             assert aligned == present[:1]
             for round in present:
-                steps = algorithm.request_steps(client, round)
-                assert steps == ([0, 0] if round in aligned else [0])
+                kinds = [ask.kind for ask in planned.round(round).clients[client].asks]
+                assert kinds == (["push", "align"] if round in aligned else ["push"])
 
 
 def test_alignment_never_means_never() -> None:
-    federation = Federation([10] * 2, 1.0, batch_size=5, local_epochs=1, seed=0)
-    algorithm = ALGORITHMS["fsl_sage"](AlgorithmKeys(align_every=None), federation)
-    assert not any(algorithm.aligns(0, r) or algorithm.averages_auxiliary(r) for r in range(20))
+    planned = Scenario(from_tree({"algorithm": {"align_every": None}}), NO_LINK, client_ranks=1)
+    never = planned.sizes.client
+    assert not any(planned.round(r).aligned or planned.round(r).averaged_bytes > never for r in range(20))

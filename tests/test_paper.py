@@ -5,14 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.algorithms.base import Sizes
 from fslsage_rpc.configuration import changed_keys, from_tree, load, to_tree
-from fslsage_rpc.federation import Federation
-from fslsage_rpc.models.flat import module_bytes
-from fslsage_rpc.models.splitting import build
 
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
 MODELS = {
@@ -96,11 +91,5 @@ def _over(below: Any, above: Any) -> Any:
     ],
 )
 def test_the_files_have_the_papers_communication_load(algorithm: str, expected: int) -> None:
-    config = load(FILES[f"cifar10_resnet18_{algorithm}_iid"])
-    split = build(config.model, 10, (3, 32, 32), 0, torch.float32)
-    models = (split.client, split.server, split.auxiliary)
-    sizes = Sizes(*map(module_bytes, models), smashed=torch.Size(split.smashed_shape).numel() * 4)
-    clients = config.clients
-    federation = Federation([5000] * 10, clients.participation, clients.batch_size, clients.local_epochs, 0)
-    pages = ALGORITHMS[algorithm](config.algorithm, federation)
-    assert sum(pages.paper_bytes(sizes, round) for round in range(10)) / 10 == expected
+    planned = Scenario(load(FILES[f"cifar10_resnet18_{algorithm}_iid"]), NO_LINK, client_ranks=1)
+    assert sum(planned.round(round).paper_bytes for round in range(10)) / 10 == expected

@@ -53,11 +53,12 @@ def test_then_alignment_and_its_interval_begin() -> None:
 def test_a_client_that_was_absent_in_the_warm_start_aligns_when_it_first_takes_part() -> None:
     keys = tree("fsl_sage", 8, warm_start=True)
     keys["clients"]["participation"] = 0.3
-    algorithm = Experiment.prepare(from_tree(keys)).algorithm
+    experiment = Experiment.prepare(from_tree(keys))
     seen: set[int] = set()
     for round in range(1, 8):
         if round % 2:
             seen = set()
-        for client in algorithm.federation.participants(round):
-            assert algorithm.aligns(client, round) == (client not in seen)
+        for client in experiment.federation.participants(round):
+            aligned = experiment.rehearsal.aligned(client, round)
+            assert len(aligned) == (client not in seen)
             seen.add(client)
