@@ -1,8 +1,8 @@
 """What a client may ask of the server, and the envelope it travels in."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class Push(SmashedData):
 
     kind: ClassVar[str] = "push"
     waits_as: ClassVar[str] = "upload_wait"
+    blocks: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Exchange(SmashedData):
 
     kind: ClassVar[str] = "exchange"
     waits_as: ClassVar[str] = "gradient_wait"
+    blocks: ClassVar[bool] = True
+    fits: ClassVar[bool] = False
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Align:
 
     kind: ClassVar[str] = "align"
     waits_as: ClassVar[str] = "alignment_wait"
+    blocks: ClassVar[bool] = True
+    fits: ClassVar[bool] = True
 
     def to(self, device: torch.device) -> Self:
         """There is nothing to move."""
@@ -59,6 +65,23 @@ class Align:
 
 
 Body = Push | Exchange | Align
+
+KINDS: Mapping[str, type[Body]] = {body.kind: body for body in (Push, Exchange, Align)}
+"""requests by the name of their kind; each takes its turn in its lane's order
+
+A client waits for the answer to one that `blocks`. One that `fits` is executed beside its lane, from its turn
+on.
+"""
+
+
+class Ask(NamedTuple):
+    """A request that a client makes in its round."""
+
+    step: int
+    """the local step, from 0"""
+    kind: str
+    at_once: bool = False
+    """the client computes nothing between the request before it, of the same step, and this one"""
 
 
 @dataclass
