@@ -34,11 +34,11 @@ def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction
 
 
 def _seconds(scenario: Scenario, costs: Costs, server_workers: int, round: int) -> float:
-    """The simulated round; clients average when they have ended, whatever the server has still to do."""
-    clients_ended, server_ended = simulation_of(scenario, costs, server_workers, round).run()
+    """The simulated round; clients average once they have ended and all requests are answered."""
+    ended, _ = simulation_of(scenario, costs, server_workers, round).run()
     averaged = scenario.round(round).averaged_bytes
-    averaging = costs.averaging + scenario.averaging_seconds(averaged, rest=clients_ended)
-    return max(clients_ended + averaging, server_ended) + scenario.barrier_seconds()
+    averaging = costs.averaging + scenario.averaging_seconds(averaged, rest=ended)
+    return ended + averaging + scenario.barrier_seconds()
 
 
 def simulation_of(scenario: Scenario, costs: Costs, server_workers: int, round: int) -> RoundSimulation:
