@@ -11,7 +11,6 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fslsage_rpc.config import AlgorithmKeys
-from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.client import Client
@@ -33,8 +32,8 @@ class Sizes:
 class Algorithm(ABC):
     """One federated (split) learning algorithm.
 
-    A subclass is a page: its paper, a client's local step, the steps that make requests, its line of the
-    paper ledger, and its critical path.
+    A subclass is a page: its paper, a client's local step, the steps that make requests, and its line of the
+    paper ledger.
     """
 
     name: ClassVar[str]
@@ -68,10 +67,6 @@ class Algorithm(ABC):
     @abstractmethod
     def paper_bytes(self, sizes: Sizes, round: int) -> int:
         """The paper ledger's bytes of one round, all participants together."""
-
-    @abstractmethod
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """The lower bound of a round: the longest of the chains that the algorithm's dependencies make."""
 
     def client_round(self, client: Client, round: int) -> ClientRound:
         """The round of one participating client, starting from the averaged client model.

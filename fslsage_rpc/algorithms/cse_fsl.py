@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
-from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep, Push
 
@@ -36,16 +35,3 @@ class CseFsl(Algorithm):
         sizes_of = self.federation.batch_sizes
         uploaded = sum(sum(sizes_of[client][:: self.keys.upload_every]) for client in participants)
         return 2 * (sizes.client + sizes.auxiliary) * len(participants) + sizes.smashed * uploaded
-
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """Clients never wait: the longest of
-
-        - the busiest rank's compute, then averaging;
-        - the first upload's arrival, then the one lane's steps for all uploads;
-        - the busiest link's bytes.
-        """
-        return max(
-            pieces.busiest_rank() + pieces.averaging_seconds,
-            pieces.first_arrival() + pieces.server_seconds(),
-            pieces.busiest_link(),
-        )

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
-from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep
 
@@ -24,7 +23,3 @@ class FedAvg(Algorithm):
     def paper_bytes(self, sizes: Sizes, round: int) -> int:
         """2 (|C| + |S|)."""
         return 2 * (sizes.client + sizes.server) * len(self.federation.participants(round))
-
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """The busiest rank's compute, then averaging."""
-        return pieces.busiest_rank() + pieces.averaging_seconds

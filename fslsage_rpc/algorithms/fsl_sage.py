@@ -5,7 +5,6 @@ from torch import Tensor
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
 from fslsage_rpc.algorithms.cse_fsl import CseFsl
 from fslsage_rpc.config import AlgorithmKeys
-from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, ClientStep, Push
@@ -73,16 +72,6 @@ class FslSage(Algorithm):
         averaged = len(participants) * self.averages_auxiliary(round)
         models = 2 * sizes.client * len(participants) + sizes.auxiliary * (aligned + 2 * averaged)
         return models + sizes.smashed * uploaded
-
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """That of CSE-FSL; in a round with alignments also the longest aligned client's chain, and what it
-        takes the server's workers to align all clients, each with averaging behind it.
-        """
-        bound = self._warm_start.bound_seconds(pieces)
-        if not any(client.alignment_seconds for client in pieces.clients.values()):
-            return bound
-        aligned = max(pieces.longest_aligned_chain(), pieces.all_alignments())
-        return max(bound, aligned + pieces.averaging_seconds)
 
     @property
     def interval(self) -> int:

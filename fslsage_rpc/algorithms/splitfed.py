@@ -5,7 +5,6 @@ from typing import Literal
 from torch import Tensor
 
 from fslsage_rpc.algorithms.base import Algorithm, Sizes
-from fslsage_rpc.critical_path import RoundPieces
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep, Exchange
 from fslsage_rpc.randomness import numpy_stream
@@ -42,15 +41,6 @@ class SplitFedV1(SplitFed):
     name = "splitfed_v1"
     server_replicas = True
 
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """The longer of two, each with its averaging behind it: the clients (the longest chain, the busiest
-        rank's compute, the busiest link's bytes), and the steps of all replicas on the server's cores.
-        """
-        clients = max(pieces.longest_exchange_chain(), pieces.busiest_rank(), pieces.busiest_link())
-        workers = min(pieces.server_workers, len(pieces.clients))
-        server = pieces.first_arrival() + pieces.server_seconds() / workers
-        return max(clients + pieces.averaging_seconds, server + pieces.server_averaging_seconds)
-
 
 class SplitFedV2(SplitFed):
     """All clients train against one server model, which takes one step per batch.
@@ -60,12 +50,6 @@ class SplitFedV2(SplitFed):
     """
 
     name = "splitfed_v2"
-
-    def bound_seconds(self, pieces: RoundPieces) -> float:
-        """That of SplitFedV1, with one lane that takes all steps, and nothing to average there."""
-        clients = max(pieces.longest_exchange_chain(), pieces.busiest_rank(), pieces.busiest_link())
-        server = pieces.first_arrival() + pieces.server_seconds()
-        return max(clients + pieces.averaging_seconds, server)
 
     def ranking(self, round: int) -> list[int]:
         drawn = numpy_stream(self.federation.seed, "server order", round)
