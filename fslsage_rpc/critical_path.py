@@ -1,12 +1,14 @@
-"""The pieces that a round was made of, measured, in seconds and bytes.
+"""The lower bound of a round: what a perfect overlap of the pieces that it was made of would reach.
 
-An algorithm's lower bound (`Algorithm.bound_seconds`) is the longest of the chains and loads that its
-dependencies make of them: what a perfect overlap of the same pieces would reach.
+Pieces are measured, in seconds and bytes. Which must follow which is known from what each client asked.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from fslsage_rpc.measure.requests import RequestTimes
+from fslsage_rpc.parties.requests import KINDS, Ask
 
 
 @dataclass(frozen=True)
@@ -25,23 +27,16 @@ NO_LINK = LinkSpeed(0.0, math.inf, math.inf)
 
 @dataclass(frozen=True)
 class ClientPieces:
-    """One participant's part of a round."""
+    """One participant's part of a round; its steps, and its requests of one kind, count as alike."""
 
     rank: int
     steps: int
     compute_seconds: float
     """data, forward and backward passes, estimates and optimizer steps of the client"""
-    requests: int
-    """uploads or exchanges; an alignment is none"""
-    server_seconds: float
-    """what the server computed for these"""
-    alignment_seconds: float
-    """what the server computed to align this client, 0 where it did not"""
-    up_bytes: int
-    down_bytes: int
-    """gradients"""
-    auxiliary_bytes: int
-    """the aligned auxiliary model"""
+    asks: Sequence[Ask]
+    """in the order that it makes them"""
+    of_kind: Mapping[str, RequestTimes]
+    """all kinds that it asks"""
 
 
 @dataclass(frozen=True)
@@ -51,86 +46,152 @@ class RoundPieces:
     clients: Mapping[int, ClientPieces]
     links: Mapping[int, LinkSpeed]
     """per client rank"""
+    replicas: bool
+    """each client has a lane of its own; else one lane serves all"""
     server_workers: int
     """lanes that the server executes at the same time, and fits likewise"""
     averaging_seconds: float
     """of the client models (and whatever travels with them) among the client ranks"""
     server_averaging_seconds: float
-    """of replicas, on the server"""
+    """of replicas and auxiliary models, on the server"""
     targets_seconds: float
-    """the part of all alignments that its lane must execute itself"""
+    """the part of all alignments that lanes execute themselves"""
 
-    def busiest_rank(self) -> float:
-        """The client compute of the rank that has most of it: a rank computes for one client at a time."""
-        return max(self._by_rank("compute_seconds").values())
 
-    def busiest_link(self) -> float:
-        """The time that the most loaded link needs for its bytes, up or down, whichever is longer."""
-        up, down, auxiliary = map(self._by_rank, ("up_bytes", "down_bytes", "auxiliary_bytes"))
-        return max(
-            max(
-                up[rank] / self.links[rank].up_bytes_per_second,
-                (down[rank] + auxiliary[rank]) / self.links[rank].down_bytes_per_second,
-            )
-            for rank in up
-        )
+def bound_seconds(pieces: RoundPieces) -> float:
+    """The lower bound of a round, in seconds: its longest chain or load, with the averaging behind it.
 
-    def first_arrival(self) -> float:
-        """The earliest that a request can be at the server: half a round trip and the bytes of one upload."""
-        return min(
-            self.links[c.rank].round_trip_seconds / 2
-            + c.up_bytes / max(c.requests, 1) / self.links[c.rank].up_bytes_per_second
-            for c in self.clients.values()
-        )
+    docs/latency.md states each of them, and why no schedule of the same pieces is shorter.
+    """
+    chains = [_chain(client, pieces.links[client.rank]) for client in pieces.clients.values()]
+    turns = [chain.turns for chain in chains]
+    fitted = [[turn for turn in each if turn.fits] for each in turns]
+    seconds = {True: -pieces.targets_seconds, False: pieces.targets_seconds}  # of fits, and of lanes
+    for client in pieces.clients.values():
+        for kind, sums in client.of_kind.items():
+            seconds[KINDS[kind].fits] += sums.compute_seconds
+    lanes = min(pieces.server_workers, len(chains) if pieces.replicas else 1)
+    return max(
+        *(_averaged(pieces, chain.served, chain.ended) for chain in chains),
+        *(_averaged(pieces, 0.0, _rank_seconds(pieces, rank)) for rank in pieces.links),
+        _load(pieces, turns, seconds[False] / lanes),
+        _load(pieces, fitted, seconds[True] / pieces.server_workers),
+    )
 
-    def server_seconds(self) -> float:
-        """What the lanes computed for the round's requests."""
-        return self.targets_seconds + sum(client.server_seconds for client in self.clients.values())
 
-    def longest_exchange_chain(self) -> float:
-        """A SplitFed client's steps, of which nothing can overlap: forward pass, smashed data up, server
-        step, gradient down, backward pass; the longest over the clients.
+@dataclass(frozen=True)
+class _Turn:
+    """A request's turn in its lane's order."""
+
+    fits: bool
+    begins: float
+    """at the earliest"""
+    rest: float
+    """from the end of its execution to the end of its client's round, at the least"""
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The earliest times of a client that has its rank, its link and its lane to itself."""
+
+    turns: list[_Turn]
+    served: float
+    """the server has executed all its requests"""
+    ended: float
+    """the client has computed all its steps, and has all answers"""
+
+
+class _Way:
+    """Requests of one client on their way to the server, and their execution there.
+
+    Args:
+        delay: half a round trip, in seconds.
+    """
+
+    def __init__(self, delay: float):
+        self._delay = delay
+        self._sent = 0.0
+        self._free = 0.0
+
+    def take(self, asked: float, up: float, server: float, fits: bool) -> tuple[float, float]:
+        """When the execution of the next one begins and ends: behind the bytes and turns of those before it.
+
+        Args:
+            asked: when the client makes it.
+            up: seconds of its bytes.
+            server: seconds of its execution.
         """
-        chains = []
-        for client in self.clients.values():
-            link = self.links[client.rank]
-            up = client.up_bytes / link.up_bytes_per_second
-            down = client.down_bytes / link.down_bytes_per_second
-            wire = client.requests * link.round_trip_seconds + up + down
-            chains.append(client.compute_seconds + wire + client.server_seconds)
-        return max(chains)
+        self._sent = max(self._sent, asked) + up
+        begins = max(self._free, self._sent + self._delay)
+        self._free = begins if fits else begins + server
+        return begins, begins + server
 
-    def longest_aligned_chain(self) -> float:
-        """An aligned client's first upload and its server step, its alignment, the auxiliary model's way down
-        (one round trip in all), and its compute; the longest over the clients.
-        """
-        chains = []
-        for client in self._aligned():
-            link = self.links[client.rank]
-            upload = client.up_bytes / client.requests / link.up_bytes_per_second
-            step = client.server_seconds / client.requests
-            down = client.auxiliary_bytes / link.down_bytes_per_second
-            wait = link.round_trip_seconds + upload + step + client.alignment_seconds + down
-            chains.append(wait + client.compute_seconds)
-        return max(chains)
 
-    def all_alignments(self) -> float:
-        """The first upload's arrival, all fits, as many at a time as the server has workers, then for
-        the client that is served last at least the auxiliary model's way down and all steps but the first.
-        """
-        rests = [
-            client.auxiliary_bytes / self.links[client.rank].down_bytes_per_second
-            + client.compute_seconds * (client.steps - 1) / client.steps
-            for client in self._aligned()
-        ]
-        fits = sum(client.alignment_seconds for client in self._aligned()) - self.targets_seconds
-        return self.first_arrival() + fits / self.server_workers + min(rests)
+def _chain(client: ClientPieces, link: LinkSpeed) -> _Chain:
+    """Follow a client through its round.
 
-    def _aligned(self) -> list[ClientPieces]:
-        return [client for client in self.clients.values() if client.alignment_seconds]
+    Where within a step its compute lies is not known, so two clocks run.
+    `now` counts none of this step's compute: all of it may come behind the next request.
+    `end` is the step's end, where its compute adds to its waits, and earlier requests are in nobody's way.
+    """
+    compute = client.compute_seconds / client.steps
+    delay = link.round_trip_seconds / 2
+    way, block = _Way(delay), _Way(delay)
+    at, now, end = 0, 0.0, compute
+    turns: list[_Turn] = []
+    served = answered = 0.0
+    for ask in client.asks:
+        kind, sums = KINDS[ask.kind], client.of_kind[ask.kind]
+        up = sums.up_bytes / sums.count / link.up_bytes_per_second
+        server = sums.compute_seconds / sums.count
+        back = delay + sums.down_bytes / sums.count / link.down_bytes_per_second
+        if ask.step > at:
+            now = end + (ask.step - at - 1) * compute
+            end = now + compute
+        if ask.step > at or not ask.at_once:
+            block = _Way(delay)  # of requests between which nothing is computed, so that their waits add up
+        at = ask.step
+        begins, ends = way.take(now, up, server, kind.fits)
+        _, waited = block.take(0.0, up, server, kind.fits)
+        served, answered = max(served, ends), max(answered, ends + back)
+        behind = 0.0
+        if kind.blocks:
+            now = ends + back
+            end = max(end + waited + back, now)
+            behind = (client.steps - 1 - at) * compute
+            block = _Way(delay)
+        turns.append(_Turn(kind.fits, begins, back + behind))
+    return _Chain(turns, served, max(answered, end + (client.steps - 1 - at) * compute))
 
-    def _by_rank(self, name: str) -> dict[int, float]:
-        sums: dict[int, float] = {}
-        for client in self.clients.values():
-            sums[client.rank] = sums.get(client.rank, 0) + getattr(client, name)
-        return sums
+
+def _averaged(pieces: RoundPieces, served: float, ended: float) -> float:
+    """The server averages once it has executed all requests, clients once they have all answers too."""
+    return max(served + pieces.server_averaging_seconds, ended + pieces.averaging_seconds)
+
+
+def _rank_seconds(pieces: RoundPieces, rank: int) -> float:
+    """The longer of two: a rank's compute, for one client at a time, and the way of all bytes over its link.
+
+    All bytes are up before the last request is executed, and none come down before the first is.
+    """
+    hosted = [client for client in pieces.clients.values() if client.rank == rank]
+    sums = [each for client in hosted for each in client.of_kind.values()]
+    link = pieces.links[rank]
+    up = sum(each.up_bytes for each in sums) / link.up_bytes_per_second
+    down = sum(each.down_bytes for each in sums) / link.down_bytes_per_second
+    travel = link.round_trip_seconds + max(up, down) if sums else 0.0
+    return max(sum(client.compute_seconds for client in hosted), travel)
+
+
+def _load(pieces: RoundPieces, turns: Sequence[Sequence[_Turn]], seconds: float) -> float:
+    """All lanes, or all fits, at work: from the first turn on, and before the least rest of a last one.
+
+    Args:
+        turns: per client, in order.
+        seconds: that the work takes, evenly shared.
+    """
+    some = [each for each in turns if each]
+    if not some:
+        return 0.0
+    served = min(each[0].begins for each in some) + seconds
+    return _averaged(pieces, served, served + min(each[-1].rest for each in some))

@@ -348,7 +348,7 @@ NOT_ALGORITHMS = [
     (f"{HERE}:Nothing", "which cannot be imported (AttributeError"),
     (f"{HERE}:SMALL", "expected a subclass of fslsage_rpc.algorithms.Algorithm"),
     (f"{HERE}:tree", "expected a subclass of fslsage_rpc.algorithms.Algorithm"),
-    (f"{HERE}:Unfinished", "which lacks bound_seconds, client_step, paper_bytes, request_steps"),
+    (f"{HERE}:Unfinished", "which lacks client_step, paper_bytes, request_steps"),
     (f"{HERE}:WrongKind", "whose auxiliary is 'borrowed', expected one of none, aligned, trained"),
     (f"{HERE}:Lacking", "which fails (TypeError"),
     (f"{HERE}:TooFar", "whose request_steps of client 0 is [0, 9], expected steps below 2, ascending"),

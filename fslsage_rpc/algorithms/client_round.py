@@ -6,9 +6,7 @@ from types import GeneratorType
 from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import Align, Ask, ClientRound, ClientStep, End, Exchange, Push, Turn
-
-MAY_YIELD = (Push, Exchange, Align)
+from fslsage_rpc.parties.requests import KINDS, Align, Ask, ClientRound, ClientStep, End, Exchange, Turn
 
 
 def client_round(
@@ -29,9 +27,10 @@ def client_round(
     asking = None if rehearsed is None else {ask.step for ask in rehearsed}
 
     def notice(ask: Ask) -> None:
-        expected = None if rehearsed is None or len(made) == len(rehearsed) else rehearsed[len(made)]
-        if rehearsed is not None and ask != expected:
-            raise _departure(algorithm, ask.step, ask, expected)
+        if rehearsed is not None:
+            expected = next(iter(rehearsed[len(made) :]), None)
+            if expected is None or ask != expected._replace(at_once=False):
+                raise _departure(algorithm, ask.step, ask, expected)
         made.append(ask)
 
     for step in range(algorithm.federation.steps(client.id)):
@@ -61,7 +60,7 @@ def watched(
             body = requests.send(answer)
         except StopIteration:
             return
-        if not isinstance(body, MAY_YIELD):
+        if KINDS.get(getattr(body, "kind", "")) is not type(body):
             raise refusal(algorithm, f"yields {type(body).__name__}, expected Push, Exchange or Align")
         if algorithm.client_holds_whole_model:
             wrong = f"yields {type(body).__name__}, where client_holds_whole_model leaves no server model"

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fslsage_rpc.algorithms.base import Algorithm
-from fslsage_rpc.algorithms.client_round import MAY_YIELD, refusal, watched
+from fslsage_rpc.algorithms.client_round import refusal, watched
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.flat import Weights, sorted_weights
 from fslsage_rpc.models.splitting import SplitModel
 from fslsage_rpc.own import first_line
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import Align, Ask, Exchange, Push
+from fslsage_rpc.parties.requests import KINDS, Align, Ask, Exchange, Push
 from fslsage_rpc.tasks import Task
 
 META = torch.device("meta")
@@ -44,6 +44,11 @@ class StandIn:
         self.events: list[str | Ask] = []
         self._smashed = smashed
         self._auxiliary_weights = auxiliary_weights
+
+    def note(self, ask: Ask) -> None:
+        """A request is made."""
+        at_once = bool(self.events) and isinstance(self.events[-1], Ask)
+        self.events.append(ask._replace(at_once=True) if at_once else ask)
 
     @property
     def auxiliary_weights(self) -> Weights:
@@ -185,7 +190,7 @@ class Rehearsal:
     def kinds(self, rounds: Iterable[int]) -> set[str]:
         """The kinds of requests that there are in these rounds; all, where that depends on values."""
         if self._algorithm.requests_depend_on_values:
-            return {body.kind for body in MAY_YIELD}
+            return set(KINDS)
         courses = (self.clients(round).values() for round in rounds)
         return {ask.kind for clients in courses for client in clients for ask in client.asks}
 
@@ -228,7 +233,7 @@ class Rehearsal:
                 as_client,
                 algorithm.client_step(as_client, round, step, x, y),
                 step,
-                client.events.append,
+                client.note,
             )
             answer: Tensor | Weights | None = None
             while True:

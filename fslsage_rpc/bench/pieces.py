@@ -9,7 +9,7 @@ from fslsage_rpc.bench.table import COMPUTE
 from fslsage_rpc.comm.world import server_workers
 from fslsage_rpc.critical_path import ClientPieces, LinkSpeed, RoundPieces
 from fslsage_rpc.federation import Federation
-from fslsage_rpc.measure.requests import RequestTimes
+from fslsage_rpc.parties.requests import KINDS, Ask
 from fslsage_rpc.training.records import RankReport
 
 
@@ -17,7 +17,9 @@ def round_pieces(
     line: Mapping[str, Any],
     reports: Sequence[RankReport],
     federation: Federation,
+    asks: Mapping[int, Sequence[Ask]],
     links: Mapping[int, LinkSpeed],
+    replicas: bool,
     device: torch.device,
 ) -> RoundPieces:
     """The pieces of one round, on the server's rank.
@@ -27,7 +29,9 @@ def round_pieces(
     Args:
         line: the round's metrics line.
         reports: those of all ranks, of the same round.
+        asks: by client, what it asked in this round.
         links: by client rank.
+        replicas: does the server have a lane per client?
         device: of the server.
     """
     hosts = [report for report in reports if report.phases is not None]
@@ -40,30 +44,22 @@ def round_pieces(
         for client in mine:
             share = federation.steps(client) / steps
             times = report.requests.get(client, {})
-            clients[client] = _client_pieces(rank, federation.steps(client), share * compute, times)
+            clients[client] = ClientPieces(
+                rank=rank,
+                steps=federation.steps(client),
+                compute_seconds=share * compute,
+                asks=asks[client],
+                of_kind={kind: each for kind, each in times.items() if kind in KINDS},
+            )
     phases = line["phases"]
     server = {**phases["server"], **line.get("device_seconds", {}).get("server", {})}
     return RoundPieces(
         clients=clients,
         links=links,
+        replicas=replicas,
         server_workers=server_workers(device),
         averaging_seconds=phases["client"]["averaging"],
         server_averaging_seconds=phases["server"]["averaging"],
-        targets_seconds=server["targets"],
-    )
-
-
-def _client_pieces(rank: int, steps: int, compute: float, times: Mapping[str, RequestTimes]) -> ClientPieces:
-    uploads = [times[kind] for kind in ("push", "exchange") if kind in times]
-    align = times.get("align", RequestTimes())
-    return ClientPieces(
-        rank=rank,
-        steps=steps,
-        compute_seconds=compute,
-        requests=sum(upload.count for upload in uploads),
-        server_seconds=sum(upload.compute_seconds for upload in uploads),
-        alignment_seconds=align.compute_seconds,
-        up_bytes=sum(upload.up_bytes for upload in uploads),
-        down_bytes=sum(upload.down_bytes for upload in uploads),
-        auxiliary_bytes=align.down_bytes,
+        # Of all lanes, whose mean is measured.
+        targets_seconds=server["targets"] * (len(federation.samples) if replicas else 1),
     )

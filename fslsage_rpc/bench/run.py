@@ -23,7 +23,7 @@ from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import to_tree
-from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.critical_path import LinkSpeed, bound_seconds
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.folder_lock import FolderLock
@@ -156,9 +156,17 @@ def _train(trainer: Trainer, run: BenchRun, links: Mapping[int, LinkSpeed], scre
     experiment = trainer.experiment
 
     def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
-        pieces = round_pieces(line, reports, experiment.federation, links, trainer.world.device)
+        pieces = round_pieces(
+            line,
+            reports,
+            experiment.federation,
+            trainer.course.asks,
+            links,
+            experiment.algorithm.server_replicas,
+            trainer.world.device,
+        )
         run.lines.append(line)
-        run.bounds.append(0.0)
+        run.bounds.append(bound_seconds(pieces))
         screen.show_round(run)
 
     trainer.train(on_round)

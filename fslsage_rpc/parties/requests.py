@@ -1,6 +1,6 @@
 """What a client may ask of the server, and the envelope it travels in."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -36,6 +36,8 @@ class Push(SmashedData):
 
     kind: ClassVar[str] = "push"
     waits_as: ClassVar[str] = "upload_wait"
+    blocks: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Exchange(SmashedData):
 
     kind: ClassVar[str] = "exchange"
     waits_as: ClassVar[str] = "gradient_wait"
+    blocks: ClassVar[bool] = True
+    fits: ClassVar[bool] = False
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Align:
 
     kind: ClassVar[str] = "align"
     waits_as: ClassVar[str] = "alignment_wait"
+    blocks: ClassVar[bool] = True
+    fits: ClassVar[bool] = True
 
     def to(self, device: torch.device) -> Self:
         """There is nothing to move."""
@@ -64,6 +70,7 @@ class End:
 
     kind: ClassVar[str] = "end"
     waits_as: ClassVar[str] = "drain_wait"
+    blocks: ClassVar[bool] = False
 
     def to(self, device: torch.device) -> Self:
         """There is nothing to move."""
@@ -71,12 +78,16 @@ class End:
 
 
 Body = Push | Exchange | Align | End
-ONE_WAY = Push | End
-"""bodies that the client does not wait for"""
+KINDS: Mapping[str, type[Push | Exchange | Align]] = {body.kind: body for body in (Push, Exchange, Align)}
+"""what an algorithm may ask, by the name of its kind; each takes its turn in its lane's order
+
+A client waits for the answer to one that `blocks`. One that `fits` is executed beside its lane, from its turn
+on.
+"""
 
 
 class Ask(NamedTuple):
-    """A request without its tensors: what it asks of the server, and the bytes that it moves."""
+    """A request without its tensors: what a client asks of the server, and the bytes that this moves."""
 
     step: int
     """the client's local step that it is made at, from 0"""
@@ -86,10 +97,11 @@ class Ask(NamedTuple):
     label_bytes: int = 0
     answer_bytes: int = 0
     """of a gradient, or an auxiliary model"""
+    at_once: bool = False
+    """of a rehearsed one: the client computes nothing between the request before, of its step, and this"""
 
     def __str__(self) -> str:
-        amount = f" of {self.samples} samples, {self.smashed_bytes:,} bytes" if self.samples else ""
-        return f"{self.kind}{amount}"
+        return f"{self.kind} of {self.samples} samples" if self.samples else self.kind
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from fslsage_rpc.measure.clock import clock, synchronise
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
-from fslsage_rpc.parties.requests import ONE_WAY, Body, ClientRound, Request, Turn
+from fslsage_rpc.parties.requests import Body, ClientRound, Request, Turn
 from fslsage_rpc.parties.turns import Turns
 
 Take = Callable[[], Any]
@@ -102,12 +102,12 @@ class Scheduler:
                 self._turns.begin(progress.place, wanted.step)
                 return True
             self._request(progress, wanted)
-            if not isinstance(wanted, ONE_WAY):
+            if wanted.blocks:
                 return True
 
     def _request(self, progress: ClientProgress, body: Body) -> None:
         """Send a request."""
-        step = self._turns.sent(progress.place, isinstance(body, ONE_WAY))
+        step = self._turns.sent(progress.place, not body.blocks)
         request = Request(progress.client, progress.requests, step, body)
         progress.requests += 1
         if self._staged:
@@ -128,7 +128,6 @@ class Scheduler:
         progress, step, body, take = self._replies.get()
         answer = take()
         self._timeline.add(phase or body.waits_as, began, clock() - began)
-        upload = isinstance(body, ONE_WAY)
-        if not upload:  # an upload's own, None, may come between another request's and the client's turn
+        if body.blocks:  # an upload's own, None, may come between another request's and the client's turn
             progress.answer = answer
-        self._turns.settled(progress.place, step, upload)
+        self._turns.settled(progress.place, step, not body.blocks)

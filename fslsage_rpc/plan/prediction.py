@@ -36,10 +36,10 @@ def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction
 
 
 def _seconds(scenario: Scenario, costs: Costs, server_workers: int, planned: PlannedRound) -> float:
-    """The simulated round; clients average when they have ended, whatever the server has still to do."""
-    clients_ended, server_ended = simulation_of(scenario, costs, server_workers, planned).run()
-    averaging = costs.averaging + scenario.averaging_seconds(planned.averaged_bytes, rest=clients_ended)
-    return max(clients_ended + averaging, server_ended) + scenario.barrier_seconds()
+    """The simulated round; clients average once they have ended and all requests are answered."""
+    ended, _ = simulation_of(scenario, costs, server_workers, planned).run()
+    averaging = costs.averaging + scenario.averaging_seconds(planned.averaged_bytes, rest=ended)
+    return ended + averaging + scenario.barrier_seconds()
 
 
 def simulation_of(

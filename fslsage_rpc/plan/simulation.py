@@ -84,7 +84,7 @@ class RoundSimulation:
         self._delay = link.round_trip_seconds / 2
         self._at_client, self._at_server = client_handling_seconds / 2, server_handling_seconds / 2
         self._sending = sending_seconds
-        self._now = self._clients_ended = self._server_ended = 0.0
+        self._now = self._ended = self._served = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
         self.cores = Cores(shared_cores, lambda: self._now, self._after)
@@ -112,11 +112,13 @@ class RoundSimulation:
             self._compute(rank)
 
     def run(self) -> tuple[float, float]:
-        """Seconds until every client has ended, and until the server has executed every request."""
+        """Seconds until every client has ended and has all answers, also those to its uploads, and until the
+        server has executed every request.
+        """
         while self._events:
             self._now, _, happen = heapq.heappop(self._events)
             happen()
-        return self._clients_ended, self._server_ended
+        return self._ended, self._served
 
     def _after(self, seconds: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self._now + seconds, next(self._number), happen))
@@ -137,7 +139,7 @@ class RoundSimulation:
 
         def done() -> None:
             progress.at += 1
-            self._clients_ended = self._now
+            self._ended = self._now
             if asks:
                 self._send(progress, place)
             if step.kind == "push":
@@ -201,10 +203,11 @@ class RoundSimulation:
         self.cores.run(step.server_seconds, done)
 
     def _reply(self, progress: Progress, step: Step) -> None:
-        self._server_ended = self._now
+        self._served = self._now
         self._carry("down", progress.rank, step.down_bytes, lambda: self._answer(progress, step))
 
     def _answer(self, progress: Progress, step: Step) -> None:
+        self._ended = self._now
         self._turns[progress.rank].settled(progress.client, step.turn, step.kind == "push")
         self._compute(progress.rank)
 
