@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fslsage_rpc.algorithms.client_round import MAY_YIELD
 from fslsage_rpc.bench.table import COMPUTE
+from fslsage_rpc.parties.requests import Align, Exchange, Push
 from fslsage_rpc.plan.scenario import PlannedRound, Scenario
 from fslsage_rpc.training.round_numbers import FIRST_ROUND
 
@@ -40,7 +40,7 @@ class Costs:
     """of the server, for an alignment whatever its buffer holds"""
     buffered: float = 0.0
     """no cost: the samples of the buffers that were measured, their mean"""
-    kinds: frozenset[str] = frozenset(body.kind for body in MAY_YIELD)
+    kinds: frozenset[str] = frozenset({Push.kind, Exchange.kind, Align.kind})
     """no cost: the kinds of requests that were measured"""
 
     def alignment(self, samples: int) -> float:
