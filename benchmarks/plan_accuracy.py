@@ -108,7 +108,7 @@ def comparisons(case: Case, calibration: Calibration, runs: Path) -> list[Compar
     link = link_speed(calibration.link, bandwidth, rtt)
     by = {
         "benchmark": adapted(calibration, config),
-        "here": fits_apart(calibrate_here(config), config),
+        "here": fits_apart(calibrate_here(config, calibration.costs), config),
     }
     found = {
         how: predictions(config, costs, link, case.clients, CLIENT_RANKS, len(usable_cores()))

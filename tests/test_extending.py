@@ -21,11 +21,15 @@ from fslsage_rpc.algorithms.splitfed import SplitFedV1
 from fslsage_rpc.cli import main
 from fslsage_rpc.config import Config, Data
 from fslsage_rpc.configuration import from_tree, load, to_tree
+from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data.datasets import load as load_images
 from fslsage_rpc.data.datasets import spec_of
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.parties.requests import ClientStep, Push
+from fslsage_rpc.plan.costs import Costs
+from fslsage_rpc.plan.prediction import predict
+from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.tasks import Task, open_task
 from fslsage_rpc.tasks.images import ImageTask
 from fslsage_rpc.training.experiment import Experiment, check
@@ -220,22 +224,32 @@ def test_algorithms_of_the_users_own_look_the_same_in_all_figures() -> None:
     ]
 
 
-def test_plan_says_that_it_does_not_predict_it(
+def test_plan_predicts_it(
     working_directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fslsage_rpc.critical_path import NO_LINK
-    from fslsage_rpc.plan import run as planning
-    from fslsage_rpc.plan.costs import Costs
-
-    def calibrated(config: Config) -> planning.Calibration:
-        return planning.Calibration(config, {"fedavg": Costs(1, 1, 1, 1, 1, 1, 1)}, NO_LINK, 1, float("inf"))
-
-    monkeypatch.setattr(planning, "calibrate_here", calibrated)
     Path("run.yaml").write_text(yaml.safe_dump(tree(PATIENT)))
-    assert main(["plan", "run.yaml", "--bandwidth", "100mbit", "--rtt", "20ms"]) == 0
-    out = capsys.readouterr().out
-    assert "fedavg" in out
-    assert "patient:PatientSplitFed is not predicted" in out
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["plan", "run.yaml", "--bandwidth", "100mbit", "--rtt", "20ms", "--clients", "2,4"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    mine = [row for row in rows if row[:1] == ["patient:PatientSplitFed"]]
+    assert [row[1] for row in mine] == ["2", "4"]
+    assert all(float(seconds) > 0 for row in mine for seconds in row[2:])
+    assert rows.index(mine[0]) > max(place for place, row in enumerate(rows) if row[:1] == ["fedavg"])
+
+
+def test_plan_takes_it_for_splitfed_where_it_exchanges_every_batch(working_directory: Path) -> None:
+    """But for the auxiliary models, which are averaged, and trained before a batch goes up."""
+    predicted, clients = {}, 4
+    for name in ("patient:PatientSplitFed", "splitfed_v2"):
+        keys = tree({"clients": {"count": clients}, "algorithm": {"name": name, "upload_every": 1}})
+        scenario = Scenario(from_tree(keys), LinkSpeed(0.02, 1e6, 1e6), client_ranks=clients)
+        predicted[name] = predict(scenario, Costs(0.0, 1e-3, 0.0, 1e-3, 1e-3, 1e-3, 0.0), server_workers=2)
+    patient, splitfed = predicted.values()
+    auxiliary = scenario.sizes.auxiliary
+    assert patient.wire_bytes - splitfed.wire_bytes == 2 * (clients - 1) * auxiliary
+    assert patient.paper_bytes - splitfed.paper_bytes == 2 * clients * auxiliary
+    steps = 2 * (clients - 1)  # of the ring, each with its share of the models
+    assert patient.round_seconds - splitfed.round_seconds == pytest.approx(steps * auxiliary / clients / 1e6)
 
 
 class Lazy(FslSage):

@@ -1,24 +1,33 @@
 """Predictions: simulated rounds that can be followed with a pencil, exact bytes, and the command."""
 
 import copy
+import json
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch import Tensor
 
+from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
+from fslsage_rpc.algorithms.fsl_sage import FslSage
+from fslsage_rpc.algorithms.splitfed import SplitFedV2
+from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.configuration import from_tree, to_tree
 from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
-from fslsage_rpc.plan.calibration import Calibration
+from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.requests import ClientStep, Exchange
+from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.cores import Cores
 from fslsage_rpc.plan.costs import Costs, measure_costs
 from fslsage_rpc.plan.here import TYPICAL_REQUEST, _fit_seconds, adapted, calibrate_here, fits_apart
-from fslsage_rpc.plan.prediction import predict
-from fslsage_rpc.plan.run import link_speed
+from fslsage_rpc.plan.prediction import Prediction, client_steps, predict
+from fslsage_rpc.plan.run import link_speed, predictions
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 from fslsage_rpc.plan.wire import INITIAL_WINDOW_BYTES, Connection
@@ -185,17 +194,99 @@ def tree(name: str, **keys: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["fsl_sage", "cse_fsl", "splitfed_v1", "splitfed_v2", "fedavg"])
+HERE = "test_plan"
+
+
+class Mixed(FslSage):
+    """Waits for a true gradient in every third local step, and is FSL-SAGE in the others."""
+
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        if step % 3 != 1:
+            yield from super().client_step(client, round, step, x, y)
+            return
+        z = client.forward(x)
+        client.backward(z, (yield Exchange(z, y)))
+
+
+class Seldom(FslSage):
+    """Aligns in every fourth round, whatever the configuration says."""
+
+    interval = 4
+
+    def aligns(self, client: int, round: int) -> bool:
+        return round % 4 == 3
+
+
+class Renamed(SplitFedV2):
+    """Another name, and nothing else."""
+
+
+class Adaptive(SplitFedV2):
+    """Asks by values: nobody may try."""
+
+    requests_depend_on_values = True
+
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        raise AssertionError("it was rehearsed, or trained")
+
+
+class Idle(Algorithm):
+    """Every second local step is left out."""
+
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        if step % 2 == 0:
+            z = client.forward(x)
+            client.backward(z, (yield Exchange(z, y)))
+
+
+def own(kind: type) -> str:
+    return f"{HERE}:{kind.__name__}"
+
+
+def prediction_of(config: dict[str, Any], costs: Costs, link: LinkSpeed = LINK) -> Prediction:
+    ranks = from_tree(config).clients.count
+    found = predict(Scenario(from_tree(config), link, ranks), costs, server_workers=3)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, own(Mixed), own(Idle)])
 def test_bytes_are_those_that_a_run_moves(name: str) -> None:
     keys = merged(tree(name), {"data": {"train_limit": 400}})
     lines = train_locally(keys).lines[2:]
     scenario = Scenario(from_tree(keys), NO_LINK, client_ranks=1)
     predicted = predict(scenario, measure_costs(lines, scenario, [1]), server_workers=2)
+    assert predicted is not None
     kinds = ("smashed_up", "labels_up", "gradient_down", "auxiliary_down", "weights_allreduce")
-    interval = lines if name == "fsl_sage" else lines[:1]
+    interval = lines[: scenario.algorithm.interval]
     moved = sum(line["wire_bytes"][kind] for line in interval for kind in kinds) / len(interval)
     assert predicted.wire_bytes == moved
     assert predicted.paper_bytes == sum(line["paper_bytes"] for line in interval) / len(interval)
+
+
+def test_another_name_changes_no_prediction() -> None:
+    costs = Costs(1e-4, 2e-4, 0.0, 3e-4, 4e-4, 5e-4, 6e-4)
+    assert prediction_of(tree(own(Renamed)), costs) == prediction_of(tree("splitfed_v2"), costs)
+
+
+def test_a_local_step_costs_its_mean_whatever_it_calls() -> None:
+    scenario = Scenario(from_tree(tree(own(Idle))), LINK, client_ranks=3)
+    sizes = scenario.federation.batch_sizes[0]
+    steps = client_steps(scenario, Costs(3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0, scenario.round(0))
+    assert [step.kind for step in steps] == ["turn", "exchange"] * math.ceil(len(sizes) / 2) + [None]
+    # A forward pass is a third of a step; its other two thirds and all of the next step come behind.
+    before = [0.0, *(2 * done + 3 * left_out for done, left_out in zip(sizes[::2], sizes[1::2], strict=True))]
+    computes = [seconds for wait, size in zip(before, sizes[::2], strict=False) for seconds in (wait, size)]
+    assert [step.compute_seconds for step in steps] == pytest.approx([*computes, before[-1]])
+
+
+def test_requests_that_nobody_has_measured_cost_nobody_knows_what() -> None:
+    config = from_tree(tree("fsl_sage"))
+    costs = Costs(1e-4, 1e-4, 0.0, 0.0, 0.0, 0.0, 0.0, kinds=frozenset({"push"}))
+    calibration = Calibration(config, {"fsl_sage": costs, "cse_fsl": costs}, LINK, 2, math.inf)
+    found = predictions(config, calibration, LINK, clients=3, client_ranks=3)
+    assert found["fsl_sage"] is None  # there was no alignment
+    assert found["cse_fsl"] is not None
 
 
 def test_a_partition_file_says_how_many_samples_there_are(tmp_path: Path) -> None:
@@ -237,6 +328,41 @@ def test_costs_are_per_sample_and_request() -> None:
     assert costs.server_handling == pytest.approx(2.6 / 13)
 
 
+def test_uploads_and_exchanges_cost_the_server_the_same_a_sample() -> None:
+    scenario = Scenario(from_tree(tree(own(Mixed))), NO_LINK, client_ranks=1)
+    samples = {
+        kind: sum(
+            ask.samples
+            for client in scenario.round(2).clients.values()
+            for ask in client.asks
+            if ask.kind == kind
+        )
+        for kind in ("push", "exchange")
+    }
+    batches = scenario.federation.batch_sizes
+    assert samples["exchange"] == sum(sum(sizes[1::3]) for sizes in batches)
+    assert samples["push"] == sum(sum(sizes[::6]) + sum(sizes[2::6]) for sizes in batches)
+    size = scenario.sizes.smashed + 8
+    phases = dict.fromkeys(("data", "forward_backward", "estimate", "averaging"), 0.0)
+    line = {
+        "round": 3,
+        "round_seconds": 1.0,
+        "phases": {"client": phases},
+        "cpu_seconds": {"ranks": [13.0], "client": phases},
+        "requests": {
+            "push": {"count": 10, "cpu_seconds": 4.0, "up_bytes": samples["push"] * size},
+            "exchange": {"count": 10, "cpu_seconds": 3.0, "up_bytes": samples["exchange"] * size},
+            "align": {"count": 3, "cpu_seconds": 6.0, "up_bytes": 0},
+        },
+    }
+    costs = measure_costs([line], scenario, [1])
+    assert costs.server_per_sample == pytest.approx(7.0 / sum(samples.values()))
+    aligned = scenario.round(2).aligned
+    assert costs.buffered == statistics.fmean(samples for each in aligned.values() for samples in each)
+    assert costs.alignment_per_sample == pytest.approx(6.0 / (3 * costs.buffered))
+    assert costs.kinds == {"push", "exchange", "align"}
+
+
 def test_waiting_for_a_core_is_no_cost() -> None:
     """Rounds in which others had the cores take longer, and come to the same costs."""
     keys = merged(tree("fsl_sage"), {"data": {"train_limit": 400}})
@@ -255,11 +381,10 @@ def test_a_plan_is_of_the_middle_of_its_run() -> None:
     """By then alignment buffers hold more than in the first rounds."""
     costs = Costs(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     buffer = {"alignment": {"epochs": 2, "buffer_size": 10_000}}
-    seconds = [
-        predict(Scenario(from_tree({**tree("fsl_sage", **buffer), "rounds": rounds}), NO_LINK, 3), costs, 3)
+    first, second, third, last = (
+        prediction_of({**tree("fsl_sage", **buffer), "rounds": rounds}, costs, NO_LINK).round_seconds
         for rounds in (1, 4, 5, 8)
-    ]
-    first, second, third, last = (each.round_seconds for each in seconds)
+    )
     assert first == second == third  # the second interval, or what would be
     uploaded = 15 * 16  # a client's uploads in each round, as its last batch is not uploaded
     assert last - second == pytest.approx(2 * uploaded / 2, rel=1e-6)
@@ -269,7 +394,7 @@ def test_a_slow_link_is_what_splitfed_waits_for() -> None:
     costs = Costs(1e-4, 1e-4, 1e-4, 0.0, 0.0, 0.0, 0.0)
     slow = LinkSpeed(0.04, 2.5e6, 2.5e6)
     seconds = {
-        name: predict(Scenario(from_tree(tree(name)), slow, client_ranks=3), costs, 2).round_seconds
+        name: prediction_of(tree(name), costs, slow).round_seconds
         for name in ("fsl_sage", "splitfed_v1", "splitfed_v2")
     }
     batches = 30  # of each client
@@ -301,18 +426,21 @@ def test_a_link_is_as_measured_but_for_what_is_asked() -> None:
 
 
 def test_the_command_calibrates_this_machine_and_says_that_it_predicts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     config = tmp_path / "small.yaml"
     config.write_text("device: cpu\nclients: {batch_size: 16}\nalgorithm: {alignment: {epochs: 2}}\n")
-    done = said(
-        capsys, "plan", config, "--bandwidth", "100mbit", "--rtt", "20ms", "--clients", "10,100", "seed=1"
-    )
+    links = ("--bandwidth", "100mbit", "--rtt", "20ms", "--clients", "10,100")
+    done = said(capsys, "plan", config, *links, f"algorithm.name={own(Adaptive)}")
     assert done.returncode == 0, done.stderr
     assert "PREDICTED" in done.stdout
-    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.strip().startswith(("f", "s", "c"))]
-    names = ("fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg")
-    assert sorted(map(tuple, rows)) == sorted((name, count) for name in names for count in ("10", "100"))
+    rows = [line.split() for line in done.stdout.splitlines() if line.split()[1:2] in (["10"], ["100"])]
+    known = [[name, count] for name in ALGORITHMS for count in ("10", "100")]
+    assert [row[:2] for row in rows[:-2]] == known
+    assert all(float(row[2]) > 0 for row in rows[:-2])
+    assert rows[-2:] == [[own(Adaptive), count, *["unknown"] * 3] for count in ("10", "100")]
+    assert done.stdout.splitlines()[-1] == f"{own(Adaptive)}: unknown, as its requests depend on values"
 
 
 @pytest.mark.parametrize(
@@ -343,12 +471,17 @@ def test_costs_of_this_machine_hold_no_transport_and_each_partys_own_seconds() -
             "algorithm": {"alignment": {"epochs": 5}},
         }
     )
-    calibration = calibrate_here(config)
+    names = [*ALGORITHMS, own(Mixed), own(Seldom), own(Adaptive)]
+    calibration = calibrate_here(config, names)
+    assert list(calibration.costs) == names[:-1]
+    assert calibration.left_out == {own(Adaptive): "its requests depend on values"}
     for costs in calibration.costs.values():
         # Here the call that sends holds the server's own work.
         assert {key: getattr(costs, key) for key in TYPICAL_REQUEST} == TYPICAL_REQUEST
         assert 0 < costs.client_per_sample < 0.1
-    assert calibration.costs["fsl_sage"].alignment_per_sample > 0
+    for name in ("fsl_sage", own(Mixed), own(Seldom)):
+        assert calibration.costs[name].alignment_per_sample > 0
+    assert calibration.costs[own(Mixed)].kinds == {"push", "exchange", "align"}
     assert calibration.costs["fedavg"].server_per_sample == 0
 
 
@@ -357,9 +490,10 @@ def test_small_batches_cost_more_a_sample(monkeypatch: pytest.MonkeyPatch) -> No
     keys = {"client_per_sample": 1e-4, "server_per_sample": 2e-4, "alignment_per_sample": 3e-4}
     costs = Costs(**keys, sending=0.0, client_handling=0.0, server_handling=0.0, averaging=0.0)
     measured = Calibration(config, {"fedavg": costs}, LINK, 2, 2.0)
-    assert adapted(measured, config) is measured
+    assert adapted(measured, config) == measured
 
-    def here(config: Config) -> Calibration:
+    def here(config: Config, names: Iterable[str]) -> Calibration:
+        assert list(names) == ["fedavg"]
         step = 1e-3 + 1e-4 * config.clients.batch_size
         each = replace(costs, client_per_sample=step / config.clients.batch_size, server_per_sample=0.0)
         return replace(measured, costs={"fedavg": each})
@@ -370,26 +504,89 @@ def test_small_batches_cost_more_a_sample(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.client_per_sample == pytest.approx(1e-4 * (1.8 / 8) / (4.2 / 32))
     assert found.server_per_sample == costs.server_per_sample  # nothing to compare
     long = replace(measured, costs={"fedavg": replace(costs, client_per_sample=0.1)})
-    assert adapted(long, small) is long
+    assert adapted(long, small) == long
 
 
 def test_a_fit_costs_something_whatever_its_buffer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = Costs(0.0, 0.0, 4e-4, 0.0, 0.0, 0.0, 0.0, buffered=800.0)
-    measured = Calibration(Config(), {"fsl_sage": costs}, LINK, 2, 2.0)
+    splitfed = Costs(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    each = {"fsl_sage": costs, own(Mixed): replace(costs, buffered=400.0), "splitfed_v2": splitfed}
+    measured = Calibration(Config(), each, LINK, 2, 2.0)
     monkeypatch.setattr(
         "fslsage_rpc.plan.here._fit_seconds", lambda config, sizes: [3.0 + 0.005 * size for size in sizes]
     )
-    apart = fits_apart(measured, Config()).costs["fsl_sage"]
-    assert apart.alignment(800) == pytest.approx(800 * 4e-4)  # what was measured stays
-    assert apart.alignment(0) == pytest.approx(800 * 4e-4 * 3 / 7)
+    apart = fits_apart(measured, Config()).costs
+    assert apart["splitfed_v2"] == splitfed
+    for name, buffered, alone in (("fsl_sage", 800, 3 / 7), (own(Mixed), 400, 3 / 5)):
+        assert apart[name].alignment(buffered) == pytest.approx(buffered * 4e-4)  # what was measured stays
+        assert apart[name].alignment(0) == pytest.approx(buffered * 4e-4 * alone)
     long = replace(measured, costs={"fsl_sage": replace(costs, alignment_per_sample=1.0)})
-    assert fits_apart(long, Config()) is long
+    assert fits_apart(long, Config()) == long
 
 
 def test_fits_are_measured_here_with_the_buffers_asked_for() -> None:
     config = from_tree(merged(tree("fsl_sage"), {"data": {"train_limit": 400}}))
     small, large = _fit_seconds(config, (10, 1000))
     assert 0 < small < large
+
+
+NOT_READ = (own(Adaptive), "nowhere:Away")
+
+
+def bench_folder(folder: Path, variants: dict[str, list[str]]) -> Path:
+    """The folder of a benchmark of these variants, whose rounds were trained in this process."""
+    keys = merged(tree("fsl_sage"), {"data": {"train_limit": 400}})
+    bench = {"variants": variants, "reference": next(iter(variants)), "repeats": 1, "warmup_rounds": 2}
+    config = from_tree({**keys, "bench": bench})
+    (folder / "rounds").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(config)))
+    for name, variant in variant_configs(config).items():
+        if variant.algorithm.name not in NOT_READ:
+            lines = train_locally(to_tree(variant)).lines
+            (folder / "rounds" / f"{name}-0.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    environment = {
+        "link_speeds": [{"1": vars(LINK)}],
+        "ranks": [{"host": "one", "cores": 2, "threads": 1}] * 2,
+    }
+    (folder / "bench.json").write_text(json.dumps({"environment": environment, "variants": {}}))
+    return folder
+
+
+def test_a_benchmark_calibrates_algorithms_of_the_users_own(tmp_path: Path) -> None:
+    mixed = f"algorithm.name={own(Mixed)}"
+    adaptive = [f"algorithm.name={own(Adaptive)}", "server.order=arrival"]
+    variants = {
+        "mixed": [mixed],
+        "more_passes": [mixed, "algorithm.alignment.epochs=3"],
+        "adaptive": adaptive,
+        "away": ["algorithm.name=nowhere:Away"],
+        "splitfed": ["algorithm.name=splitfed_v2"],
+    }
+    folder = bench_folder(tmp_path / "some", variants)
+
+    def read(name: str, **keys: Any) -> Calibration:
+        return read_calibration(folder, from_tree(tree(name, **keys)))
+
+    found = read(own(Mixed))
+    assert list(found.costs) == [own(Mixed), "splitfed_v2"]
+    assert found.costs[own(Mixed)].kinds == {"push", "exchange", "align"}
+    assert list(found.left_out) == list(NOT_READ)
+    assert found.left_out[own(Adaptive)] == "its requests depend on values"
+    assert found.left_out["nowhere:Away"].startswith("algorithm.name: got 'nowhere:Away', which cannot be")
+    assert read("splitfed_v2", upload_every=7) == found
+    more = read(own(Mixed), alignment={"epochs": 3})  # of the second variant
+    assert more.costs[own(Mixed)] != found.costs[own(Mixed)]
+    assert more.costs["splitfed_v2"] == found.costs["splitfed_v2"]
+
+    other_work = f"{folder} measured algorithm.alignment.epochs=2, expected 7 as planned"
+    assert mistake(lambda: read(own(Mixed), alignment={"epochs": 7})) == f"--calibrate: {other_work}"
+    planned = read("splitfed_v2", alignment={"epochs": 7})
+    assert planned.left_out[own(Mixed)] == other_work
+    assert read(own(Adaptive)) == found
+    assert read("fedavg").left_out == {**found.left_out, "fedavg": f"{folder} has no variant of it"}
+    only = bench_folder(tmp_path / "only", {"adaptive": adaptive})
+    message = f"does not tell what {own(Adaptive)} costs, as its requests depend on values"
+    assert mistake(read_calibration, only, from_tree(tree("fedavg"))).endswith(message)
 
 
 @pytest.mark.nightly

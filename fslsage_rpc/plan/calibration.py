@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.algorithms import find
 from fslsage_rpc.bench.statistics import BenchRun
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config import Config
@@ -16,17 +16,18 @@ from fslsage_rpc.configuration import changed_keys, load, to_tree
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
-from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.plan.scenario import Scenario, with_algorithm
 from fslsage_rpc.tasks import open_task
 
 LARGEST = 1e18
 """seconds or bytes"""
-WORK = ("data.name", "data.tokens", "data.vocabulary", "precision", "tf32", "graphs", "device")
+DEPENDS_ON_VALUES = "its requests depend on values"
+WORK = ("model.", "data.name", "data.tokens", "data.vocabulary", "precision", "tf32", "graphs", "device")
 WORK_OF_ALIGNMENT = (
     *(f"algorithm.alignment.{key}" for key in ("solver", "epochs", "batch_size", "tolerance")),
     "algorithm.measure_drift",
 )
-"""keys that change what a step or an alignment costs, beside those of the model"""
+"""beginnings of keys that change what a step or an alignment costs"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Calibration:
 
     config: Config
     costs: Mapping[str, Costs]
+    """by what `algorithm.name` says: also of the user's own"""
     link: LinkSpeed
     server_workers: int
     """lanes that the server executes at the same time, and fits likewise"""
@@ -77,35 +79,58 @@ def _read(folder: Path, planned: Config | None) -> Calibration:
     one_machine = len({rank["host"] for rank in ranks}) == 1
     cores = ranks[0]["cores"] / ranks[0]["threads"] if one_machine else math.inf
     costs: dict[str, Costs] = {}
-    other_work: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for name, variant in variant_configs(config).items():
-        known = variant.algorithm.name in ALGORITHMS  # the simulation knows when these make requests
-        if known and variant.algorithm.name not in costs:
-            if planned and (other := _other_work(variant, planned)):
-                other_work.setdefault(variant.algorithm.name, f"{folder} measured {other}")
-                continue
-            scenario = Scenario(variant, link, len(ranks) - 1)
-            lines = _measured_lines(folder, name, config, scenario)
-            measured = measure_costs(lines, scenario, [rank["threads"] for rank in ranks])
-            _check_figures(list(vars(measured).values()))
-            costs[variant.algorithm.name] = measured
-    left_out = {name: why for name, why in other_work.items() if name not in costs}
-    if planned and left_out and (not costs or planned.algorithm.name in left_out):
-        why = left_out.get(planned.algorithm.name) or next(iter(left_out.values()))
-        raise InputError(f"--calibrate: {why}")
+        algorithm = variant.algorithm.name
+        if algorithm in costs:
+            continue
+        if why := _without_costs(folder, variant, planned):
+            left_out.setdefault(algorithm, why)
+            continue
+        scenario = Scenario(variant, link, len(ranks) - 1)
+        lines = _measured_lines(folder, name, config, scenario)
+        measured = measure_costs(lines, scenario, [rank["threads"] for rank in ranks])
+        _check_figures(list(vars(measured).values()))
+        costs[algorithm] = measured
+    left_out = {algorithm: why for algorithm, why in left_out.items() if algorithm not in costs}
+    if planned and (configured := planned.algorithm.name) not in costs:
+        if find(configured).requests_depend_on_values:
+            left_out[configured] = DEPENDS_ON_VALUES
+        elif configured in left_out:
+            raise InputError(f"--calibrate: {left_out[configured]}")
+        else:
+            left_out[configured] = f"{folder} has no variant of it"
     if not costs:
-        raise InputError(f"--calibrate: got {folder}, expected a benchmark of one of {', '.join(ALGORITHMS)}")
+        algorithm, why = next(iter(left_out.items()))
+        raise InputError(f"--calibrate: got {folder}, which does not tell what {algorithm} costs, as {why}")
     busy = any(variant.get("busy_samples") for variant in result["variants"].values())
     return Calibration(config, costs, link, workers, cores, left_out, busy)
 
 
+def _without_costs(folder: Path, measured: Config, planned: Config | None) -> str | None:
+    """Why a variant does not tell what its algorithm costs; None where it does."""
+    name = measured.algorithm.name
+    try:
+        kind = find(name)
+    except InputError as error:  # one of the user's own, which is not here
+        return str(error)
+    if kind.requests_depend_on_values:
+        return DEPENDS_ON_VALUES
+    other = planned and _other_work(measured, with_algorithm(planned, name))
+    return f"{folder} measured {other}" if other else None
+
+
 def _other_work(measured: Config, planned: Config) -> str | None:
-    """What makes seconds per sample or pass of one mean nothing for the other; None where nothing does."""
+    """What makes seconds per sample or pass of one mean nothing for the other; None where nothing does.
+
+    Args:
+        planned: of the same algorithm.
+    """
+    keys = WORK + (WORK_OF_ALIGNMENT if find(measured.algorithm.name).auxiliary == "aligned" else ())
     for key, (was, is_now) in changed_keys(to_tree(measured), to_tree(planned)).items():
         if key == "device" and "auto" in (was, is_now):
             continue  # whatever the calibration ran on
-        aligned = key in WORK_OF_ALIGNMENT and measured.algorithm.name == "fsl_sage"
-        if key.startswith("model.") or key in WORK or aligned:
+        if key.startswith(keys):
             return f"{key}={was}, expected {is_now} as planned"
     return None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fslsage_rpc.bench.table import COMPUTE
+from fslsage_rpc.parties.requests import Align, Exchange, Push
 from fslsage_rpc.plan.scenario import PlannedRound, Scenario
 from fslsage_rpc.training.round_numbers import FIRST_ROUND
 
@@ -39,6 +40,8 @@ class Costs:
     """of the server, for an alignment whatever its buffer holds"""
     buffered: float = 0.0
     """no cost: the samples of the buffers that were measured, their mean"""
+    kinds: frozenset[str] = frozenset({Push.kind, Exchange.kind, Align.kind})
+    """no cost: the kinds of requests that were measured"""
 
     def alignment(self, samples: int) -> float:
         """Seconds of one alignment with so many samples in its buffer."""
@@ -82,6 +85,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
             statistics.fmean(_averaging_seconds(line, planned, scenario) for line, planned in pairs),
         ),
         buffered=_per(sum(buffers), len(buffers)),
+        kinds=frozenset(kind for line in lines for kind in line["requests"]),
     )
 
 

@@ -1,12 +1,14 @@
-"""Costs measured on this machine, in one process: of every algorithm, and of other batches and buffers."""
+"""Costs measured on this machine, in one process: of algorithms, and of other batches and buffers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from fslsage_rpc.algorithms import ALGORITHMS
+from fslsage_rpc.algorithms import find
+from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.comm.world import choose_device, open_world, server_workers
 from fslsage_rpc.config import Config
 from fslsage_rpc.configuration import from_tree, to_tree
@@ -14,9 +16,9 @@ from fslsage_rpc.critical_path import NO_LINK
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.clock import clock, cpu_clock, synchronise
 from fslsage_rpc.parties.alignment import AlignmentBuffer
-from fslsage_rpc.plan.calibration import Calibration
+from fslsage_rpc.plan.calibration import DEPENDS_ON_VALUES, Calibration
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
-from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.plan.scenario import Scenario, with_algorithm
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
@@ -24,13 +26,13 @@ from fslsage_rpc.training.trainer import Trainer
 CALIBRATION_BATCHES = 6
 """of each client, in the rounds that calibrate this machine"""
 CALIBRATION_ROUNDS = 3
-"""the first of them warms up"""
+"""the least; the first of them warms up"""
 CALIBRATION_PASSES = 10
 SMALLER = 8
 """times as small as those of the calibration is the other buffer that alignments are measured with"""
 LONG_STEP_SECONDS = 0.05
 """from which on next to nothing of a step is independent of its batch's size"""
-TYPICAL_REQUEST = {"sending": 5e-4, "client_handling": 1e-3, "server_handling": 1.1e-3}
+TYPICAL_REQUEST: dict[str, Any] = {"sending": 5e-4, "client_handling": 1e-3, "server_handling": 1.1e-3}
 """seconds of a request for less than 100 KiB, over TensorPipe's uv, where docs/results/plan.md was measured:
 one process has no transport to measure
 """
@@ -50,9 +52,11 @@ def _at_batch_size(measured: Calibration, config: Config) -> Calibration:
     steps = (max(each.client_per_sample, each.server_per_sample) for each in measured.costs.values())
     if was == planned or min(was, planned) * max(steps) > LONG_STEP_SECONDS:
         return measured
-    keys = ["algorithm.align_every=null"]
+    short = "algorithm.alignment.epochs=1"  # of alignments nothing is taken
     there, here = (
-        calibrate_here(from_tree(to_tree(config), [*keys, f"clients.batch_size={size}"])).costs
+        calibrate_here(
+            from_tree(to_tree(config), [short, f"clients.batch_size={size}"]), measured.costs
+        ).costs
         for size in (was, planned)
     )
     costs = {
@@ -75,28 +79,31 @@ def _ratio(costs: Mapping[str, Costs], to: Mapping[str, Costs], name: str, key: 
 
 def fits_apart(measured: Calibration, config: Config) -> Calibration:
     """The costs with the part of an alignment that does not grow with its buffer by itself."""
-    costs = measured.costs.get("fsl_sage")
-    if costs is None or not costs.buffered:
-        return measured
+    return replace(
+        measured, costs={name: _fit_apart(costs, config) for name, costs in measured.costs.items()}
+    )
+
+
+def _fit_apart(costs: Costs, config: Config) -> Costs:
+    """Those of one algorithm."""
     whole = costs.alignment(round(costs.buffered))
-    if whole > LONG_STEP_SECONDS * config.algorithm.alignment.epochs:
-        return measured
+    if not costs.buffered or whole > LONG_STEP_SECONDS * config.algorithm.alignment.epochs:
+        return costs
     large = round(costs.buffered)
     small = max(1, large // SMALLER)
     of_small, of_large = _fit_seconds(config, (small, large))
     per_sample = min(1.0, max(0.0, (of_large - of_small) / of_large * large / max(1, large - small)))
-    apart = replace(
+    return replace(
         costs,
         alignment_per_sample=per_sample * whole / costs.buffered,
         alignment_per_fit=(1 - per_sample) * whole,
     )
-    return replace(measured, costs={**measured.costs, "fsl_sage": apart})
 
 
 def _fit_seconds(config: Config, buffered: Sequence[int]) -> list[float]:
-    """Seconds of an alignment here with so many samples in its buffer."""
-    keys = [*_keys(config), "algorithm.name=fsl_sage", f"algorithm.alignment.epochs={CALIBRATION_PASSES}"]
-    trainer, _ = _train_here(from_tree(to_tree(config), keys))
+    """Seconds of an alignment here with so many samples in its buffer: the same of every algorithm."""
+    keys = [*_keys(config), f"algorithm.alignment.epochs={CALIBRATION_PASSES}"]
+    trainer, _ = _train_here(with_algorithm(config, FslSage.name, keys))
     server, device = trainer.server, trainer.world.device
     assert server is not None
     fit, model = server.fits[0], server.lanes[0].model
@@ -117,21 +124,29 @@ def _fit_seconds(config: Config, buffered: Sequence[int]) -> list[float]:
     return found
 
 
-def calibrate_here(config: Config) -> Calibration:
-    """The costs of every algorithm on this machine: rounds of two clients, in one process."""
+def calibrate_here(config: Config, names: Iterable[str]) -> Calibration:
+    """The costs of these algorithms on this machine: rounds of two clients, in one process.
+
+    Raises:
+        InputError: the configured one cannot run here, or none can.
+    """
     costs: dict[str, Costs] = {}
     left_out: dict[str, str] = {}
-    for name in ALGORITHMS:
-        variant = from_tree(to_tree(config), [*_keys(config), f"algorithm.name={name}"])
+    for name in names:
+        if find(name).requests_depend_on_values:
+            left_out[name] = DEPENDS_ON_VALUES
+            continue
+        variant = with_algorithm(config, name, _keys(config))
         try:
             check(variant, ranks=1)
-            _, lines = _train_here(variant)
+            scenario = Scenario(variant, NO_LINK, client_ranks=1)
+            rounds = max(CALIBRATION_ROUNDS, 1 + scenario.algorithm.interval)
+            _, lines = _train_here(from_tree(to_tree(variant), [f"rounds={rounds}"]))
         except InputError as error:
             if name == config.algorithm.name:
                 raise
             left_out[name] = str(error)
             continue
-        scenario = Scenario(variant, NO_LINK, client_ranks=1)
         here = measure_costs(lines[1:], scenario, threads=[torch.get_num_threads()])
         costs[name] = replace(here, **TYPICAL_REQUEST)  # here a call of the server holds its work
     if not costs:

@@ -23,11 +23,18 @@ class Prediction:
     paper_bytes: float
 
 
-def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction:
-    """The alignment interval in the middle of the run: buffers fill as it goes on. Never the first."""
+def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction | None:
+    """The alignment interval in the middle of the run: buffers fill as it goes on. Never the first.
+
+    Returns:
+        None where clients make requests of a kind that has no costs.
+    """
     interval = scenario.algorithm.interval
     first = max(1, scenario.config.rounds // interval // 2) * interval
     rounds = [scenario.round(round) for round in range(first, first + interval)]
+    asks = {ask.kind for each in rounds for client in each.clients.values() for ask in client.asks}
+    if not asks <= costs.kinds:
+        return None
     return Prediction(
         statistics.fmean(_seconds(scenario, costs, server_workers, planned) for planned in rounds),
         statistics.fmean(_wire_bytes(scenario, planned) for planned in rounds),
@@ -73,10 +80,12 @@ def client_steps(scenario: Scenario, costs: Costs, client: int, planned: Planned
             steps.append(Step(compute, "turn", k))
             compute = 0.0
         calls = [event for event in events if isinstance(event, str)]
-        seconds = costs.client_per_sample * samples / sum(_weight(call, calls) for call in calls)
+        seconds, weights = costs.client_per_sample * samples, sum(_weight(call, calls) for call in calls)
+        if not calls:
+            compute += seconds  # a mean over all local steps, those without a call among them
         for event in events:
             if isinstance(event, str):
-                compute += seconds * _weight(event, calls)
+                compute += seconds * _weight(event, calls) / weights
                 continue
             server = (
                 costs.alignment(next(buffered))

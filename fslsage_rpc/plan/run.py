@@ -11,19 +11,18 @@ from rich.table import Table
 
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, to_tree
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data.partitions import divided
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.own import is_own
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.here import adapted, calibrate_here, fits_apart
 from fslsage_rpc.plan.prediction import Prediction, predict
-from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.plan.scenario import Scenario, with_algorithm
 from fslsage_rpc.report.screen import SteadyCursorConsole
 from fslsage_rpc.tasks import open_task
 
 MIB = 2**20
+NOT_MEASURED = "it makes requests of a kind that was not measured"
 BIT_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 OFF = 0.85, 1.35
 """the least and the most that measured seconds came to, of predicted ones, in docs/results/plan.md"""
@@ -57,7 +56,8 @@ def plan(
         if bandwidth is None or rtt is None:
             got = "none" if bandwidth is rtt else "one"
             raise InputError(f"--bandwidth, --rtt: got {got}, expected both, or --calibrate with a benchmark")
-        measured = fits_apart(calibrate_here(config), config)
+        names = dict.fromkeys([*ALGORITHMS, config.algorithm.name])
+        measured = fits_apart(calibrate_here(config, names), config)
     else:
         measured = adapted(read_calibration(Path(calibration), config), config)
     samples = divided(config.data, open_task(config).train_samples)
@@ -70,21 +70,17 @@ def plan(
         for count in clients
     }
     rows = [
-        (name, count, by_count[count][name])
-        for name in ALGORITHMS
-        if name in measured.costs
+        (name, count, by_count[count].get(name))
+        for name in dict.fromkeys([*ALGORITHMS, *measured.costs, *measured.left_out])
+        if name in measured.costs or name in measured.left_out
         for count in clients
     ]
     off = OFF if link == measured.link else OFF_OVER_OTHER_LINKS
     _show(rows, off, link, calibration or "this machine, in one process")
     if measured.busy:
         print(f"warning: {calibration} was measured on a busy host")
-    for name, why in measured.left_out.items():
-        print(f"{name} is not predicted: {why}")
-    if is_own(config.algorithm.name):
-        print(
-            f"{config.algorithm.name} is not predicted: the order of its requests is known only by running."
-        )
+    for name in dict.fromkeys(name for name, _, predicted in rows if predicted is None):
+        print(f"{name}: unknown, as {measured.left_out.get(name, NOT_MEASURED)}")
 
 
 def predictions(
@@ -94,12 +90,12 @@ def predictions(
     clients: int,
     client_ranks: int,
     shared_cores: float = math.inf,
-) -> dict[str, Prediction]:
-    """What rounds of each algorithm that has costs would take."""
+) -> dict[str, Prediction | None]:
+    """What rounds of each algorithm that has costs would take; None where they do not tell."""
     found = {}
     for name, costs in measured.costs.items():
-        keys = [f"algorithm.name={name}", f"clients.count={clients}"]
-        scenario = Scenario(from_tree(to_tree(config), keys), link, client_ranks, shared_cores)
+        planned = with_algorithm(config, name, [f"clients.count={clients}"])
+        scenario = Scenario(planned, link, client_ranks, shared_cores)
         found[name] = predict(scenario, costs, measured.server_workers)
     return found
 
@@ -130,12 +126,18 @@ def _quantity(option: str, text: str, units: dict[str, float], example: str) -> 
 
 
 def _show(
-    rows: Sequence[tuple[str, int, Prediction]], off: tuple[float, float], link: LinkSpeed, calibration: str
+    rows: Sequence[tuple[str, int, Prediction | None]],
+    off: tuple[float, float],
+    link: LinkSpeed,
+    calibration: str,
 ) -> None:
     table = Table(title="PREDICTED rounds (nothing here was measured)", box=box.SIMPLE_HEAD)
     for header in ("algorithm", "clients", "seconds", "from", "to", "wire MiB", "paper-ledger MiB"):
         table.add_column(header, justify="left" if header == "algorithm" else "right", overflow="fold")
     for name, count, predicted in rows:
+        if predicted is None:
+            table.add_row(name, str(count), "unknown", "", "", "unknown", "unknown")
+            continue
         table.add_row(
             name,
             str(count),

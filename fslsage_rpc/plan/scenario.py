@@ -1,6 +1,7 @@
 """A configuration on given links and ranks: what each round has to do, without data and without training."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from fslsage_rpc.algorithms import create
 from fslsage_rpc.algorithms.ledger import averaged_bytes, paper_bytes
 from fslsage_rpc.algorithms.rehearsal import ClientRehearsal, Rehearsal
 from fslsage_rpc.config import Config
+from fslsage_rpc.configuration import from_tree, to_tree
 from fslsage_rpc.critical_path import LinkSpeed
 from fslsage_rpc.data.partitions import divided
 from fslsage_rpc.federation import Federation
@@ -31,6 +33,15 @@ class PlannedRound:
     averaged_bytes: int
     """of the models that the clients average"""
     paper_bytes: int
+
+
+def with_algorithm(config: Config, name: str, keys: Sequence[str] = ()) -> Config:
+    """A configuration as it is with another algorithm.
+
+    Args:
+        keys: further changes, as `key=value`.
+    """
+    return from_tree(to_tree(config), [f"algorithm.name={name}", *keys])
 
 
 class Scenario:
