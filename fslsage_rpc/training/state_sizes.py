@@ -56,10 +56,17 @@ class StateSizes:
         return sum(map(self.buffered, range(self.fits))) * self._sample
 
     def buffered(self, client: int) -> int:
-        """Samples of a client in its alignment buffer at the most: at the end."""
-        if self._experiment.algorithm.requests_depend_on_values:
-            return self._config.algorithm.alignment.buffer_size
-        return self._experiment.rehearsal.buffered(client, self._config.rounds)
+        """Samples of a client in its alignment buffer at the most: every round may upload as much as one does."""
+        algorithm, size = self._experiment.algorithm, self._config.algorithm.alignment.buffer_size
+        if algorithm.requests_depend_on_values:
+            return size
+        samples = 0
+        for round in range(min(self._config.rounds, algorithm.interval + 1)):
+            if samples >= size:
+                break  # the usual case, in the first round
+            uploaded = self._experiment.rehearsal.client(client, round).uploaded
+            samples = max(samples, self._config.rounds * uploaded)
+        return min(samples, size)
 
     def of_clients(self, clients: Sequence[int]) -> int:
         """The part of a rank that hosts these: models that averaging has made equal are kept once."""
