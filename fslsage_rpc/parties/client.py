@@ -157,8 +157,8 @@ class Client:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from such a state.
 
-        That of a client that was away (`returning.py`) may have None for an optimizer, which then starts
-        anew, and counts the rounds that were missed.
+        That of a client that was away (`training/going_on.py`) may have None for an optimizer, which then
+        starts anew, and counts the rounds that were missed.
         """
         self.weights.load_state(state["weights"])
         if state["optimizer"] is not None:
