@@ -28,6 +28,8 @@ LONGEST_NAME = 255
 """bytes that file systems take for a name"""
 MISREAD = re.compile(r"[-+]?0[0-7_]+|[^:]+:.*")
 """integers that YAML 1.1 takes for octal ones, as 010, and numbers that it takes for base 60, as 1:30"""
+EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
+"""numbers that YAML 1.1 takes for texts, as 1e-3: they are texts in quotes only"""
 
 
 class WrittenInt(int):
@@ -85,6 +87,8 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(WrittenInt, _Dumper.represent_written)
 _Dumper.add_representer(WrittenFloat, _Dumper.represent_written)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -125,13 +129,26 @@ def to_tree(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The dotted keys in which two configuration trees differ, each with its old and new value."""
+def to_yaml(tree: dict[str, Any]) -> str:
+    """The text from which `load` makes the same tree again."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+    return text
+
+
+def changed_keys(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", own: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two configuration trees differ, each with its old and new value.
+
+    Args:
+        own: the names are the user's own: where they are others, it is the mapping that differs.
+    """
     changes: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
         a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes |= changed_keys(a, b, f"{prefix}{key}.")
+        inside = own or key in WHOLE
+        if isinstance(a, dict) and isinstance(b, dict) and not (inside and a.keys() != b.keys()):
+            changes |= changed_keys(a, b, f"{prefix}{key}.", inside)
         elif a != b:
             changes[prefix + key] = (a, b)
     return changes

@@ -168,6 +168,17 @@ def test_changed_keys_are_dotted_with_old_and_new_value() -> None:
     }
 
 
+def test_where_names_of_the_users_own_differ_their_mapping_does() -> None:
+    old = {"model": {"arguments": {"a": 1, "b": {"c": 2}}}}
+    for new, changes in (
+        ({"a": 3, "b": {"c": 2}}, {"model.arguments.a": (1, 3)}),
+        ({"a": 1, "b": {"c": 5}}, {"model.arguments.b.c": (2, 5)}),
+        ({"a": 1, "b": {"c": 2, "d": None}}, {"model.arguments.b": ({"c": 2}, {"c": 2, "d": None})}),
+        ({"a": 1}, {"model.arguments": (old["model"]["arguments"], {"a": 1})}),
+    ):
+        assert changed_keys(old, {"model": {"arguments": new}}) == changes
+
+
 def test_a_files_own_names_replace_its_base_files(tmp_path: Path) -> None:
     scheduler = "optimizer: {client: {scheduler: {name: %s, arguments: {%s: 5}}}}\n"
     write(tmp_path, scheduler % ("StepLR", "step_size") + "bench: {variants: {x: []}}\n", "base.yaml")
