@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import changed_keys, from_tree, load, read_yaml, to_tree
+from fslsage_rpc.configuration import changed_keys, from_tree, load, read_yaml, to_tree, to_yaml
 from support.user_input import leaves, write
 
 
@@ -67,6 +67,19 @@ def test_a_text_may_look_like_a_number(tmp_path: Path, written: str) -> None:
     again = load(write(tmp_path, yaml.safe_dump(to_tree(config))))
     assert again == config
     assert from_tree({"model": {"cut": 1}}).model.cut == "1"
+
+
+def test_a_text_in_quotes_stays_one_in_the_yaml_of_a_tree(tmp_path: Path) -> None:
+    texts = ["1e-3", "1E5", "+.5e3", "5", "0x1F", "null", "true", "1:30", "2024-02-29", "", "a\nb"]
+    values = {"texts": texts, "numbers": [1e-3, 1e5, 500, -7, 1e300], "rest": [None, True, {"deep": [[]]}]}
+    text = to_yaml({"data": {"arguments": values}})
+    assert read_yaml(write(tmp_path, text)) == {"data": {"arguments": values}}
+    assert load(write(tmp_path, text)).data.arguments == values
+    assert read_yaml(write(tmp_path, "{a: 1e-3, b: '1e-3', c: 7.E2}")) == {
+        "a": 0.001,
+        "b": "1e-3",
+        "c": 700.0,
+    }
 
 
 @pytest.mark.parametrize(("text", "number"), [("3e-3", 0.003), ("'0.5'", 0.5), ("1", 1.0)])

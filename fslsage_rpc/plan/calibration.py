@@ -21,12 +21,15 @@ from fslsage_rpc.tasks import open_task
 
 LARGEST = 1e18
 """seconds or bytes"""
-WORK = ("data.name", "data.tokens", "data.vocabulary", "precision", "tf32", "graphs", "device")
+WORK = (
+    *("data.name", "data.arguments", "data.tokens", "data.vocabulary"),
+    *("model", "precision", "tf32", "graphs", "device"),
+)
 WORK_OF_ALIGNMENT = (
     *(f"algorithm.alignment.{key}" for key in ("solver", "epochs", "batch_size", "tolerance")),
     "algorithm.measure_drift",
 )
-"""keys that change what a step or an alignment costs, beside those of the model"""
+"""keys that change what a step or an alignment costs, with all below them"""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ def _other_work(measured: Config, planned: Config) -> str | None:
     for key, (was, is_now) in changed_keys(to_tree(measured), to_tree(planned)).items():
         if key == "device" and "auto" in (was, is_now):
             continue  # whatever the calibration ran on
-        aligned = key in WORK_OF_ALIGNMENT and measured.algorithm.name == "fsl_sage"
-        if key.startswith("model.") or key in WORK or aligned:
+        work = (*WORK, *WORK_OF_ALIGNMENT) if measured.algorithm.name == "fsl_sage" else WORK
+        if any(f"{key}.".startswith(f"{section}.") for section in work):
             return f"{key}={was}, expected {is_now} as planned"
     return None
 

@@ -53,6 +53,8 @@ def plan(
     Raises:
         InputError: a value is not one of these, or there is nothing to know the links from.
     """
+    if is_own(config.algorithm.name):  # the others, which are predicted, do not take its arguments
+        config = from_tree(to_tree(config), ["algorithm.arguments={}"])
     if calibration is None:
         if bandwidth is None or rtt is None:
             got = "none" if bandwidth is rtt else "one"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fslsage_rpc.algorithms import Algorithm, create, find
+from fslsage_rpc.algorithms import Algorithm, arguments, create
 from fslsage_rpc.algorithms.base import Sizes
 from fslsage_rpc.comm.memory import physical_memory
 from fslsage_rpc.comm.placement import CPU_CHANNELS, lacking
@@ -43,7 +43,7 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.transport == "rpc":
         _check_ranks(config, ranks)
-    find(config.algorithm.name)
+    arguments(config.algorithm)
     task = open_task(config)
     clients = config.clients
     if clients.minimum > clients.count:
