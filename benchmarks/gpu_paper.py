@@ -28,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from cifar10_parts import read
 
 from fslsage_rpc.cli import OneLineParser
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import load, to_tree
+from fslsage_rpc.configuration import load, to_tree, to_yaml
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.clock import clock
 from fslsage_rpc.own import first_line
@@ -139,8 +138,7 @@ class Training:
     def _add(self, line: dict[str, Any]) -> None:
         if line["round"] == 1:
             self.folder.mkdir()
-            config = yaml.safe_dump(to_tree(self.config), sort_keys=False)
-            write_whole(self.folder / "config.yaml", config)
+            write_whole(self.folder / "config.yaml", to_yaml(to_tree(self.config)))
             self._metrics.begin(b"")
         self._metrics.append(line)
         if line["test_accuracy"] is not None:

@@ -84,6 +84,8 @@ class Data:
     ] = "digits"
     """package.module:function of the user's own is called with root and train, a bool; package.module:Class
     may be their own subclass of `fslsage_rpc.tasks.Task`"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the user's own function or class"""
     root: str = "data"
     """the folder that holds (or will hold) the files; digits needs none"""
     download: bool = True
@@ -117,6 +119,8 @@ class Auxiliary:
     """copy: fresh first layers of the server half and a linear classifier; linear: the classifier alone;
     mlp: the classifier with a hidden layer before it; package.module:function of the user's own is called
     with smashed_shape and num_classes"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the user's own function"""
     until: str | None = None
     """the module that a copy ends with, as layer3 or layer3.0"""
     width: Count | None = None
@@ -146,6 +150,8 @@ class Model:
     name: str = "simple_conv"
     """simple_conv, resnet18, resnet56, resnet110, torchvision/MODEL (a classifier of torchvision), gpt2 (for
     text), or package.module:function (of the user's own, called with num_classes and perhaps image_shape)"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the user's own function"""
     cut: str | None = None
     """the module whose output is the smashed data; null takes the default of a built-in model"""
     width: Count | None = None
@@ -188,6 +194,8 @@ class AlgorithmKeys:
         OrOwn(("fsl_sage", "splitfed_v1", "splitfed_v2", "cse_fsl", "fedavg"), own="package.module:Class"),
     ] = "fsl_sage"
     """package.module:Class is the user's own subclass of `fslsage_rpc.algorithms.Algorithm`"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """arguments of the user's own class, besides keys and federation"""
     upload_every: Count = 5
     """q: smashed data goes up at local steps 0, q, 2q, ..."""
     align_every: Count | None = 10
@@ -221,7 +229,7 @@ class SchedulerKeys:
     ) = None
     """torch's name; null: the learning rate stays as it is; LinearWarmupDecay is up from 0 in a line, then
     down to 0"""
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, float | str | list[float]] = field(default_factory=dict)
     """torch's arguments, as in {T_max: 200}; of LinearWarmupDecay {warmup: 500, total: 10000}"""
     per: Literal["round", "step"] = "round"
     """it moves on at the end of every round (absent clients' too), or with every step of its optimizer"""

@@ -4,8 +4,10 @@ The types of the dataclasses in `config.py` are the rules. Nothing here imports 
 at once.
 """
 
+import copy
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -28,6 +30,10 @@ LONGEST_NAME = 255
 """bytes that file systems take for a name"""
 MISREAD = re.compile(r"[-+]?0[0-7_]+|[^:]+:.*")
 """integers that YAML 1.1 takes for octal ones, as 010, and numbers that it takes for base 60, as 1:30"""
+EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
+"""numbers that YAML 1.1 takes for texts, as 1e-3: they are texts in quotes only"""
+DEEPEST = 4
+"""lists and mappings inside each other, in one of `arguments`"""
 
 
 class WrittenInt(int):
@@ -85,6 +91,8 @@ class _Dumper(yaml.SafeDumper):
 
 _Dumper.add_representer(WrittenInt, _Dumper.represent_written)
 _Dumper.add_representer(WrittenFloat, _Dumper.represent_written)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -112,7 +120,7 @@ def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     if not FOLDER_NAME.fullmatch(config.name) or len(config.name) > LONGEST_NAME:
         longest = f", {LONGEST_NAME} at most" if len(config.name) > LONGEST_NAME else ""
         raise InputError(
-            f"name: got {_show(config.name)}, expected a folder name of letters, digits, '.', '_' and '-'"
+            f"name: got {show(config.name)}, expected a folder name of letters, digits, '.', '_' and '-'"
             f"{longest}"
         )
     if config.data.partition == "file" and config.data.partition_file is None:
@@ -125,13 +133,26 @@ def to_tree(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The dotted keys in which two configuration trees differ, each with its old and new value."""
+def to_yaml(tree: dict[str, Any]) -> str:
+    """The text from which `load` makes the same tree again."""
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+    return text
+
+
+def changed_keys(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", own: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two configuration trees differ, each with its old and new value.
+
+    Args:
+        own: the names are the user's own: where they are others, it is the mapping that differs.
+    """
     changes: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
         a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes |= changed_keys(a, b, f"{prefix}{key}.")
+        inside = own or key in WHOLE
+        if isinstance(a, dict) and isinstance(b, dict) and not (inside and a.keys() != b.keys()):
+            changes |= changed_keys(a, b, f"{prefix}{key}.", inside)
         elif a != b:
             changes[prefix + key] = (a, b)
     return changes
@@ -158,7 +179,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: got {_show(tree)}, expected a mapping of configuration keys")
+        raise InputError(f"{path}: got {show(tree)}, expected a mapping of configuration keys")
     return tree
 
 
@@ -175,7 +196,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise InputError(f"base: got {_show(base)}, expected a file path relative to {path}")
+        raise InputError(f"base: got {show(base)}, expected a file path relative to {path}")
     return _merge(_read_with_base(path.parent / base, (*seen, real)), tree)
 
 
@@ -203,7 +224,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for depth, section in enumerate(sections):
         below = tree.get(section, {})
         if not isinstance(below, dict):
-            raise InputError(f"{'.'.join(sections[: depth + 1])}: got {_show(below)}, expected a mapping")
+            raise InputError(f"{'.'.join(sections[: depth + 1])}: got {show(below)}, expected a mapping")
         tree[section] = dict(below)  # its own: YAML anchors put one mapping in two places
         tree = tree[section]
     tree[last] = value
@@ -212,7 +233,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _build(defaults: Any, tree: Any, prefix: str) -> Any:
     """The section `defaults` with the keys of `tree` checked and put in."""
     if not isinstance(tree, dict):
-        raise InputError(f"{prefix.rstrip('.')}: got {_show(tree)}, expected a mapping of keys")
+        raise InputError(f"{prefix.rstrip('.')}: got {show(tree)}, expected a mapping of keys")
     hints = typing.get_type_hints(type(defaults), include_extras=True)
     given = {}
     for key, value in tree.items():
@@ -228,48 +249,81 @@ def _build(defaults: Any, tree: Any, prefix: str) -> Any:
     return dataclasses.replace(defaults, **given)
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
+def as_annotated(annotation: Any, value: Any, key: str) -> Any:
+    """An argument's value as the annotation of its parameter says, where that is a type of the schema's; else
+    a copy of it.
+
+    A number is no text here, as it may have been written in another way; a text or list may be empty.
+
+    Raises:
+        InputError: the value is not of that type.
+    """
+    if _is_known(_without_rule(annotation)[0]):
+        return _convert(annotation, value, key, exact=True)
+    return copy.deepcopy(value)
+
+
+def _convert(hint: Any, value: Any, key: str, exact: bool = False) -> Any:
     """The value as the type says, or an InputError that names the key, the value and what it may be."""
-    rule: Any = None
-    optional = False
-    while not isinstance(hint, type) or typing.get_origin(hint) is not None:
-        origin = typing.get_origin(hint)
-        if origin is typing.Annotated:
-            hint, rule = hint.__origin__, hint.__metadata__[0]
-        elif origin in (typing.Union, types.UnionType):
-            optional = True
-            (hint,) = [member for member in typing.get_args(hint) if member is not type(None)]
-        else:
-            break
+    hint, rule, optional = _without_rule(hint)
     if value is None and optional:
         return None
-    bounds = rule if isinstance(rule, Bounds) else None
-    kind, converted = _as_type(hint, value)
-    if isinstance(rule, OrOwn):
+    bounds = rule if isinstance(rule, Bounds) and hint in (int, float) else None
+    kind, converted = _as_type(hint, value, exact)
+    if isinstance(rule, OrOwn) and hint is str:
         kind, converted = str(rule), converted if converted and rule.allow(converted) else None
-    if converted is None or (bounds and not bounds.allow(converted)):
+    empty = isinstance(converted, str | list) and not converted and not exact
+    if converted is None or empty or (bounds and not bounds.allow(converted)):
         expected = kind + (f" {bounds}" if bounds else "") + (" or null" if optional else "")
         if hint in (int, float) and _is_misread(value):
-            expected += f", in decimal: YAML reads it as {_show(_plain(value))}"
-        raise InputError(f"{key}: got {_show(value)}, expected {expected}")
+            expected += f", in decimal: YAML reads it as {show(_plain(value))}"
+        raise InputError(f"{key}: got {show(value)}, expected {expected}")
     return converted
 
 
-def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
+def _without_rule(hint: Any) -> tuple[Any, Any, bool]:
+    """A type without what is around it: the rule that annotates it, and whether it may also be null."""
+    rule: Any = None
+    optional = False
+    while True:
+        origin = typing.get_origin(hint)
+        if origin is typing.Annotated:
+            rule = next((each for each in hint.__metadata__ if isinstance(each, Bounds | OrOwn)), rule)
+            hint = hint.__origin__
+        elif origin in (typing.Union, types.UnionType):
+            members = [member for member in typing.get_args(hint) if member is not type(None)]
+            if len(members) > 1:
+                return hint, rule, optional
+            (hint,), optional = members, True
+        else:
+            return hint, rule, optional
+
+
+def _is_known(hint: Any) -> bool:
+    """Can `_as_type` tell whether a value is of this type? (A hint may be any object.)"""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return all(type(choice) in (str, int, bool) for choice in arguments)
+    if origin is list:
+        return len(arguments) == 1 and _is_known(arguments[0])
+    if origin is dict:
+        return len(arguments) == 2 and arguments[0] is str and arguments[1] is Any
+    return any(hint is known for known in (bool, int, float, str))
+
+
+def _as_type(hint: Any, value: Any, exact: bool = False) -> tuple[str, Any]:
     """What the type is called, and the value as that type (None where it is not one)."""
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
-        return "one of " + ", ".join(choices), value if isinstance(value, str) and value in choices else None
+        found = [choice for choice in choices if type(choice) is type(value) and choice == value]
+        return "one of " + ", ".join(map(show if exact else str, choices)), found[0] if found else None
     if typing.get_origin(hint) is list:
         (member,) = typing.get_args(hint)
-        good = isinstance(value, list) and value and all(_as_type(member, item)[1] for item in value)
-        return f"a list, each {_as_type(member, None)[0]}", value if good else None
+        items = [_as_type(member, item, exact)[1] for item in value] if isinstance(value, list) else [None]
+        return f"a list, each {_as_type(member, None, exact)[0]}", None if None in items else items
     if typing.get_origin(hint) is dict:
-        if typing.get_args(hint)[1] is Any:
-            return "a mapping of names to numbers, texts or lists of numbers", _as_mapping(
-                value, _as_argument
-            )
-        return "a mapping of names to lists of key=value texts", _as_mapping(value, _as_texts)
+        kind, convert = MAPPINGS[typing.get_args(hint)[1]]
+        return f"a mapping of names to {kind}", _as_mapping(value, convert)
     if hint is bool:
         return "true or false", value if isinstance(value, bool) else None
     if hint is int:
@@ -277,8 +331,10 @@ def _as_type(hint: Any, value: Any) -> tuple[str, Any]:
         return "an integer", _plain(value) if good else None
     if hint is float:
         return "a number", _as_float(value)
-    text = _as_text(value)
-    return "a text", text if text and _can_be_written(text) else None
+    text = value if exact else _as_text(value)
+    return "a text in quotes" if exact else "a text", text if isinstance(text, str) and _can_be_written(
+        text
+    ) else None
 
 
 def _is_misread(value: Any) -> bool:
@@ -288,9 +344,9 @@ def _is_misread(value: Any) -> bool:
 
 def _plain(number: Any) -> Any:
     """The number alone, a bool where it is one."""
-    if isinstance(number, WrittenInt):
-        return int(number)
-    return float(number) if isinstance(number, WrittenFloat) else number
+    if isinstance(number, bool):
+        return number
+    return int(number) if isinstance(number, int) else float(number)
 
 
 def _as_text(value: Any) -> str | None:
@@ -312,33 +368,61 @@ def _as_mapping(value: Any, convert: Callable[[Any], Any]) -> dict[str, Any] | N
     """A mapping with its values converted; a copy, so that nothing is shared with the YAML tree."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return None
-    converted = {name: convert(item) for name, item in value.items()}
-    return None if None in converted.values() else converted
+    try:
+        return {name: convert(item) for name, item in value.items()}
+    except ValueError:
+        return None
 
 
-def _as_texts(value: Any) -> list[str] | None:
-    good = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return list(value) if good else None
+def _as_texts(value: Any) -> list[str]:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return list(value)
+    raise ValueError(value)
 
 
-def _as_argument(value: Any) -> Any:
-    if isinstance(value, list):
-        good = all(isinstance(member, int | float) and not _is_misread(member) for member in value)
-        return [_plain(member) for member in value] if good else None
+def _as_number_or_text(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(member, int | float) for member in value):
+        return [_as_argument(member) for member in value]
     if isinstance(value, str):
         number = _as_float(value)
         return value if number is None else number
-    return _plain(value) if isinstance(value, int | float) and not _is_misread(value) else None
+    if isinstance(value, int | float):
+        return _as_argument(value)
+    raise ValueError(value)
+
+
+def _as_argument(value: Any, depth: int = DEEPEST) -> Any:
+    """A copy, of numbers that do not know how they were written."""
+    if isinstance(value, list | dict) and depth:
+        if isinstance(value, list):
+            return [_as_argument(member, depth - 1) for member in value]
+        if all(isinstance(name, str) and _can_be_written(name) for name in value):
+            return {name: _as_argument(member, depth - 1) for name, member in value.items()}
+    elif value is None or (isinstance(value, str) and _can_be_written(value)):
+        return value
+    elif isinstance(value, int | float) and not _is_misread(value) and value == value:  # NaN differs from NaN
+        str(value)  # ValueError: an integer of thousands of digits
+        return _plain(value)
+    raise ValueError(value)
+
+
+MAPPINGS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
+    Any: ("numbers, texts, true, false, null, and lists and mappings of these", _as_argument),
+    float | str | list[float]: ("numbers, texts or lists of numbers", _as_number_or_text),
+    list[str]: ("lists of key=value texts", _as_texts),
+}
+"""by the type of a mapping's values: what they are called, and what converts them"""
 
 
 def _as_float(value: Any) -> float | None:
-    """YAML 1.1 reads 1e-3 as text: users mean the number."""
+    """The number that a number or text stands for."""
     if isinstance(value, bool) or not isinstance(value, int | float | str) or _is_misread(value):
         return None
     try:
-        return float(value)
+        number = float(value)
     except (ValueError, OverflowError):
         return None
+    return None if math.isnan(number) else number
 
 
 def _dump(value: Any) -> str:
@@ -346,8 +430,8 @@ def _dump(value: Any) -> str:
     return text
 
 
-def _show(value: Any) -> str:
-    """A value as YAML writes it, short enough for one line."""
+def show(value: Any) -> str:
+    """The value as YAML writes it, short enough for one line."""
     if value is None:
         return "null"
     try:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import changed_keys, from_tree, load, read_yaml, to_tree
+from fslsage_rpc.configuration import changed_keys, from_tree, load, read_yaml, to_tree, to_yaml
 from support.user_input import leaves, write
 
 
@@ -67,6 +67,19 @@ def test_a_text_may_look_like_a_number(tmp_path: Path, written: str) -> None:
     again = load(write(tmp_path, yaml.safe_dump(to_tree(config))))
     assert again == config
     assert from_tree({"model": {"cut": 1}}).model.cut == "1"
+
+
+def test_a_text_in_quotes_stays_one_in_the_yaml_of_a_tree(tmp_path: Path) -> None:
+    texts = ["1e-3", "1E5", "+.5e3", "5", "0x1F", "null", "true", "1:30", "2024-02-29", "", "a\nb"]
+    values = {"texts": texts, "numbers": [1e-3, 1e5, 500, -7, 1e300], "rest": [None, True, {"deep": [[]]}]}
+    text = to_yaml({"data": {"arguments": values}})
+    assert read_yaml(write(tmp_path, text)) == {"data": {"arguments": values}}
+    assert load(write(tmp_path, text)).data.arguments == values
+    assert read_yaml(write(tmp_path, "{a: 1e-3, b: '1e-3', c: 7.E2}")) == {
+        "a": 0.001,
+        "b": "1e-3",
+        "c": 700.0,
+    }
 
 
 @pytest.mark.parametrize(("text", "number"), [("3e-3", 0.003), ("'0.5'", 0.5), ("1", 1.0)])
@@ -166,6 +179,17 @@ def test_changed_keys_are_dotted_with_old_and_new_value() -> None:
         "gone": (3, None),
         "fresh": (None, {"y": 4}),
     }
+
+
+def test_where_names_of_the_users_own_differ_their_mapping_does() -> None:
+    old = {"model": {"arguments": {"a": 1, "b": {"c": 2}}}}
+    for new, changes in (
+        ({"a": 3, "b": {"c": 2}}, {"model.arguments.a": (1, 3)}),
+        ({"a": 1, "b": {"c": 5}}, {"model.arguments.b.c": (2, 5)}),
+        ({"a": 1, "b": {"c": 2, "d": None}}, {"model.arguments.b": ({"c": 2}, {"c": 2, "d": None})}),
+        ({"a": 1}, {"model.arguments": (old["model"]["arguments"], {"a": 1})}),
+    ):
+        assert changed_keys(old, {"model": {"arguments": new}}) == changes
 
 
 def test_a_files_own_names_replace_its_base_files(tmp_path: Path) -> None:

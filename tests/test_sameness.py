@@ -79,6 +79,7 @@ DIFFERENCES: list[tuple[dict[str, Any], str]] = [
         "data.name: got training samples with contents of hash bbbbbbbbbbbb, expected ",
     ),
     ({"config": {"seed": 7}}, "seed: got 7, expected 0"),
+    ({"config": {"data": {"arguments": {"x": None}}}}, "data.arguments: got {'x': None}, expected {}"),
     ({"config": {"model": {"cut": "norm2"}}}, "model.cut: got 'norm2', expected None"),
     ({"versions": {"torch": "2.11.0"}}, f"torch: got version 2.11.0, expected {torch.__version__}"),
     (

@@ -1,5 +1,7 @@
 """The algorithms by the name that the configuration gives them."""
 
+from typing import Any
+
 from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.algorithms.cse_fsl import CseFsl
 from fslsage_rpc.algorithms.fedavg import FedAvg
@@ -8,9 +10,9 @@ from fslsage_rpc.algorithms.splitfed import SplitFedV1, SplitFedV2
 from fslsage_rpc.config import AlgorithmKeys
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.federation import Federation
-from fslsage_rpc.own import first_line, import_own, is_own
+from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own
 
-__all__ = ["ALGORITHMS", "Algorithm", "create", "find"]
+__all__ = ["ALGORITHMS", "Algorithm", "arguments", "create", "find"]
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     algorithm.name: algorithm for algorithm in (FslSage, SplitFedV1, SplitFedV2, CseFsl, FedAvg)
@@ -41,17 +43,26 @@ def find(name: str) -> type[Algorithm]:
     return found
 
 
+def arguments(keys: AlgorithmKeys) -> dict[str, Any]:
+    """The arguments of the algorithm's class, besides keys and federation.
+
+    Raises:
+        InputError: there is no such algorithm, or they are not what it takes.
+    """
+    return checked_arguments("algorithm.arguments", keys.name, find(keys.name), keys.arguments, first=2)
+
+
 def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
     """The algorithm of a configuration, for these clients.
 
     Raises:
         InputError: there is none, or what the user's own says of itself cannot be.
     """
-    kind = find(keys.name)
+    kind, more = find(keys.name), arguments(keys)
     if not is_own(keys.name):
-        return kind(keys, federation)
+        return kind(keys, federation, **more)
     try:
-        algorithm = kind(keys, federation)
+        algorithm = kind(keys, federation, **more)
         wrong = _contradiction(algorithm)
     except Exception as error:  # the user's class may raise anything
         raise InputError(f"algorithm.name: got {keys.name!r}, which fails ({first_line(error)})") from None

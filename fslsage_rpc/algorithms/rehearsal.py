@@ -1,8 +1,8 @@
 """A round read off `client_step` before it is trained: what each client asks of the server, and when.
 
 The generator is run on a stand-in for the client and on tensors of the meta device, which have shapes and no
-numbers. From what it yields follow the announced requests, the paper ledger, the fill of alignment buffers,
-the lower bound of a round and the work that `plan` simulates.
+numbers. From what it yields follow the announced requests, the paper ledger, and how full alignment buffers
+are. So do the lower bound of a round, and the work that `plan` simulates.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -52,34 +52,34 @@ class StandIn:
 
     @property
     def auxiliary_weights(self) -> Weights:
-        """See `Client.auxiliary_weights`."""
+        """The weights of its auxiliary model, where there is one; like all of this, without numbers."""
         if self._auxiliary_weights is None:
             raise AttributeError("there is no auxiliary model, as auxiliary is 'none'")
         return self._auxiliary_weights
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `Client.forward`."""
+        """Smashed data z `[B, ...]`."""
         self.events.append("forward")
         return self._smashed(x.shape[0])
 
     def estimate(self, z: Tensor, y: Tensor) -> Tensor:
-        """See `Client.estimate`."""
+        """A gradient like z `[B, ...]`."""
         assert self.auxiliary_weights
         self.events.append("estimate")
         return z
 
     def train_auxiliary(self, z: Tensor, y: Tensor) -> Tensor:
-        """See `Client.train_auxiliary`."""
+        """A gradient like z `[B, ...]`, from which on the client trains its auxiliary model."""
         assert self.auxiliary_weights
         self.events.append("train_auxiliary")
         return z
 
     def train_whole_model(self, x: Tensor, y: Tensor) -> None:
-        """See `Client.train_whole_model`."""
+        """No more than that it was called."""
         self.events.append("train_whole_model")
 
     def backward(self, z: Tensor, gradient: Tensor) -> None:
-        """See `Client.backward`."""
+        """No more than that it was called."""
         self.events.append("backward")
 
 
@@ -132,7 +132,7 @@ class Course:
 
     @classmethod
     def joined(cls, parts: Sequence["Course"]) -> "Course":
-        """That of all participants, from those of some each."""
+        """All participants' course, from those of some each."""
         asks = {client: mine for part in parts for client, mine in part.asks.items()}
         return cls(asks, any(part.trains_auxiliary for part in parts))
 
@@ -223,7 +223,7 @@ class Rehearsal:
         return self.client(client, round).aligned(self.buffered(client, round), self._buffer_size)
 
     def _step(self, client: StandIn, round: int, step: int, samples: int) -> list[str | Ask]:
-        """What happens in a local step, in order."""
+        """The events of a local step, in order."""
         algorithm, (x, y, _) = self._algorithm, self._batch(samples)
         client.events = []
         as_client = cast(Client, client)

@@ -13,8 +13,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fslsage_rpc.bench.pieces import round_pieces
 from fslsage_rpc.bench.screen import BenchScreen
 from fslsage_rpc.bench.statistics import BenchRun, summarise
@@ -22,7 +20,7 @@ from fslsage_rpc.bench.table import markdown
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import to_tree
+from fslsage_rpc.configuration import to_tree, to_yaml
 from fslsage_rpc.critical_path import LinkSpeed, bound_seconds
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.experiment import Experiment, check
@@ -145,7 +143,7 @@ def _bench(
             },
         }
         with writing(config.output, folder):
-            write_whole(folder / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False))
+            write_whole(folder / "config.yaml", to_yaml(to_tree(config)))
             write_whole(folder / "bench.json", json.dumps(result, indent=2) + "\n")
             write_whole(folder / "bench.md", markdown(config.name, result))
         screen.show(config.name, result, folder)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fslsage_rpc.config import Data
 from fslsage_rpc.errors import HostError, InputError
-from fslsage_rpc.own import first_line, import_own, is_own
+from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own
 from fslsage_rpc.randomness import keyed_seed, numpy_stream, torch_stream
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -246,10 +246,12 @@ def _load_own(keys: Data, train: bool) -> tuple[Tensor, Tensor]:
     """
     function = import_own("data.name", keys.name, "a function that returns images and labels")
     which = "training" if train else "test"
+    given = {"root": keys.root, "train": train}
+    more = checked_arguments("data.arguments", keys.name, function, keys.arguments, given=given)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(0, f"own {which} samples"))
-            images, labels = map(torch.as_tensor, function(root=keys.root, train=train))
+            images, labels = map(torch.as_tensor, function(**given, **more))
     except (Exception, SystemExit) as error:  # the user's function may raise anything
         raise InputError(f"data.name: got {keys.name!r}, which fails ({first_line(error)})") from None
     whole = not (labels.is_floating_point() or labels.is_complex())

@@ -24,7 +24,7 @@ from fslsage_rpc.models.tracing import (
     trace,
 )
 from fslsage_rpc.models.zoo import Entry
-from fslsage_rpc.own import first_line, import_own, is_own
+from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own, refuse_arguments
 
 
 class AuxiliaryModel(Segment):
@@ -113,7 +113,7 @@ def build_auxiliary(
         outputs_shape = traces[False].shape(traces[False].output)
         assert smashed_shape is not None
         assert outputs_shape is not None
-        return _users_own(keys.kind, model, smashed_shape, outputs_shape, classes)
+        return _users_own(keys.kind, keys.arguments, model, smashed_shape, outputs_shape, classes)
     if entry.head and keys.kind == "mlp":
         raise InputError(
             "model.auxiliary.kind: got 'mlp', expected copy or linear: the model has its own head"
@@ -167,9 +167,14 @@ def build_auxiliary(
 
 
 def _users_own(
-    kind: str, model: nn.Module, smashed_shape: Sequence[int], outputs_shape: Sequence[int], classes: int
+    kind: str,
+    arguments: dict[str, Any],
+    model: nn.Module,
+    smashed_shape: Sequence[int],
+    outputs_shape: Sequence[int],
+    classes: int,
 ) -> Segment:
-    """What the user's function makes of `smashed_shape` and `num_classes`.
+    """What the user's function makes of `smashed_shape`, `num_classes` and the arguments.
 
     Args:
         model: the whole model, which gives `outputs_shape` for a sample.
@@ -180,9 +185,11 @@ def _users_own(
     """
     wrong = f"model.auxiliary.kind: got {kind!r}, which"
     function = import_own("model.auxiliary.kind", kind, "a function that returns a model")
+    given = {"smashed_shape": tuple(smashed_shape), "num_classes": classes}
+    more = checked_arguments("model.auxiliary.arguments", kind, function, arguments, given=given)
     try:
         with torch.device("cpu"):  # also where only sizes are asked for: it may read what it makes
-            own = function(smashed_shape=tuple(smashed_shape), num_classes=classes)
+            own = function(**given, **more)
     except (Exception, SystemExit) as error:  # the user's function may raise anything
         shape = "x".join(map(str, smashed_shape))
         raise InputError(f"{wrong} fails for smashed data of {shape} ({first_line(error)})") from None
@@ -224,6 +231,8 @@ def _make_alignable(auxiliary: nn.Module) -> None:
 def _last_of_copy(keys: Auxiliary, default_until: str | None) -> str | None:
     """The last module of a copy; None for no copy."""
     kind = keys.kind or ("copy" if keys.until or default_until else "linear")
+    if not is_own(kind):
+        refuse_arguments("model.auxiliary.arguments", kind, keys.arguments)
     until = keys.until or default_until
     if kind == "copy" and until is None:
         raise InputError("model.auxiliary.until: got null, expected a module behind the cut, as kind is copy")

@@ -1,7 +1,6 @@
 """The models by name: the built-in ones, torchvision's classifiers, and the user's own."""
 
 import difflib
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from fslsage_rpc.configuration import changed_keys
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models import gpt2
 from fslsage_rpc.models.tracing import TokenShape
-from fslsage_rpc.own import first_line, import_own, is_own
+from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own, parameters
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 TORCHVISION = "torchvision/"
@@ -173,7 +172,7 @@ def find(name: str) -> Entry:
         raise InputError(f"model.name: got {name!r}, expected one of torchvision's classifiers; {hint}")
     if is_own(name):
         function = import_own("model.name", name, "a function that returns a model")
-        return Entry(partial(_users_own, name, function))
+        return Entry(partial(_users_own, name, function), reads=("arguments",))
     near = difflib.get_close_matches(name, ZOO, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise InputError(
@@ -240,15 +239,22 @@ def _torchvision(model: str, classes: int, image_shape: ImageShape) -> nn.Module
     return get_model(model, weights=None, **keys)
 
 
-def _users_own(name: str, function: Callable[..., Any], classes: int, image_shape: ImageShape) -> nn.Module:
-    """What the function makes of `num_classes` and, if it has a parameter of that name, `image_shape` (or
-    `sample_shape`, which is the same).
+def _users_own(
+    name: str,
+    function: Callable[..., Any],
+    classes: int,
+    image_shape: ImageShape,
+    arguments: dict[str, Any],
+) -> nn.Module:
+    """What the function makes of the arguments, `num_classes` and, if it has a parameter of that name,
+    `image_shape` (or `sample_shape`, which is the same).
     """
-    keys: dict[str, Any] = {"num_classes": classes}
-    for parameter in {"image_shape", "sample_shape"} & inspect.signature(function).parameters.keys():
-        keys[parameter] = image_shape
+    given: dict[str, Any] = {"num_classes": classes}
+    names = {each.name for one in parameters(function) for each in one}
+    given |= {shape: image_shape for shape in ("image_shape", "sample_shape") if shape in names}
+    more = checked_arguments("model.arguments", name, function, arguments, given=given)
     with torch.device("cpu"):  # also where only sizes are asked for: it may read what it makes
-        model = function(**keys)
+        model = function(**given, **more)
     if not isinstance(model, nn.Module):
         raise TypeError(f"it returned {type(model).__name__}, not a torch.nn.Module")
     return model

@@ -16,8 +16,8 @@ class Mailbox:
 
     - `round_robin`: by step, then client, then number;
     - `client_major`: by client, then number;
-    - `arrival`: as they come, each client's own requests by number; so a client that announces none may
-      make any, until it says that this was all.
+    - `arrival`: as they come, each client's own requests by number. A client may then announce that it will
+      say when it has ended, and make any requests until it does.
 
     Finished and absent clients have no turns, so nobody waits for a request that will not come.
     """

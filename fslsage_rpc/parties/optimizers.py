@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedulers of torch.optim, by the names that the configuration gives them."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,8 +40,9 @@ class ScheduledOptimizer:
         self._stepped = False
         self._scheduler: lr_scheduler.LRScheduler | None = None
         if keys.scheduler.name is not None:
-            schedule = SCHEDULES.get(keys.scheduler.name) or getattr(lr_scheduler, keys.scheduler.name)
-            self._scheduler = schedule(self.optimizer, **keys.scheduler.arguments)
+            name, arguments = keys.scheduler.name, keys.scheduler.arguments
+            schedule: Callable[..., Any] = SCHEDULES.get(name) or getattr(lr_scheduler, name)
+            self._scheduler = schedule(self.optimizer, **arguments)
         self._per_step = keys.scheduler.per == "step"
         self._rate: Tensor | None = None  # the learning rate where captured steps read it, if it moves
 

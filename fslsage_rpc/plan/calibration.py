@@ -22,12 +22,15 @@ from fslsage_rpc.tasks import open_task
 LARGEST = 1e18
 """seconds or bytes"""
 DEPENDS_ON_VALUES = "its requests depend on values"
-WORK = ("model.", "data.name", "data.tokens", "data.vocabulary", "precision", "tf32", "graphs", "device")
+WORK = (
+    *("data.name", "data.arguments", "data.tokens", "data.vocabulary", "algorithm.arguments"),
+    *("model", "precision", "tf32", "graphs", "device"),
+)
 WORK_OF_ALIGNMENT = (
     *(f"algorithm.alignment.{key}" for key in ("solver", "epochs", "batch_size", "tolerance")),
     "algorithm.measure_drift",
 )
-"""beginnings of keys that change what a step or an alignment costs"""
+"""keys that change what a step or an alignment costs, with all below them"""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _other_work(measured: Config, planned: Config) -> str | None:
     for key, (was, is_now) in changed_keys(to_tree(measured), to_tree(planned)).items():
         if key == "device" and "auto" in (was, is_now):
             continue  # whatever the calibration ran on
-        if key.startswith(keys):
+        if any(f"{key}.".startswith(f"{section}.") for section in keys):
             return f"{key}={was}, expected {is_now} as planned"
     return None
 

@@ -36,12 +36,13 @@ class PlannedRound:
 
 
 def with_algorithm(config: Config, name: str, keys: Sequence[str] = ()) -> Config:
-    """A configuration as it is with another algorithm.
+    """A configuration as it is with an algorithm; another than its own does not get its arguments.
 
     Args:
         keys: further changes, as `key=value`.
     """
-    return from_tree(to_tree(config), [f"algorithm.name={name}", *keys])
+    own = [] if name == config.algorithm.name else ["algorithm.arguments={}"]
+    return from_tree(to_tree(config), [f"algorithm.name={name}", *own, *keys])
 
 
 class Scenario:

@@ -2,7 +2,7 @@
 
 from fslsage_rpc.config import Config
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.own import first_line, import_own, is_own
+from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own, refuse_arguments
 from fslsage_rpc.tasks.base import Batches, Samples, Score, Task
 
 __all__ = ["Batches", "Samples", "Score", "Task", "open_task"]
@@ -17,6 +17,8 @@ def open_task(config: Config) -> Task:
         InputError: a dataset or task of the user's own is not what it should be.
     """
     name = config.data.name
+    if not is_own(name):
+        refuse_arguments("data.arguments", name, config.data.arguments)
     if name == "e2e":
         from fslsage_rpc.tasks.language import LanguageTask  # needs the `llm` extra
 
@@ -35,8 +37,9 @@ def _open_own(kind: type[Task], config: Config) -> Task:
     wrong = f"data.name: got {config.data.name!r}, a Task"
     if missing := sorted(kind.__abstractmethods__):
         raise InputError(f"{wrong} that lacks {', '.join(missing)}")
+    more = checked_arguments("data.arguments", config.data.name, kind, config.data.arguments, first=1)
     try:
-        task = kind(config)
+        task = kind(config, **more)
     except InputError:
         raise
     except Exception as error:  # the user's class may raise anything

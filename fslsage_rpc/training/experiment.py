@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fslsage_rpc.algorithms import Algorithm, create, find
+from fslsage_rpc.algorithms import Algorithm, arguments, create, find
 from fslsage_rpc.algorithms.ledger import Sizes
 from fslsage_rpc.algorithms.rehearsal import Rehearsal
 from fslsage_rpc.comm.memory import physical_memory
@@ -44,6 +44,7 @@ def check(config: Config, ranks: int) -> None:
     """
     if config.transport == "rpc":
         _check_ranks(config, ranks)
+    arguments(config.algorithm)
     name, order = config.algorithm.name, config.server.order
     if find(name).requests_depend_on_values and order != "arrival":
         raise InputError(

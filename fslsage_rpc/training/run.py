@@ -192,5 +192,5 @@ def unused_keys(keys: AlgorithmKeys, used: frozenset[str]) -> list[str]:
     return [
         key
         for key, value in vars(keys).items()
-        if key != "name" and key not in used and value != getattr(defaults, key)
+        if key not in ("name", "arguments", *used) and value != getattr(defaults, key)
     ]

@@ -15,10 +15,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torchvision
-import yaml
 
 from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import changed_keys, load, to_tree
+from fslsage_rpc.configuration import changed_keys, load, to_tree, to_yaml
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.screen import can_be_shown
 from fslsage_rpc.report.tensorboard import TensorBoard
@@ -142,7 +141,7 @@ class RunFolder:
             remove_all_but(self._checkpoints, kept)
             for name in ENDINGS:
                 (self.path / name).unlink(missing_ok=True)
-            self._write("config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+            self._write("config.yaml", to_yaml(self._config))
             self._write("environment.json", _json(environment))
             self._write("partition.json", _json(partition))
             if self._older or not going_on:

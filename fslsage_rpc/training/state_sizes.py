@@ -56,7 +56,7 @@ class StateSizes:
         return sum(map(self.buffered, range(self.fits))) * self._sample
 
     def buffered(self, client: int) -> int:
-        """Samples of a client in its alignment buffer at the most: any round may upload as much as one does."""
+        """Samples of a client in its alignment buffer at the most: if each round uploads as much as one."""
         algorithm, size = self._experiment.algorithm, self._config.algorithm.alignment.buffer_size
         if algorithm.requests_depend_on_values:
             return size
