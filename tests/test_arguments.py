@@ -411,7 +411,7 @@ class Heir(Needy):
 
 
 def test_one_that_is_needed_further_on_is_named_by_the_call_and_the_last_may_take_any() -> None:
-    keys = {"model": {"name": f"{HERE}:Heir", "cut": "0"}}
+    keys = {"model": {"name": f"{HERE}:Heir", "cut": "0"}, "transport": "local"}
     message = mistake(check, from_tree(keys), 1)
     assert message.startswith(f"model.name: got '{HERE}:Heir', which fails on images")
     assert "'depth'" in message
@@ -631,7 +631,7 @@ def test_a_run_goes_on_with_its_arguments_only(
 
 
 def test_a_benchmark_of_other_arguments_measured_other_work() -> None:
-    measured = from_tree(merged(ALL, {"algorithm": {"name": "fsl_sage", "arguments": {}}}))
+    measured = with_algorithm(from_tree(ALL), "fsl_sage")
     for section, key in (("data", "per_class"), ("model", "bias")):
         for arguments in ({key: 9}, {}):
             planned = from_tree(merged(to_tree(measured), {}))
@@ -646,8 +646,9 @@ def test_a_benchmark_of_other_arguments_measured_other_work() -> None:
 
 
 def test_plan_predicts_an_own_algorithm_with_its_arguments_and_the_others_without(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     keys = tree(tmp_path, {"algorithm": ALL["algorithm"]})
     path = write(tmp_path, to_yaml(keys))
     done = said(capsys, "plan", path, "--bandwidth", "100mbit", "--rtt", "20ms", "--clients", "3")
