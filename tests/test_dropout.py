@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from fslsage_rpc.algorithms.rehearsal import Rehearsal
 from fslsage_rpc.cli import main
 from fslsage_rpc.comm.world import open_world
 from fslsage_rpc.config import Model
@@ -216,6 +217,7 @@ def test_the_server_model_as_auxiliary_estimates_the_true_gradient_with_dropout_
     keys = tree(*WET, "fsl_sage", transport="local", optimizer=still, rounds=1)
     experiment = Experiment.prepare(from_tree(keys))
     experiment.split.auxiliary = copy.deepcopy(experiment.split.server)
+    experiment.rehearsal = Rehearsal(experiment.algorithm, experiment.task, experiment.split)
     lines: list[dict[str, Any]] = []
     Trainer(experiment, open_world(experiment.config)).train(lambda line, reports: lines.append(line))
     assert lines[0]["drift"]["nmse"] < 1e-20
