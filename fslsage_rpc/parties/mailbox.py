@@ -68,7 +68,7 @@ class Mailbox:
         """Take in a request and return those, in order, whose turn has come.
 
         Raises:
-            RuntimeError: the request was not announced or came twice.
+            RuntimeError: the request was not announced, came twice, or is behind its client's end.
         """
         turn = (request.client, request.number)
         queue = self._queue_of.get(request.client, deque())
@@ -87,10 +87,17 @@ class Mailbox:
             request = self._waiting.pop(queue.popleft())
             released.append(request)
             if isinstance(request.body, End):
-                self._open.remove(request.client)
+                self._close(request.client)
             elif request.client in self._open:
                 queue.append((request.client, request.number + 1))
         return released
+
+    def _close(self, client: int) -> None:
+        """The client's end has had its turn."""
+        self._open.discard(client)
+        behind = [number for waiting, number in self._waiting if waiting == client]
+        if behind:
+            raise RuntimeError(f"client {client} sent request {min(behind)}, which is behind its end")
 
     @property
     def finished(self) -> bool:
