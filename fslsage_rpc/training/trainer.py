@@ -269,6 +269,8 @@ class Trainer:
             check_shares(shares_by_rank)  # each rank knows its own clients' alone
             score = self._evaluate(self.server) if evaluated else None
             server = self.server.report(round_seconds(reports))
+            if self.course.trains_auxiliary:
+                server.drifts = []  # of auxiliary models that the clients have not gone by
             for each in reports:
                 on_device(each.requests, server.requests)
             line = self.recorder.add(
