@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fslsage_rpc.comm.memory import give_back_free_pages
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.activity import Activity
 from fslsage_rpc.measure.clock import clock, cpu_clock, synchronise
 from fslsage_rpc.measure.requests import ByClient, DeviceLog
@@ -250,6 +251,11 @@ class Server:
         match body:
             case Align():
                 assert fit is not None, "the algorithm aligns nothing"
+                if not len(fit.buffer):
+                    raise InputError(
+                        f"algorithm.name: got one that aligns client {request.client} when it has uploaded "
+                        "nothing, expected a Push before the first Align"
+                    )
                 with lane.timeline.phase("targets", arrow=arrow):
                     return self._targets(lane, fit, at)
             case Exchange():
