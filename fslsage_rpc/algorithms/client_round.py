@@ -5,7 +5,7 @@ from types import GeneratorType
 
 from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.client import Client, NoAuxiliary
 from fslsage_rpc.parties.requests import KINDS, Align, Ask, ClientRound, ClientStep, End, Exchange, Turn
 
 
@@ -60,6 +60,8 @@ def watched(
             body = requests.send(answer)
         except StopIteration:
             return
+        except NoAuxiliary:
+            raise refusal(algorithm, "uses an auxiliary model, where auxiliary is 'none'") from None
         if KINDS.get(getattr(body, "kind", "")) is not type(body):
             raise refusal(algorithm, f"yields {type(body).__name__}, expected Push, Exchange or Align")
         if algorithm.client_holds_whole_model:
@@ -70,6 +72,9 @@ def watched(
                 raise refusal(algorithm, f"yields Align, where auxiliary is {algorithm.auxiliary!r}")
             notice(Ask(step, body.kind, answer_bytes=client.auxiliary_weights.bytes))
         else:
+            if not 0 < len(body.z) == len(body.y):
+                sizes = f"smashed data of {len(body.z)} samples with {len(body.y)} labels"
+                raise refusal(algorithm, f"yields {sizes}, expected as many, and at least one")
             down = body.z.nbytes if isinstance(body, Exchange) else 0
             notice(Ask(step, body.kind, body.y.shape[0], body.z.nbytes, body.y.nbytes, down))
         answer = yield body

@@ -19,7 +19,7 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.flat import Weights, sorted_weights
 from fslsage_rpc.models.splitting import SplitModel
 from fslsage_rpc.own import first_line
-from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.client import Client, NoAuxiliary
 from fslsage_rpc.parties.requests import KINDS, Align, Ask, Exchange, Push
 from fslsage_rpc.tasks import Task
 
@@ -54,7 +54,7 @@ class StandIn:
     def auxiliary_weights(self) -> Weights:
         """The weights of its auxiliary model, where there is one; like all of this, without numbers."""
         if self._auxiliary_weights is None:
-            raise AttributeError("there is no auxiliary model, as auxiliary is 'none'")
+            raise NoAuxiliary
         return self._auxiliary_weights
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,6 +180,8 @@ class Rehearsal:
             InputError: `client_step` of an algorithm of the user's own fails, or asks what cannot be.
         """
         if self._algorithm.requests_depend_on_values:
+            if self._algorithm.client_holds_whole_model:  # there is no server model to ask
+                return Course({client: [] for client in self._federation.participants(round)}, False)
             return None
         clients = self.clients(round)
         return Course(
@@ -189,10 +191,12 @@ class Rehearsal:
 
     def kinds(self, rounds: Iterable[int]) -> set[str]:
         """The kinds of requests that there are in these rounds; all, where that depends on values."""
-        if self._algorithm.requests_depend_on_values:
-            return set(KINDS)
-        courses = (self.clients(round).values() for round in rounds)
-        return {ask.kind for clients in courses for client in clients for ask in client.asks}
+        found: set[str] = set()
+        for course in map(self.course, rounds):
+            if course is None:
+                return set(KINDS)
+            found |= {ask.kind for asks in course.asks.values() for ask in asks}
+        return found
 
     def clients(self, round: int) -> dict[int, ClientRehearsal]:
         """The round of each participant."""

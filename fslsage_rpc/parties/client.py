@@ -20,6 +20,10 @@ from fslsage_rpc.randomness import LocalStep
 from fslsage_rpc.tasks.base import Batches
 
 
+class NoAuxiliary(AttributeError):
+    """The algorithm has no auxiliary model."""
+
+
 @dataclass(frozen=True)
 class TrainingKeys:
     """How clients draw their batches and masks."""
@@ -78,7 +82,13 @@ class Client:
 
     @property
     def auxiliary_weights(self) -> Weights:
-        """The weights of the auxiliary model, of an algorithm that has one."""
+        """The weights of the auxiliary model.
+
+        Raises:
+            NoAuxiliary: like `estimate` and `train_auxiliary`, where there is none.
+        """
+        if self._auxiliary is None:
+            raise NoAuxiliary
         return self._auxiliary_weights
 
     def batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,7 +114,8 @@ class Client:
 
     def estimate(self, z: Tensor, y: Tensor) -> Tensor:
         """The auxiliary model's estimate ĝ `[B, ...]` of the cut-layer gradient."""
-        assert self._auxiliary is not None, "the algorithm has no auxiliary model"
+        if self._auxiliary is None:
+            raise NoAuxiliary
         with self._phase("estimate"):
             self._auxiliary_masks.begin(self._at)
             return self.estimates(self._estimate, z, y)[0]
@@ -115,7 +126,8 @@ class Client:
         Returns:
             The gradient of its loss with respect to z `[B, ...]`, at the weights before the step.
         """
-        assert self._auxiliary is not None, "the algorithm has no auxiliary model"
+        if self._auxiliary is None:
+            raise NoAuxiliary
         optimizer = self._auxiliary_optimizer or self.own_auxiliary()
         with self._phase("estimate"):
             self._auxiliary_masks.begin(self._at)

@@ -46,7 +46,9 @@ def check(config: Config, ranks: int) -> None:
         _check_ranks(config, ranks)
     arguments(config.algorithm)
     name, order = config.algorithm.name, config.server.order
-    if find(name).requests_depend_on_values and order != "arrival":
+    algorithm = find(name)
+    unknown = algorithm.requests_depend_on_values and not algorithm.client_holds_whole_model
+    if unknown and order != "arrival":
         raise InputError(
             f"server.order: got {order!r}, expected arrival: the requests of {name} depend on values"
         )
