@@ -48,7 +48,7 @@ class RequestTimes:
 
 
 ByClient = dict[int, dict[str, RequestTimes]]
-"""per client and kind (push, exchange, align)"""
+"""per client and kind (push, exchange, align, end)"""
 
 
 class RequestLog:
