@@ -26,7 +26,7 @@ from fslsage_rpc.data.datasets import load as load_images
 from fslsage_rpc.data.datasets import spec_of
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.notebook import Run
-from fslsage_rpc.parties.requests import ClientStep, Push
+from fslsage_rpc.parties.requests import ClientStep
 from fslsage_rpc.plan.costs import Costs
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.scenario import Scenario
@@ -110,7 +110,8 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_there_is_one_of_each_and_each_is_short() -> None:
-    assert list(LISTINGS) == ["A model", "A dataset", "An algorithm", "An auxiliary model", "A task"]
+    algorithms = ["An algorithm", "An algorithm that asks by values"]
+    assert list(LISTINGS) == ["A model", "A dataset", *algorithms, "An auxiliary model", "A task"]
     for listing in LISTINGS.values():
         lines = [*listing.code.splitlines(), *listing.keys.splitlines()]
         assert len(lines) < 40
@@ -262,20 +263,6 @@ class Lazy(FslSage):
         z = client.forward(x)
         client.backward(z, client.estimate(z, y))
 
-    def request_steps(self, client: int, round: int) -> list[int]:
-        return super().request_steps(client, round) if self.aligns(client, round) else []
-
-
-class Talkative(SplitFedV1):
-    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
-        yield from super().client_step(client, round, step, x, y)
-        yield Push(x, y)
-
-
-class Silent(SplitFedV1):
-    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
-        yield from ()
-
 
 class NoGenerator(SplitFedV1):
     def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> Any:
@@ -305,32 +292,21 @@ def test_a_subclass_of_a_known_algorithm_writes_only_what_differs(tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (Talkative, "makes more requests at local step 0, expected 1, as request_steps says"),
-        (Silent, "makes 0 requests at local step 0, expected 1, as request_steps says"),
         (NoGenerator, "returns NoneType, expected it to yield its requests"),
         (Wishing, "yields str, expected Push, Exchange or Align"),
     ],
 )
-def test_requests_that_were_not_announced_end_the_run(kind: type, words: str, tmp_path: Path) -> None:
+def test_a_step_that_yields_no_requests_is_refused(kind: type, words: str, tmp_path: Path) -> None:
     message = mistake(fslsage_rpc.train, tree(own(kind), {"output": str(tmp_path)}))
     assert message == f"algorithm.name: got '{HERE}:{kind.__name__}', whose client_step {words}"
 
 
-class Lacking(FslSage):
-    request_steps = None
-
-
 class Unfinished(Algorithm):
-    """Lacks its methods."""
+    """Lacks its method."""
 
 
 class WrongKind(FslSage):
     auxiliary = "borrowed"  # type: ignore[assignment]
-
-
-class TooFar(SplitFedV1):
-    def request_steps(self, client: int, round: int) -> list[int]:
-        return [0, 9]
 
 
 class Forgetful(SplitFedV1):
@@ -338,18 +314,12 @@ class Forgetful(SplitFedV1):
         return [0]
 
 
-class HalfBytes(SplitFedV1):
-    def paper_bytes(self, sizes: Any, round: int) -> Any:
-        return 0.5
-
-
 class NoInterval(SplitFedV1):
     interval = 0
 
 
 class Averaging(SplitFedV1):
-    def averages_auxiliary(self, round: int) -> bool:
-        return True
+    average_auxiliary = "sometimes"  # type: ignore[assignment]
 
 
 class Raising(SplitFedV1):
@@ -362,14 +332,11 @@ NOT_ALGORITHMS = [
     (f"{HERE}:Nothing", "which cannot be imported (AttributeError"),
     (f"{HERE}:SMALL", "expected a subclass of fslsage_rpc.algorithms.Algorithm"),
     (f"{HERE}:tree", "expected a subclass of fslsage_rpc.algorithms.Algorithm"),
-    (f"{HERE}:Unfinished", "which lacks client_step, paper_bytes, request_steps"),
+    (f"{HERE}:Unfinished", "which lacks client_step"),
     (f"{HERE}:WrongKind", "whose auxiliary is 'borrowed', expected one of none, aligned, trained"),
-    (f"{HERE}:Lacking", "which fails (TypeError"),
-    (f"{HERE}:TooFar", "whose request_steps of client 0 is [0, 9], expected steps below 2, ascending"),
     (f"{HERE}:Forgetful", "whose ranking is [0], expected the participants, [0, 1], in some order"),
-    (f"{HERE}:HalfBytes", "whose paper_bytes is 0.5, expected whole bytes"),
     (f"{HERE}:NoInterval", "whose interval is 0, expected rounds, from 1 on"),
-    (f"{HERE}:Averaging", "whose averages_auxiliary is true, expected auxiliary models"),
+    (f"{HERE}:Averaging", "whose average_auxiliary is 'sometimes', expected one of never, alignment, round"),
     (f"{HERE}:Raising", "which fails (RuntimeError: not"),
 ]
 
