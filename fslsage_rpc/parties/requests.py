@@ -101,7 +101,8 @@ class Ask(NamedTuple):
     """of a rehearsed one: the client computes nothing between the request before, of its step, and this"""
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.samples} samples" if self.samples else self.kind
+        amount = f" of {self.samples} samples, {self.smashed_bytes:,} bytes" if self.samples else ""
+        return f"{self.kind}{amount}"
 
 
 @dataclass
