@@ -72,8 +72,8 @@ def watched(
                 raise refusal(algorithm, f"yields Align, where auxiliary is {algorithm.auxiliary!r}")
             notice(Ask(step, body.kind, answer_bytes=client.auxiliary_weights.bytes))
         else:
-            if not 0 < len(body.z) == len(body.y):
-                sizes = f"smashed data of {len(body.z)} samples with {len(body.y)} labels"
+            if not 0 < body.z.shape[0] == body.y.shape[0]:
+                sizes = f"smashed data of {body.z.shape[0]} samples with {body.y.shape[0]} labels"
                 raise refusal(algorithm, f"yields {sizes}, expected as many, and at least one")
             down = body.z.nbytes if isinstance(body, Exchange) else 0
             notice(Ask(step, body.kind, body.y.shape[0], body.z.nbytes, body.y.nbytes, down))
