@@ -89,7 +89,7 @@ def checked_arguments(
         if argument not in named and not takes_any:
             known = [each for each in named if each not in taken]
             near = difflib.get_close_matches(argument, known, n=1, cutoff=0.4)
-            others = f"known arguments: {', '.join(known)}" if known else "it takes none"
+            others = f"known arguments: {', '.join(known)}" if known else f"it takes none: set {key}={{}}"
             hint = f"did you mean {key}.{near[0]}?" if near else others
             raise InputError(f"{place}: unknown argument of {name}; {hint}")
         annotation = named[argument].annotation if argument in named else Parameter.empty

@@ -239,7 +239,8 @@ def test_arguments_are_held_to_the_signature(arguments: dict[str, Any], said: st
 
 
 def test_a_known_algorithm_takes_none() -> None:
-    said = "algorithm.arguments.patience: unknown argument of fsl_sage; it takes none"
+    unknown = "algorithm.arguments.patience: unknown argument of fsl_sage"
+    said = f"{unknown}; it takes none: set algorithm.arguments={{}}"
     assert mistake(check_algorithm, {"patience": 3}, "fsl_sage") == said
     assert (
         mistake(check, from_tree({"transport": "local", "algorithm": {"arguments": {"patience": 3}}}), 1)
@@ -446,7 +447,7 @@ class Keeping:
 
 def test_a_class_without_an_init_takes_none_and_one_that_keeps_the_rest_takes_any() -> None:
     assert mistake(checked_arguments, "k", "m:Plain", Plain, {"x": 1}) == (
-        "k.x: unknown argument of m:Plain; it takes none"
+        "k.x: unknown argument of m:Plain; it takes none: set k={}"
     )
     assert checked_arguments("k", "m:Keeping", Keeping, {"x": 1}) == {"x": 1}
 

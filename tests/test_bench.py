@@ -176,8 +176,9 @@ def test_wrong_input_is_one_line_before_anything_is_run(
 ) -> None:
     done = said(capsys, "bench", config, "transport=local", "rounds=3", "bench.warmup_rounds=2")
     assert done.returncode == 2
-    wrong = "bench.variants.fsl_sage: rounds: got 3, expected a whole alignment interval (2) or more"
-    assert done.stderr.strip() == f"fslsage_rpc: {wrong} behind bench.warmup_rounds (2)"
+    wrong = "bench.variants.fsl_sage: rounds: got 3, expected at least 4: a whole alignment interval (2)"
+    behind = "behind bench.warmup_rounds (2), to whole intervals"
+    assert done.stderr.strip() == f"fslsage_rpc: {wrong} {behind}"
 
 
 def test_a_benchmark_runs_all_rounds_whatever_stop_says_in_one_process_too(

@@ -1,6 +1,7 @@
 """The rehearsal of `client_step`: what stands in for a client, and what is refused, at once or later."""
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+import fslsage_rpc
 from fslsage_rpc.algorithms.fedavg import FedAvg
+from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.rehearsal import StandIn
 from fslsage_rpc.algorithms.splitfed import SplitFedV1
 from fslsage_rpc.comm.world import open_world
@@ -128,15 +131,19 @@ class AsNumpy(SplitFedV1):
             yield Push(z, y)
 
 
-FAILS = "fails in its rehearsal, on tensors without numbers ("
-HINT = "); one that asks by values says requests_depend_on_values = True"
+FAILS = r"fails in its rehearsal, at test_rehearsal\.py, line \d+ \("
+HINT = "); it may read no numbers, unless it says requests_depend_on_values = True"
 
 
 @pytest.mark.parametrize("kind", [ReadsNorm, ReadsItem, PicksSamples, CountsLabels, AsNumpy])
 def test_a_class_that_reads_values_is_told_to_say_so(kind: type) -> None:
     said = refused(prepare, by(kind))
-    assert said.startswith(FAILS)
+    assert re.match(FAILS, said)
     assert said.endswith(HINT)
+
+
+def test_a_mistake_that_has_nothing_to_do_with_values_is_told_with_its_line() -> None:
+    assert re.fullmatch(FAILS + r"ZeroDivisionError: not\)", refused(prepare, by(Raises)))
 
 
 class AlignsWithout(SplitFedV1):
@@ -191,6 +198,74 @@ class TooFewLabels(SplitFedV1):
         yield Exchange(client.forward(x), y[1:])
 
 
+class OtherShape(SplitFedV1):
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        yield Push(x, y)
+
+
+class HalfLabels(SplitFedV1):
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        yield Push(client.forward(x), y.int())
+
+
+class WholeStep(SplitFedV1):
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        client.train_whole_model(x, y)
+        yield from ()
+
+
+class CutStep(FedAvg):
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        client.forward(x)
+        yield from ()
+
+
+class Counts(SplitFedV1):
+    """Pushes once."""
+
+    steps = 0
+
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        z = client.forward(x)
+        self.steps += 1
+        if self.steps == 1:
+            yield Push(z, y)
+
+
+class AlignsOnNothing(FslSage):
+    """Exchanges, which fills no alignment buffer."""
+
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        z = client.forward(x)
+        client.backward(z, (yield Exchange(z, y)))
+        yield Align()
+
+
+class NoGradient(SplitFedV1):
+    """Takes a push's answer, which is none, for a gradient."""
+
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        z = client.forward(x)
+        client.backward(z, (yield Push(z, y)))
+
+
+def test_backward_takes_a_gradient_like_smashed_data() -> None:
+    said = "TypeError: backward got NoneType for a gradient, of smashed data [16, 64, 2, 2]"
+    assert re.fullmatch(FAILS + re.escape(said) + r"\)", refused(prepare, by(NoGradient)))
+
+
+class RanksTwo(SplitFedV1):
+    """Would leave clients out from the second round on."""
+
+    def ranking(self, round: int) -> list[int]:
+        return self.federation.participants(round)[: 2 if round else None]
+
+
+def test_a_ranking_is_of_all_participants_in_every_round(tmp_path: Path) -> None:
+    keys = {**by(RanksTwo, rounds=2), "output": str(tmp_path)}
+    assert "whose ranking is [0, 1], expected the participants, [0, 1, 2" in mistake(fslsage_rpc.train, keys)
+
+
 class Raises(SplitFedV1):
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         raise ZeroDivisionError("not\nto-day")
@@ -218,7 +293,12 @@ class Raises(SplitFedV1):
             TooFewLabels,
             "yields smashed data of 16 samples with 15 labels, expected as many, and at least one",
         ),
-        (Raises, f"{FAILS}ZeroDivisionError: not{HINT}"),
+        (OtherShape, "yields z [16, 1, 8, 8] of torch.float64, expected [16, 64, 2, 2] of torch.float64"),
+        (HalfLabels, "yields y [16] of torch.int32, expected [16] of torch.int64"),
+        (WholeStep, "calls train_whole_model, where client_holds_whole_model is False"),
+        (CutStep, "calls forward, where client_holds_whole_model is True"),
+        (Counts, "asks otherwise when it is rehearsed again: by what it remembers"),
+        (AlignsOnNothing, "yields Align in round 1 for client 0, which has pushed nothing"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_anything_is_trained(kind: type, words: str) -> None:

@@ -12,7 +12,7 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.federation import Federation
 from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own
 
-__all__ = ["ALGORITHMS", "Algorithm", "arguments", "create", "find"]
+__all__ = ["ALGORITHMS", "Algorithm", "arguments", "create", "find", "ranked"]
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     algorithm.name: algorithm for algorithm in (FslSage, SplitFedV1, SplitFedV2, CseFsl, FedAvg)
@@ -39,6 +39,10 @@ def find(name: str) -> type[Algorithm]:
         raise InputError(
             f"algorithm.name: got {name!r}, whose auxiliary is {found.auxiliary!r}, expected one of "
             + ", ".join(AUXILIARY)
+        )
+    if unknown := sorted(map(str, set(found.uses) - vars(AlgorithmKeys()).keys())):
+        raise InputError(
+            f"algorithm.name: got {name!r}, whose uses has {', '.join(unknown)}, expected keys of `algorithm`"
         )
     return found
 
@@ -71,11 +75,28 @@ def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
     return algorithm
 
 
+def ranked(algorithm: Algorithm, round: int) -> list[int]:
+    """The ranking of a round.
+
+    Raises:
+        InputError: it is not that of all participants.
+    """
+    if wrong := _misranked(algorithm, round):
+        raise InputError(f"algorithm.name: got {algorithm.keys.name!r}, whose {wrong}")
+    return algorithm.ranking(round)
+
+
+def _misranked(algorithm: Algorithm, round: int) -> str | None:
+    ranking, participants = algorithm.ranking(round), algorithm.federation.participants(round)
+    if sorted(ranking) == participants:
+        return None
+    return f"ranking is {ranking}, expected the participants, {participants}, in some order"
+
+
 def _contradiction(algorithm: Algorithm) -> str | None:
     """What cannot be of what an algorithm says of itself, which all ranks go by."""
-    participants = algorithm.federation.participants(0)
-    if sorted(algorithm.ranking(0)) != participants:
-        return f"ranking is {algorithm.ranking(0)}, expected the participants, {participants}, in some order"
+    if wrong := _misranked(algorithm, 0):
+        return wrong
     if not isinstance(algorithm.interval, int) or algorithm.interval < 1:
         return f"interval is {algorithm.interval!r}, expected rounds, from 1 on"
     if algorithm.average_auxiliary not in AVERAGE_AUXILIARY:

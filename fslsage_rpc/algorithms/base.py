@@ -10,6 +10,8 @@ from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep
 
+OF_ALIGNMENT = frozenset({"alignment", "average_auxiliary", "measure_drift"})
+
 
 class Algorithm(ABC):
     """One federated (split) learning algorithm.
@@ -22,7 +24,7 @@ class Algorithm(ABC):
     name: ClassVar[str]
     """what configurations call it; one of the user's own needs none"""
     uses: ClassVar[frozenset[str]] = frozenset()
-    """the keys of the configuration's `algorithm` section that it reads, besides the name"""
+    """the keys of the configuration's `algorithm` section that its methods read"""
     client_holds_whole_model: ClassVar[bool] = False
     """FedAvg: there is no cut, and the server only evaluates"""
     server_replicas: ClassVar[bool] = False
@@ -41,7 +43,7 @@ class Algorithm(ABC):
         """One local step of a participating client on x `[B, ...]` and labels y `[B, ...]`."""
 
     def ranking(self, round: int) -> list[int]:
-        """The participants in the order that the server takes them in within a step."""
+        """All participants, in the order that the server takes them in within a step."""
         return self.federation.participants(round)
 
     @property
@@ -57,6 +59,11 @@ class Algorithm(ABC):
     def interval(self) -> int:
         """Rounds after which the kinds of rounds repeat: the alignment interval, where there is one."""
         return (self.auxiliary == "aligned" and self.keys.align_every) or 1
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """The keys that make a difference: those that it uses, and those by which the server aligns."""
+        return cls.uses | (OF_ALIGNMENT if cls.auxiliary == "aligned" else frozenset())
 
     @classmethod
     def train_loss_of(cls) -> Literal["batches", "uploads"]:

@@ -17,16 +17,14 @@ class FslSage(Algorithm):
     """
 
     name = "fsl_sage"
-    uses = frozenset(
-        {"upload_every", "align_every", "average_auxiliary", "warm_start", "alignment", "measure_drift"}
-    )
+    uses = frozenset({"upload_every", "align_every", "warm_start"})
     auxiliary = "aligned"
 
     def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)  # smashed data [B, ...]
         if step % self.keys.upload_every == 0:
             yield Push(z, y)  # one way
-        if round < self.keys.warm_start:
+        if self.keys.warm_start and round == 0:
             client.backward(z, client.train_auxiliary(z, y))  # as in CSE-FSL
             return
         if step == 0 and self.aligns(client.id, round):
@@ -36,8 +34,8 @@ class FslSage(Algorithm):
 
     def aligns(self, client: int, round: int) -> bool:
         """Is this the client's first round since an alignment was due?"""
-        past = round - self.keys.warm_start
+        past = round - int(self.keys.warm_start)  # rounds in which alignments could be due
         if self.keys.align_every is None or past < 0:
             return False
-        due = round - past % self.keys.align_every
+        due = round - past % self.keys.align_every  # the last round in which one was
         return not any(client in self.federation.participants(earlier) for earlier in range(due, round))

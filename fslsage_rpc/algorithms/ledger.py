@@ -1,4 +1,4 @@
-"""The paper ledger: the bytes that the paper's communication-load axis counts (ALGORITHM.md's rule)."""
+"""The paper ledger: the bytes on the communication-load axis of FSL-SAGE's figures (arXiv 2505.23182)."""
 
 from dataclasses import dataclass
 

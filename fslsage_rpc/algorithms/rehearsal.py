@@ -5,9 +5,12 @@ numbers. From what it yields follow the announced requests, the paper ledger, an
 are. So do the lower bound of a round, and the work that `plan` simulates.
 """
 
+import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,12 +21,15 @@ from fslsage_rpc.algorithms.client_round import refusal, watched
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.flat import Weights, sorted_weights
 from fslsage_rpc.models.splitting import SplitModel
-from fslsage_rpc.own import first_line
+from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.client import Client, NoAuxiliary
-from fslsage_rpc.parties.requests import KINDS, Align, Ask, Exchange, Push
+from fslsage_rpc.parties.requests import KINDS, Align, Ask, Exchange, Push, SmashedData
 from fslsage_rpc.tasks import Task
 
 META = torch.device("meta")
+WITH_CUT: frozenset[object] = frozenset({"forward", "backward", "estimate", "train_auxiliary"})
+WITH_WHOLE_MODEL: frozenset[object] = frozenset({"train_whole_model"})
+"""methods of clients that hold a part of the model, and of those that hold all of it"""
 
 
 class StandIn:
@@ -79,7 +85,10 @@ class StandIn:
         self.events.append("train_whole_model")
 
     def backward(self, z: Tensor, gradient: Tensor) -> None:
-        """No more than that it was called."""
+        """No more than that it was called, with a gradient like z."""
+        if not (isinstance(gradient, Tensor) and gradient.shape == z.shape):
+            got = list(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
+            raise TypeError(f"backward got {got} for a gradient, of smashed data {list(z.shape)}")
         self.events.append("backward")
 
 
@@ -171,7 +180,11 @@ class Rehearsal:
         self._auxiliary = None if algorithm.auxiliary == "none" else _without_numbers(split.auxiliary)
         self._batches: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # x, y and z, by their samples
         self._last: tuple[tuple[int, list[int]], dict[int, ClientRehearsal]] | None = None
-        self.course(0)
+        first = self.course(0)
+        if is_own(algorithm.keys.name):
+            self._last = None
+            if self.course(0) != first:
+                raise refusal(algorithm, "asks otherwise when it is rehearsed again: by what it remembers")
 
     def course(self, round: int) -> Course | None:
         """The course of a round; None where requests depend on values.
@@ -203,6 +216,10 @@ class Rehearsal:
         participants = self._federation.participants(round)
         if self._last is None or self._last[0] != (round, participants):
             rehearsed = {client: self.client(client, round) for client in participants}
+            for client, its in rehearsed.items():
+                if 0 in its.aligned(0, self._buffer_size) and not self.buffered(client, round):
+                    wrong = f"yields Align in round {round + 1} for client {client}, which has pushed nothing"
+                    raise refusal(self._algorithm, wrong)
             self._last = (round, participants), rehearsed
         return self._last[1]
 
@@ -242,19 +259,41 @@ class Rehearsal:
             answer: Tensor | Weights | None = None
             while True:
                 body = requests.send(answer)
-                answer = body.z if isinstance(body, Exchange) else None
-                if isinstance(body, Align):
-                    answer = client.auxiliary_weights
+                answer = client.auxiliary_weights if isinstance(body, Align) else None
+                if isinstance(body, SmashedData):
+                    self._check_formats(body)
+                    answer = body.z if isinstance(body, Exchange) else None
         except StopIteration:
-            return client.events
+            pass
         except InputError:
             raise
         except Exception as error:  # the user's class may raise anything
+            reads = "; it may read no numbers, unless it says requests_depend_on_values = True"
+            hint = reads if "meta" in str(error).lower() else ""
             raise refusal(
-                algorithm,
-                f"fails in its rehearsal, on tensors without numbers ({first_line(error)}); one that asks by "
-                "values says requests_depend_on_values = True",
+                algorithm, f"fails in its rehearsal, {_place(algorithm, error)} ({first_line(error)}){hint}"
             ) from None
+        lacking = WITH_CUT if algorithm.client_holds_whole_model else WITH_WHOLE_MODEL
+        if not lacking.isdisjoint(client.events):
+            called = next(event for event in client.events if event in lacking)
+            holds = f"where client_holds_whole_model is {algorithm.client_holds_whole_model}"
+            raise refusal(algorithm, f"calls {called}, {holds}")
+        return client.events
+
+    def _check_formats(self, body: SmashedData) -> None:
+        """Hold z and y to what the models and the loss take.
+
+        Raises:
+            InputError: they are not.
+        """
+        _, labels, smashed = self._formats
+        for name, tensor, (shape, dtype) in (("z", body.z, smashed), ("y", body.y, labels)):
+            if (tensor.shape[1:], tensor.dtype) != (tuple(shape), dtype):
+                raise refusal(
+                    self._algorithm,
+                    f"yields {name} {_shown(tensor.shape)} of {tensor.dtype}, expected "
+                    f"{_shown((len(tensor), *shape))} of {dtype}",
+                )
 
     def _batch(self, samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """x, y and z of so many samples."""
@@ -264,6 +303,17 @@ class Rehearsal:
             )
             self._batches[samples] = x, y, z
         return self._batches[samples]
+
+
+def _shown(shape: Iterable[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _place(algorithm: Algorithm, error: Exception) -> str:
+    """Where in the file of the user's class an error comes from."""
+    file = getattr(sys.modules.get(type(algorithm).__module__), "__file__", None)
+    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == file]
+    return f"at {Path(file).name}, line {lines[-1]}" if file and lines else "on tensors without numbers"
 
 
 def _without_numbers(model: nn.Module) -> Weights:

@@ -85,9 +85,10 @@ def checked_variants(config: Config, ranks: int) -> dict[str, Config]:
 def _check_rounds(config: Config, interval: int) -> None:
     probe = BenchRun("", 0, interval, lines=[{}] * config.rounds)
     if not probe.samples(config.bench.warmup_rounds):
+        warmup = math.ceil(config.bench.warmup_rounds / interval) * interval
         raise InputError(
-            f"rounds: got {config.rounds}, expected a whole alignment interval ({interval}) or more behind "
-            f"bench.warmup_rounds ({config.bench.warmup_rounds})"
+            f"rounds: got {config.rounds}, expected at least {warmup + interval}: a whole alignment interval "
+            f"({interval}) behind bench.warmup_rounds ({config.bench.warmup_rounds}), to whole intervals"
         )
 
 

@@ -80,7 +80,7 @@ def _examine(config: Config, experiment: Experiment | None, world: World) -> Fin
     ranks = world.gather(rank)
     if ranks is None:
         return None
-    unused = unused_keys(config.algorithm, experiment.algorithm.uses) if experiment else []
+    unused = unused_keys(config.algorithm, experiment.algorithm.reads()) if experiment else []
     warnings = [*experiment.warnings, *wrong.values()] if experiment else []
     return Findings(config, ranks, world.describe(), links, averaging, run, unused, warnings)
 

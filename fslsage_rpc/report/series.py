@@ -179,7 +179,7 @@ def reads(tree: Tree, key: str) -> bool:
     section, _, rest = key.partition(".")
     name = rest.partition(".")[0]
     known = ALGORITHMS.get(_algorithm(tree))
-    return section != "algorithm" or name == "name" or known is None or name in known.uses
+    return section != "algorithm" or name == "name" or known is None or name in known.reads()
 
 
 def _rank(series: Series, keys: Sequence[str]) -> tuple[tuple[int, str], list[tuple[bool, float, str]], bool]:

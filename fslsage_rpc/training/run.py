@@ -131,7 +131,7 @@ def _train(
         )
         if manifest:
             screen.show_resumed(folder.rounds, manifest.folder)
-        for key in unused_keys(config.algorithm, experiment.algorithm.uses):
+        for key in unused_keys(config.algorithm, experiment.algorithm.reads()):
             screen.warn(f"algorithm.{key} is not used by {config.algorithm.name}")
         for warning in experiment.warnings:
             screen.warn(warning)

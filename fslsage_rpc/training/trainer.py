@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fslsage_rpc.algorithms import ranked
 from fslsage_rpc.algorithms.client_round import client_round
 from fslsage_rpc.algorithms.ledger import averages_auxiliary, hands_auxiliary_over, paper_bytes
 from fslsage_rpc.algorithms.rehearsal import Course
@@ -160,11 +161,12 @@ class Trainer:
         if self.server:
             estimated = course is None or not course.trains_auxiliary
             self.server.measure_drift = self._config.algorithm.measure_drift and estimated
-        order = federation.participants(round) if depth_first else algorithm.ranking(round)
+        ranking = ranked(algorithm, round)
+        order = federation.participants(round) if depth_first else ranking
         mine = [client for client in order if client in self.clients]
         if self._link:
             plans = {id: None if course is None else course.steps(id) for id in mine}
-            self._link.announce(round, plans, algorithm.ranking(round))
+            self._link.announce(round, plans, ranking)
         made: dict[int, list[Ask]] = {client: [] for client in mine}
         self.world.barrier()
         cores = CoreTimes.now()
@@ -187,7 +189,7 @@ class Trainer:
             )
         if self.server:
             self.server.wait()
-        self.course = course or self._exchanged(made)
+        self.course = course or self._gathered(made)
         averages = averages_auxiliary(algorithm, self.course)
         hands_over = hands_auxiliary_over(algorithm, self.course)
         if self._link:
@@ -301,7 +303,7 @@ class Trainer:
         places = self.world.gather((" and ".join(hosts), offset))
         return TraceFile(*zip(*places, strict=True)) if places else None
 
-    def _exchanged(self, made: dict[int, list[Ask]]) -> Course:
+    def _gathered(self, made: dict[int, list[Ask]]) -> Course:
         """Collective: the course of the round that has ended, from what each rank's clients have asked."""
         trained = any(client.owns_auxiliary for client in self.clients.values())
         with self._timeline.phase("drain_wait"):
