@@ -15,7 +15,8 @@ import torch
 import fslsage_rpc
 from fslsage_rpc import configuration
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.check.findings import Findings, Rank, Run
+from fslsage_rpc.check import findings
+from fslsage_rpc.check.findings import Findings, Rank, Run, rounds_counted
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import CPU, Activations, Estimate, Memory, _saved_by
 from fslsage_rpc.check.run import examine, risky
@@ -271,6 +272,14 @@ def test_nothing_wrong_is_no_warning() -> None:
     assert warnings(rank(host="a"), rank(host="b")) == []
     assert warnings(on_gpu("a", "1"), on_gpu("a", "2"), on_gpu("a", "3"), averaging="nccl") == []
     assert warnings(rank(loopback=True, addresses=["127.0.0.1"]), rank(loopback=True)) == []  # one host
+
+
+def test_bytes_of_many_steps_are_counted_in_the_first_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment.prepare(from_tree({"rounds": 50, "data": {"partition": "iid"}}))
+    assert rounds_counted(experiment) == 50
+    steps = sum(experiment.federation.steps(client) for client in range(4))
+    monkeypatch.setattr(findings, "MOST_REHEARSED", 25 * steps)
+    assert rounds_counted(experiment) == 20  # whole intervals of 10
 
 
 FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB)

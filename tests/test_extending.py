@@ -142,6 +142,12 @@ def test_a_listing_trains_goes_on_and_is_evaluated(
     assert capsys.readouterr().out == f"test accuracy {accuracy:.4f}  test loss {loss:.4f}\n"
 
 
+def test_a_task_may_give_labels_in_another_type_than_it_says(working_directory: Path) -> None:
+    """Batches of floating-point labels come in the type of the weights."""
+    keys = tree(LISTINGS["A task"].configuration(), {"precision": "fp64"})
+    assert len(fslsage_rpc.train({**keys, "output": str(working_directory)}).rounds) == 2
+
+
 @pytest.mark.nightly
 def test_all_of_them_train_on_ranks_of_their_own(
     working_directory: Path, capsys: pytest.CaptureFixture[str]

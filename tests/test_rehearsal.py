@@ -320,6 +320,21 @@ def test_what_is_not_rehearsed_is_refused_when_it_is_asked(
 # What departs from its rehearsal
 
 
+class TrainsUnannounced(FslSage):
+    """Trains its auxiliary model only where there are numbers."""
+
+    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        if not x.is_meta:
+            client.train_auxiliary(client.forward(x), y)
+        yield from super().client_step(client, round, step, x, y)
+
+
+def test_training_an_auxiliary_model_that_was_not_rehearsed_ends_the_run(tmp_path: Path) -> None:
+    keys = {**by(TrainsUnannounced, rounds=2), "output": str(tmp_path)}
+    said = refused(fslsage_rpc.train, keys)
+    assert said == "trains the auxiliary model, which it did not in its rehearsal"
+
+
 def says(gradient: Tensor) -> bool:
     """Do values say so? In a rehearsal they do not."""
     return not gradient.is_meta and bool(gradient.isfinite().all())

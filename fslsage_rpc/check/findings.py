@@ -19,6 +19,8 @@ from fslsage_rpc.models.flat import module_bytes, trainable
 from fslsage_rpc.training.experiment import Experiment
 
 MIB, GIB = 2**20, 2**30
+MOST_REHEARSED = 100_000
+"""local steps of an algorithm, from which its bytes are counted"""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class Run:
     smashed_bytes: int
     """of one sample at the cut"""
     paper_bytes: dict[str, float | None]
-    """by algorithm: the paper ledger's of one round, mean over the rounds; None where it depends on values"""
+    """by algorithm: the paper ledger's of one round, a mean; None where it depends on values"""
     interval: int
     """rounds of an alignment interval; 1 for an algorithm without alignments"""
     disk_bytes: int
     """of the run folder's checkpoints and model at their largest"""
+    rounds_counted: int = 0
+    """that the mean of `paper_bytes` is over, from the first on"""
     frozen_bytes: dict[str, int] = field(default_factory=dict)
     """of the frozen weights that a client's rank and the server's have, each once"""
 
@@ -103,6 +107,7 @@ class Run:
             trained_bytes=trained_bytes,
             smashed_bytes=sizes.smashed,
             paper_bytes=paper,
+            rounds_counted=rounds_counted(experiment),
             interval=experiment.algorithm.interval,
             disk_bytes=kept * estimate.states.checkpoint() + whole_bytes["client"] + whole_bytes["server"],
             frozen_bytes={"client": frozen - unseen, "server": frozen},
@@ -298,15 +303,23 @@ class Findings:
 
 
 def _paper_bytes(experiment: Experiment, algorithm: Algorithm) -> float | None:
-    """The paper ledger's bytes of an algorithm's round, mean over the rounds."""
+    """The paper ledger's bytes of an algorithm's round, mean over the rounds that are counted."""
     rehearsal = Rehearsal(algorithm, experiment.task, experiment.split)
-    sizes, total = experiment.sizes(), 0
-    for round in range(experiment.config.rounds):
+    sizes, total, rounds = experiment.sizes(), 0, rounds_counted(experiment)
+    for round in range(rounds):
         course = rehearsal.course(round)
         if course is None:
             return None
         total += paper_bytes(algorithm, course, sizes)
-    return total / experiment.config.rounds
+    return total / rounds
+
+
+def rounds_counted(experiment: Experiment) -> int:
+    """How many rounds the mean is over: all, or of many steps the first ones, in whole intervals."""
+    federation, interval = experiment.federation, experiment.algorithm.interval
+    steps = sum(federation.steps(client) for client in federation.participants(0))
+    some = max(1, MOST_REHEARSED // steps // interval) * interval
+    return min(experiment.config.rounds, some)
 
 
 def size(bytes: float) -> str:

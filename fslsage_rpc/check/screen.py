@@ -117,8 +117,9 @@ class CheckScreen:
             )
         self._console.print(table)
         self._say(f"Smashed data: {run.smashed_bytes:,} bytes per sample.")
+        first = "the first " if run.rounds_counted < config.rounds else ""
         table = _table(
-            f"paper ledger (modelled), mean of {config.rounds} rounds",
+            f"paper ledger (modelled), mean of {first}{run.rounds_counted} rounds",
             "algorithm",
             "per round",
             "all",

@@ -90,7 +90,11 @@ def _read(folder: Path, planned: Config | None) -> Calibration:
         if why := _without_costs(folder, variant, planned):
             left_out.setdefault(algorithm, why)
             continue
-        scenario = Scenario(variant, link, len(ranks) - 1)
+        try:
+            scenario = Scenario(variant, link, len(ranks) - 1)
+        except InputError as error:  # the user's own has changed since
+            left_out.setdefault(algorithm, str(error))
+            continue
         lines = _measured_lines(folder, name, config, scenario)
         measured = measure_costs(lines, scenario, [rank["threads"] for rank in ranks])
         _check_figures(list(vars(measured).values()))

@@ -173,7 +173,7 @@ class Experiment:
         used = (split.client, split.server, *([] if algorithm.auxiliary == "none" else [split.auxiliary]))
         if any(map(has_batch_norm, used)):
             if algorithm.auxiliary == "aligned" and not algorithm.requests_depend_on_values:
-                _check_alignment_batches(config, federation, rehearsal)
+                _check_alignment_batches(config, federation, rehearsal, algorithm.interval)
             alone = [client for client, sizes in enumerate(federation.batch_sizes) if 1 in sizes]
             if alone:
                 raise InputError(
@@ -310,12 +310,15 @@ def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:
         ) from None
 
 
-def _check_alignment_batches(config: Config, federation: Federation, rehearsal: Rehearsal) -> None:
+def _check_alignment_batches(
+    config: Config, federation: Federation, rehearsal: Rehearsal, interval: int
+) -> None:
     """BatchNorm cannot normalise one sample, so no alignment may leave one over."""
     keys = config.algorithm.alignment
     may_be_absent = config.clients.on_loss == "drop"  # and align when they are back, in whatever round
     for client in range(len(federation.samples)):
         earlier = first = 0  # samples uploaded in the rounds before; in an aligning round before it aligns
+        full = 0  # rounds that began with a full buffer
         for round in range(config.rounds):
             if not may_be_absent and client not in federation.participants(round):
                 continue
@@ -323,13 +326,14 @@ def _check_alignment_batches(config: Config, federation: Federation, rehearsal: 
             aligned = rehearsed.aligned(earlier, keys.buffer_size)
             if may_be_absent:
                 first = min(rehearsed.aligned(0, keys.buffer_size), default=first)
-                aligned = [min(earlier + first, keys.buffer_size)] if first else []
+                aligned = [min(before + first, keys.buffer_size) for before in (0, earlier)] if first else []
             for samples in aligned:
                 if samples % keys.batch_size == 1:
                     raise InputError(
                         f"algorithm.alignment.batch_size: got {keys.batch_size}, expected one that leaves no "
                         f"batch of 1 to {config.model.name}'s BatchNorm: client {client} aligns on {samples}"
                     )
-            if keys.buffer_size in aligned:
+            full += earlier >= keys.buffer_size
+            if keys.buffer_size in aligned or full > interval:
                 break
             earlier += rehearsed.uploaded

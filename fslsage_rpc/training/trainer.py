@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fslsage_rpc.algorithms import ranked
-from fslsage_rpc.algorithms.client_round import client_round
+from fslsage_rpc.algorithms.client_round import client_round, refusal
 from fslsage_rpc.algorithms.ledger import averages_auxiliary, hands_auxiliary_over, paper_bytes
 from fslsage_rpc.algorithms.rehearsal import Course
 from fslsage_rpc.comm.averaging import federated_average
@@ -190,6 +190,9 @@ class Trainer:
         if self.server:
             self.server.wait()
         self.course = course or self._gathered(made)
+        owns = any(client.owns_auxiliary for client in self.clients.values())
+        if owns and algorithm.auxiliary == "aligned" and not self.course.trains_auxiliary:
+            raise refusal(algorithm, "trains the auxiliary model, which it did not in its rehearsal")
         averages = averages_auxiliary(algorithm, self.course)
         hands_over = hands_auxiliary_over(algorithm, self.course)
         if self._link:
