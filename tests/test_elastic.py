@@ -15,7 +15,7 @@ from fslsage_rpc.configuration import from_tree
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.checkpoint_files import complete_folders
 from fslsage_rpc.training.experiment import check
-from support.elastic_job import ElasticJob, assert_equals_one_process
+from support.elastic_job import ElasticJob, assert_equals_one_process, gone_on_with_after_the_servers_death
 from support.trees import tree
 
 SGD = {"optimizer": {"client": {"name": "sgd", "lr": 0.05}, "auxiliary": {"name": "sgd", "lr": 0.05}}}
@@ -157,12 +157,7 @@ def test_below_the_minimum_the_run_gives_up_and_all_ranks_go_on_from_its_checkpo
 @pytest.mark.timeout(300)
 def test_the_servers_death_ends_the_run_at_its_last_checkpoint(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, rounds=5)
-    with ElasticJob(3, keys, tmp_path) as job:
-        job.start("0:3:server:kill")
-        assert job.wait(0, 1, 2) == [-signal.SIGKILL, 1, 1], job.said
-        assert job.said.count("rank 0 is gone, and the job's store with it") == 1
-        job.start()
-        assert job.wait(0, 1, 2) == [0, 0, 0], job.said
+    job = gone_on_with_after_the_servers_death(keys, tmp_path)
     assert job.events == []
     assert_equals_one_process(job, keys)
 

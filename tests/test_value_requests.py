@@ -15,7 +15,7 @@ import fslsage_rpc
 from fslsage_rpc.cli import main
 from fslsage_rpc.training.checkpoint_files import complete_folders
 from support.commands import said
-from support.elastic_job import ElasticJob, assert_equals_one_process
+from support.elastic_job import ElasticJob, assert_equals_one_process, gone_on_with_after_the_servers_death
 from support.equality import assert_identical, assert_same, assert_same_bits, assert_whole
 from support.rank_program import Outcome, run_on_ranks, train_locally, train_on_ranks
 from support.run_folders import finished
@@ -407,12 +407,7 @@ def test_a_replacement_is_let_in(kind: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_the_servers_death_ends_a_run_that_others_would_outlive(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, "Sparing", rounds=5)
-    with ElasticJob(3, keys, tmp_path) as job:
-        job.start("0:3:server:kill")
-        assert job.wait(0, 1, 2) == [-signal.SIGKILL, 1, 1], job.said
-        assert job.said.count("rank 0 is gone, and the job's store with it") == 1
-        job.start()
-        assert job.wait(0, 1, 2) == [0, 0, 0], job.said
+    job = gone_on_with_after_the_servers_death(keys, tmp_path)
     assert_equals_one_process(job, keys)
 
 

@@ -1,6 +1,7 @@
 """A job whose ranks may outlive each other, and the run in one process that it is held to."""
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -110,3 +111,14 @@ def assert_equals_one_process(job: ElasticJob, keys: dict[str, Any]) -> None:
     model = torch.load(job.folder / "model.pt", weights_only=True)
     for name, expected in trainer.final_model().items():
         assert (model[name].double() - expected.double()).norm() <= 1e-9 * expected.double().norm(), name
+
+
+def gone_on_with_after_the_servers_death(keys: dict[str, Any], folder: Path) -> ElasticJob:
+    """A job whose server is killed in round 3, which ends all ranks, and that is then started again."""
+    with ElasticJob(3, keys, folder) as job:
+        job.start("0:3:server:kill")
+        assert job.wait(0, 1, 2) == [-signal.SIGKILL, 1, 1], job.said
+        assert job.said.count("rank 0 is gone, and the job's store with it") == 1
+        job.start()
+        assert job.wait(0, 1, 2) == [0, 0, 0], job.said
+    return job
