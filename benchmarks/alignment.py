@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Alignment, Auxiliary, Model, OptimizerKeys
-from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.config.schema import Alignment, Auxiliary, Model, OptimizerKeys
+from fslsage_rpc.device.clock import clock, synchronise
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.models.segment import Segment

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torchvision
 
-from fslsage_rpc.config import Config
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data.datasets import LabelledImages
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.tasks.images import ImageTask

@@ -31,16 +31,16 @@ import torch
 from cifar10_parts import read
 
 from fslsage_rpc.cli import OneLineParser
-from fslsage_rpc.comm.world import open_world
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import load, to_tree, to_yaml
+from fslsage_rpc.config.loading import load, to_tree, to_yaml
+from fslsage_rpc.config.own import first_line
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.clock import clock
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.measure.clock import clock
-from fslsage_rpc.own import first_line
+from fslsage_rpc.job.world import open_world
 from fslsage_rpc.report import sources
+from fslsage_rpc.runs.metrics_file import MetricsFile
+from fslsage_rpc.runs.run_folder import rank_environment, versions, write_whole
 from fslsage_rpc.training.experiment import Experiment, check
-from fslsage_rpc.training.metrics_file import MetricsFile
-from fslsage_rpc.training.run_folder import rank_environment, versions, write_whole
 from fslsage_rpc.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "paper" / "cifar10_resnet18"

@@ -29,11 +29,11 @@ import torch
 from gpu_basics import statuses_of
 from step_floor import Arithmetic
 
-from fslsage_rpc.comm.local import LocalWorld
-from fslsage_rpc.comm.world import World, open_world
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree
-from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.clock import clock, synchronise
+from fslsage_rpc.job.local import LocalWorld
+from fslsage_rpc.job.world import World, open_world
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 from launch.gpu_check import note, seconds_left

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fslsage_rpc.configuration import load
-from fslsage_rpc.data.e2e import IGNORED
+from fslsage_rpc.config.loading import load
+from fslsage_rpc.language.data import IGNORED
 from fslsage_rpc.tasks import open_task
 
 CONFIG = Path(__file__).parent.parent / "configs" / "e2e_gpt2_tiny.yaml"

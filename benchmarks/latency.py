@@ -21,7 +21,7 @@ from typing import Any
 
 from fslsage_rpc.bench.table import COMPUTE, WAIT, round_bytes, table
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.configuration import load
+from fslsage_rpc.config.loading import load
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.run import link_speed

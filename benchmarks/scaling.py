@@ -34,10 +34,10 @@ import torch
 from torch import nn
 
 from fslsage_rpc.check.machine import status_bytes
-from fslsage_rpc.comm.memory import give_back_free_pages, keep_large_blocks
-from fslsage_rpc.comm.world import open_world
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.memory import give_back_free_pages, keep_large_blocks
+from fslsage_rpc.job.world import open_world
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 from fslsage_rpc.training.experiment import Experiment

@@ -35,9 +35,9 @@ from typing import Any
 import torch
 from watched_job import RANKS, Job
 
-from fslsage_rpc.configuration import load
-from fslsage_rpc.training.checkpoint_files import complete_folders, read_manifest
-from fslsage_rpc.training.checkpoints import read_state
+from fslsage_rpc.config.loading import load
+from fslsage_rpc.runs.checkpoint_files import complete_folders, read_manifest
+from fslsage_rpc.runs.checkpoints import read_state
 
 SAMPLE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 0.5

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Model
+from fslsage_rpc.config.schema import Model
 from fslsage_rpc.models.segment import differentiated_twice
 from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.parties.alignment import cut_layer_gradient

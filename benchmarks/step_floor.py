@@ -18,9 +18,9 @@ import time
 import torch
 from rank_job import overrides_on_ranks
 
-from fslsage_rpc.comm.world import World, open_world
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.job.world import World, open_world
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, Ask, Push
 from fslsage_rpc.parties.server import Server

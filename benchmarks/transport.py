@@ -19,10 +19,10 @@ from rank_job import overrides_on_ranks
 from torch.distributed import rpc
 from torch.futures import Future
 
-from fslsage_rpc.comm.memory import keep_large_blocks
-from fslsage_rpc.comm.world import open_world
-from fslsage_rpc.configuration import from_tree
-from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.device.clock import clock
+from fslsage_rpc.device.memory import keep_large_blocks
+from fslsage_rpc.job.world import open_world
 from fslsage_rpc.parties.requests import Answer, Push, Request
 
 SIZES = [2.0**power for power in range(-2, 6)]

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 from fslsage_rpc.version import __version__
 
 if TYPE_CHECKING:
-    from fslsage_rpc.config import Config
+    from fslsage_rpc.config.schema import Config
     from fslsage_rpc.errors import InputError
     from fslsage_rpc.notebook import train
 
 __all__ = ["Config", "InputError", "__version__", "train"]
 
 _MODULES = {
-    "Config": "fslsage_rpc.config",
+    "Config": "fslsage_rpc.config.schema",
     "InputError": "fslsage_rpc.errors",
     "train": "fslsage_rpc.notebook",
 }

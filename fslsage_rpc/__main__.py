@@ -3,7 +3,7 @@
 import gc
 import sys
 
-from fslsage_rpc.stopping import INTERRUPTED, uninterrupted
+from fslsage_rpc.job.stopping import INTERRUPTED, uninterrupted
 
 
 def main() -> int:

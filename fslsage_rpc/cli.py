@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, load
+from fslsage_rpc.config.loading import from_tree, load
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import FIRST_WORD_SECONDS, Diverged, HostError, InputError
-from fslsage_rpc.stopping import (
+from fslsage_rpc.job.stopping import (
     INTERRUPTED,
     LAUNCHED,
     NOBODY_READS,
@@ -143,8 +143,8 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     if _needs_ranks(config):
         return _launch(config, arguments)
     with uninterrupted():
-        from fslsage_rpc.comm.world import is_first_rank
-        from fslsage_rpc.report.screen import Screen
+        from fslsage_rpc.job.world import is_first_rank
+        from fslsage_rpc.runs.screen import Screen
         from fslsage_rpc.training.run import run
 
     screen = Screen(config)
@@ -157,8 +157,8 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
     if _needs_ranks(config):
         return _launch(config, arguments)
     with uninterrupted():
+        from fslsage_rpc.bench.progress import BenchScreen
         from fslsage_rpc.bench.run import bench
-        from fslsage_rpc.bench.screen import BenchScreen
 
     bench(config, BenchScreen(config))
     return 0
@@ -200,7 +200,7 @@ def _launch(config: Config, arguments: list[str]) -> int:
         from fslsage_rpc.training.experiment import check
     check(config, config.ranks)
     with uninterrupted():
-        from fslsage_rpc.comm.launching import launch  # not everywhere to be had: check says so by name
+        from fslsage_rpc.job.launching import launch  # not everywhere to be had: check says so by name
 
     return launch(config.ranks, arguments)
 
@@ -233,8 +233,8 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
     if _needs_ranks(config):
         return _launch(config, arguments)
     with uninterrupted():
+        from fslsage_rpc.check.display import CheckScreen
         from fslsage_rpc.check.run import examine
-        from fslsage_rpc.check.screen import CheckScreen
 
     findings = examine(config, configured=options.config is not None)
     if findings:
@@ -265,7 +265,7 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     print(f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}{metrics}")
     if options.bleu is not None:
         with uninterrupted():
-            from fslsage_rpc.generation.texts import bleu
+            from fslsage_rpc.language.generation import bleu
 
         scored = bleu(options.run, limit, beams)
         print(f"BLEU {scored.score:.2f} on {scored.meanings} meaning representations, {beams} beams")
@@ -274,12 +274,12 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
     with uninterrupted():
-        from fslsage_rpc.generation.texts import generate, language_run
+        from fslsage_rpc.language.generation import generate, language_run
 
     beams = _count("--beams", options.beams)
     if _needs_ranks(load(Path(options.run) / "config.yaml")):
         language_run(options.run)
-        from fslsage_rpc.comm.launching import launch
+        from fslsage_rpc.job.launching import launch
 
         return launch(2, arguments)  # one for each half of the model
     written = generate(options.run, options.meanings, beams)

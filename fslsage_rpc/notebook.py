@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, load, to_tree
+from fslsage_rpc.config.loading import from_tree, load, to_tree
+from fslsage_rpc.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ def train(config: Config | Mapping[str, Any] | str | Path, *overrides: str) -> R
     Raises:
         InputError: a key, value or file is wrong.
     """
-    from fslsage_rpc.report.screen import Screen
-    from fslsage_rpc.training.metrics_file import decoded, rounds_of
-    from fslsage_rpc.training.round_numbers import summary_from_one
+    from fslsage_rpc.runs.metrics_file import decoded, rounds_of
+    from fslsage_rpc.runs.round_numbers import summary_from_one
+    from fslsage_rpc.runs.screen import Screen
     from fslsage_rpc.training.run import run
 
     if isinstance(config, str | Path):

@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 
 from fslsage_rpc.bench.run import checked_variants, open_folder
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import load
+from fslsage_rpc.config.loading import load
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.runs.run_folder import writing
 from fslsage_rpc.training.run import prepare
-from fslsage_rpc.training.run_folder import writing
 
 COMMANDS = ("train", "bench", "check")
 

@@ -26,7 +26,7 @@ from emulation.ranks import Ranks, rank_environment
 from emulation.stopping import Stopped, StopRequests
 from emulation.traffic import Ledger, compare, summary
 
-from fslsage_rpc.configuration import load
+from fslsage_rpc.config.loading import load
 from fslsage_rpc.errors import InputError
 
 COMMANDS = ("train", "bench")

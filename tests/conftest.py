@@ -42,7 +42,7 @@ sys.addaudithook(refuse_processes)
 @pytest.fixture(autouse=True)
 def nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps what others do on this host out of sight: other tests run beside these."""
-    monkeypatch.setattr("fslsage_rpc.measure.cores.STAT", Path("/nowhere"))
+    monkeypatch.setattr("fslsage_rpc.measure.host_load.STAT", Path("/nowhere"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Alignment, Auxiliary, Model, OptimizerKeys
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Alignment, Auxiliary, Model, OptimizerKeys
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.models.splitting import build

@@ -17,12 +17,12 @@ import fslsage_rpc
 from fslsage_rpc.algorithms import create
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV1
-from fslsage_rpc.config import AlgorithmKeys, Bounds, Config, Count, Data
-from fslsage_rpc.configuration import from_tree, load, to_tree, to_yaml
+from fslsage_rpc.config.loading import from_tree, load, to_tree, to_yaml
+from fslsage_rpc.config.own import checked_arguments
+from fslsage_rpc.config.schema import AlgorithmKeys, Bounds, Config, Count, Data
 from fslsage_rpc.data.datasets import load as load_images
+from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.federation import Federation
-from fslsage_rpc.own import checked_arguments
 from fslsage_rpc.plan.calibration import _other_work
 from fslsage_rpc.plan.scenario import with_algorithm
 from fslsage_rpc.report.series import group

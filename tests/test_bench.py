@@ -9,8 +9,8 @@ import yaml
 
 from fslsage_rpc.bench.statistics import BenchRun, quartiles, summarise
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.config import Bench
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Bench
 from support.commands import fslsage_on_ranks, said
 from support.trees import BENCH
 from support.user_input import mistake

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fslsage_rpc.config import Model
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Model
 from fslsage_rpc.models.splitting import PRECISIONS, SplitModel, build
 from fslsage_rpc.notebook import train
 from fslsage_rpc.parties.alignment import cut_layer_gradient

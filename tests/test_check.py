@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import fslsage_rpc
-from fslsage_rpc import configuration
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check import findings
 from fslsage_rpc.check.findings import Findings, Rank, Run, rounds_counted
@@ -21,13 +20,14 @@ from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import CPU, Activations, Estimate, Memory, _saved_by
 from fslsage_rpc.check.run import examine, risky
 from fslsage_rpc.cli import main
-from fslsage_rpc.comm.placement import GpuPlace
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, to_tree
+from fslsage_rpc.config import loading as configuration
+from fslsage_rpc.config.loading import from_tree, to_tree
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data import datasets
+from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
-from fslsage_rpc.training.checkpoint_files import complete_folders
+from fslsage_rpc.runs.checkpoint_files import complete_folders
 from fslsage_rpc.training.experiment import Experiment
 from support.commands import fslsage, fslsage_on_ranks
 from support.trees import tree

@@ -17,15 +17,14 @@ import torch
 from torch import nn
 
 import fslsage_rpc
-from fslsage_rpc.config import OptimizerKeys, SchedulerKeys
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import OptimizerKeys, SchedulerKeys
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Server
-from fslsage_rpc.report import screen
-from fslsage_rpc.training import checkpoints
-from fslsage_rpc.training.checkpoint_files import (
+from fslsage_rpc.runs import checkpoints, screen
+from fslsage_rpc.runs.checkpoint_files import (
     MANIFEST,
     Manifest,
     RankState,
@@ -36,8 +35,8 @@ from fslsage_rpc.training.checkpoint_files import (
     remove_all_but,
     write_part,
 )
-from fslsage_rpc.training.metrics_file import MetricsFile
-from fslsage_rpc.training.run_folder import RunFolder
+from fslsage_rpc.runs.metrics_file import MetricsFile
+from fslsage_rpc.runs.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
 from support.batch_norm_model import CUT
 from support.equality import assert_equal, assert_identical, assert_whole, without_seconds

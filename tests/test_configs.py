@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import load
+from fslsage_rpc.config.loading import load
+from fslsage_rpc.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

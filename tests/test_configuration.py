@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import changed_keys, from_tree, load, read_yaml, to_tree, to_yaml
+from fslsage_rpc.config.loading import changed_keys, from_tree, load, read_yaml, to_tree, to_yaml
+from fslsage_rpc.config.schema import Config
 from support.user_input import leaves, write
 
 
@@ -55,7 +55,7 @@ def test_a_configuration_survives_its_tree_and_yaml(tmp_path: Path) -> None:
 def test_reading_a_configuration_does_not_import_torch(tmp_path: Path) -> None:
     path = write(tmp_path, "rounds: 3")
     program = (
-        f"import sys, fslsage_rpc.configuration as c; c.load({str(path)!r}); 'torch' in sys.modules and 1/0"
+        f"import sys, fslsage_rpc.config.loading as c; c.load({str(path)!r}); 'torch' in sys.modules and 1/0"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fslsage_rpc.configuration import from_tree, load, to_tree
+from fslsage_rpc.config.loading import from_tree, load, to_tree
 from support.user_input import DEFAULTS, NULLABLE, leaves, mistake, write
 
 

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslsage_rpc.configuration import from_tree, load, to_tree
+from fslsage_rpc.config.loading import from_tree, load, to_tree
 from fslsage_rpc.errors import InputError
 from support.user_input import DEFAULTS, NULLABLE, leaves, one_line, write
 

@@ -12,10 +12,10 @@ import yaml
 
 from fslsage_rpc.bench.table import BUSY_MARK
 from fslsage_rpc.bench.table import busy_line as busy_line_of_bench
-from fslsage_rpc.measure import cores
-from fslsage_rpc.measure.cores import CoreTimes, busy_by_host, host_busy, mean_busy, usable_cores
-from fslsage_rpc.report.screen import busy_line
-from fslsage_rpc.training.records import RoundRecorder
+from fslsage_rpc.measure import host_load as cores
+from fslsage_rpc.measure.host_load import CoreTimes, busy_by_host, host_busy, mean_busy, usable_cores
+from fslsage_rpc.runs.records import RoundRecorder
+from fslsage_rpc.runs.screen import busy_line
 from support.commands import fslsage, said
 from support.rank_program import train_locally
 from support.trees import BENCH, tree
@@ -64,7 +64,7 @@ def test_counters_are_those_of_the_usable_cores(tmp_path: Path, monkeypatch: pyt
 def test_a_run_says_what_each_rank_and_others_took(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fslsage_rpc.training.records.host_busy", lambda ranks: 0.3)
+    monkeypatch.setattr("fslsage_rpc.runs.records.host_busy", lambda ranks: 0.3)
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree(tmp_path, name="run", rounds=2)))
     out = said(capsys, "train", config).stdout
@@ -88,7 +88,7 @@ def test_little_is_not_worth_a_line(share: float | None, said: bool) -> None:
 def test_samples_of_a_busy_host_are_marked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fslsage_rpc.training.records.host_busy", lambda ranks: 0.3)
+    monkeypatch.setattr("fslsage_rpc.runs.records.host_busy", lambda ranks: 0.3)
     config = tmp_path / "bench.yaml"
     keys = {"output": str(tmp_path), "transport": "local"}
     config.write_text(yaml.safe_dump({**BENCH, **keys, "bench": {**BENCH["bench"], "repeats": 1}}))
@@ -152,7 +152,7 @@ def test_the_report_marks_runs_of_a_busy_host(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, share in (("quiet", 0.01), ("busy", 0.3)):
-        monkeypatch.setattr("fslsage_rpc.training.records.host_busy", lambda ranks, share=share: share)
+        monkeypatch.setattr("fslsage_rpc.runs.records.host_busy", lambda ranks, share=share: share)
         config = tmp_path / f"{name}.yaml"
         config.write_text(yaml.safe_dump(tree(tmp_path, name=name, seed=len(name))))
         assert said(capsys, "train", config).returncode == 0

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from fslsage_rpc.algorithms.bound import ClientPieces, LinkSpeed, RoundPieces, bound_seconds
 from fslsage_rpc.bench.pieces import round_pieces
-from fslsage_rpc.critical_path import ClientPieces, LinkSpeed, RoundPieces, bound_seconds
-from fslsage_rpc.federation import Federation
-from fslsage_rpc.measure.cores import CoreTimes
+from fslsage_rpc.data.participation import Federation
+from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.measure.requests import ByClient, RequestTimes
 from fslsage_rpc.parties.requests import KINDS, Ask
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
-from fslsage_rpc.training.records import RankReport
+from fslsage_rpc.runs.records import RankReport
 
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
 # Of one request: the server's seconds, bytes up and down.

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from fslsage_rpc.comm.local import LocalWorld
-from fslsage_rpc.comm.world import set_tf32
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.device.graphs import Graphed
+from fslsage_rpc.device.streams import WorkQueue, current_place, own_stream
+from fslsage_rpc.job.local import LocalWorld
+from fslsage_rpc.job.world import set_tf32
 from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.parties.graphs import Graphed
-from fslsage_rpc.parties.streams import WorkQueue, current_place, own_stream
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 from support.cpu_reference import ALGORITHMS, PARTIES, SAME_IN_FP64, assert_as_on_a_cpu, tree

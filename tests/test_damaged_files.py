@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 
 import fslsage_rpc
 from fslsage_rpc.cli import main
-from fslsage_rpc.config import Data
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Data
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.partitions import partition
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.calibration import read_calibration
-from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.report.sources import read
-from fslsage_rpc.training.checkpoint_files import FOLDER
+from fslsage_rpc.runs.checkpoint_files import FOLDER
+from fslsage_rpc.runs.run_folder import RunFolder
+from fslsage_rpc.runs.screen import Screen
 from fslsage_rpc.training.evaluation import Score, evaluate_run
-from fslsage_rpc.training.run_folder import RunFolder
 from support.image_files import idx, write_mnist
 from support.report_folders import write_bench, write_run
 from support.trees import BENCH, tree

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 
-from fslsage_rpc.config import Data
+from fslsage_rpc.config.schema import Data
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.datasets import SPECS, LabelledImages, load, prepare
 from support.image_files import idx, write_mnist

@@ -17,16 +17,16 @@ import fslsage_rpc
 from fslsage_rpc.bench.statistics import BenchRun, summarise
 from fslsage_rpc.bench.table import diverged_lines
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.config import Bench
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Bench
 from fslsage_rpc.errors import Diverged
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.report import comparison, tables
 from fslsage_rpc.report.page import to_markdown
-from fslsage_rpc.report.screen import Screen
 from fslsage_rpc.report.series import group
 from fslsage_rpc.report.sources import read
-from fslsage_rpc.training.checkpoint_files import complete_folders
+from fslsage_rpc.runs.checkpoint_files import complete_folders
+from fslsage_rpc.runs.screen import Screen
 from fslsage_rpc.training.evaluation import evaluate_run
 from support.commands import said
 from support.job_processes import outer_environment

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.training.checkpoint_files import complete_folders
+from fslsage_rpc.runs.checkpoint_files import complete_folders
 from fslsage_rpc.training.experiment import check
 from support.elastic_job import ElasticJob, assert_equals_one_process, gone_on_with_after_the_servers_death
 from support.trees import tree

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fslsage_rpc.comm import rpc
+from fslsage_rpc.job import rpc
 from support.batch_norm_model import CUT, SMASHED_SAMPLE
 from support.equality import OWN_COLLECTIVES, assert_same, without_seconds
 from support.rank_program import Outcome, train_and_save, train_locally, train_on_ranks

@@ -16,15 +16,15 @@ from torch.nn import functional as F
 
 import fslsage_rpc
 from fslsage_rpc.algorithms import Algorithm, create, find
+from fslsage_rpc.algorithms.bound import LinkSpeed
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV1
 from fslsage_rpc.cli import main
-from fslsage_rpc.config import Config, Data
-from fslsage_rpc.configuration import from_tree, load, to_tree
-from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.config.loading import from_tree, load, to_tree
+from fslsage_rpc.config.schema import Config, Data
 from fslsage_rpc.data.datasets import load as load_images
 from fslsage_rpc.data.datasets import spec_of
-from fslsage_rpc.federation import Federation
+from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.parties.requests import ClientStep
 from fslsage_rpc.plan.costs import Costs

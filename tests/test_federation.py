@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fslsage_rpc.federation import Federation
+from fslsage_rpc.data.participation import Federation
 
 
 def federation(samples: list[int], participation: float = 1.0, seed: int = 0) -> Federation:

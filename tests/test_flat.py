@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.comm.averaging import federated_average
 from fslsage_rpc.models.flat import Weights, flatten, module_bytes, weighted_sum
+from fslsage_rpc.parties.aggregation import federated_average
 
 
 def small(seed: int = 0) -> nn.Sequential:

@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 import fslsage_rpc
-from fslsage_rpc.training import folder_lock
-from fslsage_rpc.training.folder_lock import NAME, FolderLock, Holder
+from fslsage_rpc.runs import folder_lock
+from fslsage_rpc.runs.folder_lock import NAME, FolderLock, Holder
 from support.commands import said
 from support.job_processes import end_job, members, outer_environment
 from support.run_folders import lines
@@ -278,7 +278,7 @@ def test_a_second_start_is_refused_and_one_after_a_kill_goes_on(transport: str, 
 HOLDS = """
 import os, subprocess, sys, time
 from pathlib import Path
-from fslsage_rpc.training.folder_lock import FolderLock
+from fslsage_rpc.runs.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 forked = os.fork()
 if forked == 0:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import fslsage_rpc
 from fslsage_rpc import cli
-from fslsage_rpc.data import e2e
-from fslsage_rpc.generation import texts
-from fslsage_rpc.generation.beam_search import write_on
-from fslsage_rpc.generation.texts import bleu, generate, language_run, prompts
+from fslsage_rpc.language import data as e2e
+from fslsage_rpc.language import generation as texts
+from fslsage_rpc.language.beam_search import write_on
+from fslsage_rpc.language.generation import bleu, generate, language_run, prompts
 from support.commands import fslsage
 from support.toy_language import pairs, toy_tree
 from support.user_input import mistake

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fslsage_rpc.configuration
-from fslsage_rpc.data.e2e import IGNORED
+import fslsage_rpc.config.loading
+from fslsage_rpc.language.data import IGNORED
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.flat import copy_of, flatten, module_bytes, trainable
@@ -277,7 +277,7 @@ def test_every_adapter_of_every_part_gets_a_gradient_and_nothing_else_does(toy_r
 
 def test_the_medium_configuration_splits_all_24_blocks_and_adapts_them() -> None:
     """On the meta device, where nothing is allocated; the sizes are those of its pretrained weights."""
-    keys = fslsage_rpc.configuration.load(Path(__file__).parents[1] / "configs" / "e2e_gpt2_medium.yaml", [])
+    keys = fslsage_rpc.config.loading.load(Path(__file__).parents[1] / "configs" / "e2e_gpt2_medium.yaml", [])
     sizes: Any = {"pretrained": None, "width": 1024, "layers": 24, "heads": 16}
     with torch.device("meta"):
         model = dataclasses.replace(keys.model, **sizes)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fslsage_rpc.configuration import changed_keys, from_tree
+from fslsage_rpc.config.loading import changed_keys, from_tree
 from fslsage_rpc.data.datasets import CIFAR10
 from fslsage_rpc.report import sources
 from support.report_folders import line

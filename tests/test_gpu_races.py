@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fslsage_rpc.comm.local import LocalWorld
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree
-from fslsage_rpc.training.checkpoint_files import RankState
-from fslsage_rpc.training.checkpoints import snapshot
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.job.local import LocalWorld
+from fslsage_rpc.runs.checkpoint_files import RankState
+from fslsage_rpc.runs.checkpoints import snapshot
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 from support.batch_norm_model import CUT

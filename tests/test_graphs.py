@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.comm.local import LocalWorld
-from fslsage_rpc.config import Alignment, OptimizerKeys, SchedulerKeys
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Alignment, OptimizerKeys, SchedulerKeys
+from fslsage_rpc.device.graphs import SHAPES, Graphed
+from fslsage_rpc.job.local import LocalWorld
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.notebook import train
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
-from fslsage_rpc.parties.graphs import SHAPES, Graphed
 from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.training.assembly import build_server

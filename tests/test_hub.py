@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fslsage_rpc.models import hub
+from fslsage_rpc.language import hub
 
 constants = pytest.importorskip("huggingface_hub.constants")
 

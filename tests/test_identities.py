@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fslsage_rpc.algorithms.rehearsal import Rehearsal
-from fslsage_rpc.comm.world import open_world
-from fslsage_rpc.config import Model
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Model
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.data.datasets import SPECS
+from fslsage_rpc.job.world import open_world
 from fslsage_rpc.models.splitting import build
 from fslsage_rpc.training.experiment import Experiment
 from support.batch_norm_model import CUT

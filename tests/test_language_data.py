@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslsage_rpc.config import Config
-from fslsage_rpc.data import e2e
-from fslsage_rpc.data.e2e import IGNORED
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.language import data as e2e
+from fslsage_rpc.language.data import IGNORED
+from fslsage_rpc.language.task import LanguageTask
 from fslsage_rpc.tasks import open_task
-from fslsage_rpc.tasks.language import LanguageTask
 from fslsage_rpc.training.experiment import Experiment, check
 from support.toy_language import NAMES, Tree, pairs, toy_config, write_csv, write_data
 from support.user_input import mistake, one_line

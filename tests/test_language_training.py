@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fslsage_rpc
-from fslsage_rpc.comm.world import open_world
-from fslsage_rpc.configuration import from_tree
-from fslsage_rpc.data import e2e
-from fslsage_rpc.data.e2e import IGNORED
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.job.world import open_world
+from fslsage_rpc.language import data as e2e
+from fslsage_rpc.language.data import IGNORED
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import Experiment
@@ -274,7 +274,7 @@ def test_a_small_model_learns_more_of_real_texts_than_how_frequent_tokens_are(
     done = fslsage("train", config, *keys, seconds=550, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    task = open_task(fslsage_rpc.configuration.load(config, keys))
+    task = open_task(fslsage_rpc.config.loading.load(config, keys))
     references = [" " + pair.reference for pair in e2e.read(str(e2e_root), "train", 800)]
     counts = Counter(n for text in task.vocabulary.encode(references) for n in (*text, task.vocabulary.end))
     entropy = -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.comm.ledger import WireLedger, ring_share
-from fslsage_rpc.configuration import from_tree
-from fslsage_rpc.critical_path import NO_LINK
+from fslsage_rpc.algorithms.bound import NO_LINK
+from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.transport.wire_ledger import WireLedger, ring_share
 from support.rank_program import train_locally
 
 ROUNDS = 10  # one alignment interval

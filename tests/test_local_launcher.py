@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import fslsage_rpc
-from fslsage_rpc.config import Clients, Config
+from fslsage_rpc.config.schema import Clients, Config
 from support.commands import fslsage_on_ranks
 from support.equality import assert_identical, assert_whole
 from support.job_processes import end_job, members, survivors

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.comm.memory import (
+from fslsage_rpc.config.schema import OptimizerKeys
+from fslsage_rpc.device.memory import (
     LASTING_BYTES,
     give_back_free_pages,
     keep_large_blocks,
     lasting_blocks,
     one_heap,
 )
-from fslsage_rpc.config import OptimizerKeys
 from fslsage_rpc.parties.optimizers import OPTIMIZERS, ScheduledOptimizer
 
 LARGE_BYTES = 2**28

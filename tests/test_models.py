@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Auxiliary, Model
+from fslsage_rpc.config.schema import Auxiliary, Model
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.models.splitting import SplitModel, build, has_batch_norm
 from fslsage_rpc.models.zoo import ZOO, ParameterFreeShortcut

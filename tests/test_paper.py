@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.configuration import changed_keys, from_tree, load, to_tree
-from fslsage_rpc.critical_path import NO_LINK
+from fslsage_rpc.algorithms.bound import NO_LINK
+from fslsage_rpc.config.loading import changed_keys, from_tree, load, to_tree
 from fslsage_rpc.plan.scenario import Scenario
 
 PAPER = Path(__file__).parent.parent / "configs" / "paper"

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslsage_rpc.config import Data
+from fslsage_rpc.config.schema import Data
 from fslsage_rpc.data.datasets import load
 from fslsage_rpc.data.partitions import Partition, dirichlet, partition, summary
 from support.user_input import mistake

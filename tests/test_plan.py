@@ -14,12 +14,12 @@ import yaml
 from torch import Tensor
 
 from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
+from fslsage_rpc.algorithms.bound import NO_LINK, LinkSpeed
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV2
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, to_tree
-from fslsage_rpc.critical_path import NO_LINK, LinkSpeed
+from fslsage_rpc.config.loading import from_tree, to_tree
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep, Exchange
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
@@ -31,7 +31,7 @@ from fslsage_rpc.plan.run import link_speed, predictions
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 from fslsage_rpc.plan.wire import INITIAL_WINDOW_BYTES, Connection
-from fslsage_rpc.training.records import CLIENT_PHASES
+from fslsage_rpc.runs.records import CLIENT_PHASES
 from support.commands import fslsage_on_ranks, said
 from support.rank_program import train_locally
 from support.trees import BENCH, merged

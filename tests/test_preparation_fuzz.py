@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fslsage_rpc.check.display import CheckScreen
 from fslsage_rpc.check.run import examine
-from fslsage_rpc.check.screen import CheckScreen
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.training.experiment import check
 from support.user_input import mistake, one_line

@@ -10,7 +10,7 @@ import pytest
 
 import fslsage_rpc
 from fslsage_rpc.notebook import Run
-from fslsage_rpc.training.checkpoint_files import complete_folders
+from fslsage_rpc.runs.checkpoint_files import complete_folders
 from support.equality import assert_identical
 from support.run_folders import copied
 from support.trees import tree

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Data, Model
+from fslsage_rpc.config.schema import Data, Model
 from fslsage_rpc.data.datasets import load
 from fslsage_rpc.models.splitting import build
 from support.rank_program import train_locally

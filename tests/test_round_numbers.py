@@ -9,15 +9,15 @@ import pytest
 
 import fslsage_rpc
 from fslsage_rpc.cli import main
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.report import tables
 from fslsage_rpc.report.series import group
 from fslsage_rpc.report.sources import read
-from fslsage_rpc.training.checkpoint_files import complete_folders, extent_of, read_manifest
-from fslsage_rpc.training.metrics_file import encoded
-from fslsage_rpc.training.round_numbers import from_one, from_zero, summary_from_one
-from fslsage_rpc.training.run_folder import RunFolder
+from fslsage_rpc.runs.checkpoint_files import complete_folders, extent_of, read_manifest
+from fslsage_rpc.runs.metrics_file import encoded
+from fslsage_rpc.runs.round_numbers import from_one, from_zero, summary_from_one
+from fslsage_rpc.runs.run_folder import RunFolder
 from support.commands import said
 from support.equality import without_seconds
 from support.report_folders import write_run

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fslsage_rpc
-from fslsage_rpc.comm.ledger import KINDS
 from fslsage_rpc.notebook import Run
-from fslsage_rpc.training.records import CLIENT_PHASES, interval_median
+from fslsage_rpc.runs.records import CLIENT_PHASES, interval_median
+from fslsage_rpc.transport.wire_ledger import KINDS
 
 
 @pytest.fixture(scope="module")

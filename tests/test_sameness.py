@@ -15,12 +15,12 @@ import yaml
 from torch import Tensor
 
 import fslsage_rpc
-from fslsage_rpc.comm.averaging import federated_average
-from fslsage_rpc.comm.local import LocalWorld
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.own import source_hash
 from fslsage_rpc.errors import RankRefused
+from fslsage_rpc.job.local import LocalWorld
 from fslsage_rpc.models.flat import Weights, check_shares, load_mean
-from fslsage_rpc.own import source_hash
+from fslsage_rpc.parties.aggregation import federated_average
 from fslsage_rpc.tasks import hashes as hashes_module
 from fslsage_rpc.tasks.hashes import sample_hashes
 from fslsage_rpc.tasks.tensors import TensorSamples

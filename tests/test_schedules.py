@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.config import OptimizerKeys, SchedulerKeys
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import OptimizerKeys, SchedulerKeys
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer, check_scheduler
 from support.rank_program import train_locally
 from support.user_input import mistake

@@ -21,20 +21,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fslsage_rpc
-from fslsage_rpc.comm.sockets import listeners
-from fslsage_rpc.config import Data
-from fslsage_rpc.configuration import from_tree, load
+from fslsage_rpc.config.loading import from_tree, load
+from fslsage_rpc.config.schema import Data
 from fslsage_rpc.data import datasets
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.training.checkpoint_files import (
+from fslsage_rpc.job.sockets import listeners
+from fslsage_rpc.runs.checkpoint_files import (
     Damaged,
     Manifest,
     Part,
     extent_of,
     part_path,
 )
+from fslsage_rpc.runs.run_folder import RunFolder
 from fslsage_rpc.training.evaluation import evaluate_run
-from fslsage_rpc.training.run_folder import RunFolder
 from support.image_files import write_mnist
 from support.trees import tree
 from support.user_input import mistake, write

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Auxiliary, Model
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Auxiliary, Model
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.segment import Segment, differentiated_twice

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.config import Alignment, OptimizerKeys
+from fslsage_rpc.config.schema import Alignment, OptimizerKeys
+from fslsage_rpc.device.streams import WorkQueue
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
@@ -17,7 +18,6 @@ from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.snapshot import Snapshot
-from fslsage_rpc.parties.streams import WorkQueue
 
 TIMEOUT = 20
 SGD = OptimizerKeys(name="sgd", lr=0.1)

@@ -14,9 +14,9 @@ import pytest
 from torch.distributed import DistNetworkError, HashStore
 
 import fslsage_rpc
-from fslsage_rpc.comm.regroup import LEFT_BEHIND, Regroup
-from fslsage_rpc.comm.roll_call import FAILURE, Presence, claim_failure
-from fslsage_rpc.comm.signs_of_life import (
+from fslsage_rpc.job.regroup import LEFT_BEHIND, Regroup
+from fslsage_rpc.job.roll_call import FAILURE, Presence, claim_failure
+from fslsage_rpc.job.signs_of_life import (
     CONNECTING_SECONDS,
     GRACE_SECONDS,
     PERIOD_SECONDS,
@@ -385,8 +385,8 @@ def test_time_as_it_passes() -> None:
 def test_what_only_lost_clients_need_is_imported_in_one_place() -> None:
     package = Path(fslsage_rpc.__file__).parent
     for module, importer in (("regroup", "elastic.py"), ("elastic", "world.py")):
-        importers = [it for it in package.rglob("*.py") if f"fslsage_rpc.comm.{module} " in it.read_text()]
-        assert importers == [package / "comm" / importer]
+        importers = [it for it in package.rglob("*.py") if f"fslsage_rpc.job.{module} " in it.read_text()]
+        assert importers == [package / "job" / importer]
 
 
 class ElasticJob(Job):

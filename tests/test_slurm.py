@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fslsage_rpc.job.stopping import STOPPED
 from fslsage_rpc.notebook import Run
-from fslsage_rpc.stopping import STOPPED
 from support.equality import assert_identical, assert_whole
 from support.job_processes import members
 from support.run_folders import finished

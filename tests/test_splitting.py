@@ -13,8 +13,8 @@ from torchvision.models import list_models
 from torchvision.ops import StochasticDepth
 
 from fslsage_rpc.cli import main
-from fslsage_rpc.config import Auxiliary, Model
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Auxiliary, Model
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.dropout import key_masks

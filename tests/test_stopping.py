@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 import fslsage_rpc
-from fslsage_rpc import stopping
-from fslsage_rpc.config import Config
-from fslsage_rpc.report.screen import Screen
-from fslsage_rpc.stopping import INTERRUPTED, NOBODY_READS, STOPPED, StopRequest
-from fslsage_rpc.training.checkpoint_files import complete_folders
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.job import stopping
+from fslsage_rpc.job.stopping import INTERRUPTED, NOBODY_READS, STOPPED, StopRequest
+from fslsage_rpc.runs.checkpoint_files import complete_folders
+from fslsage_rpc.runs.screen import Screen
 from support.commands import fslsage_on_ranks
 from support.equality import assert_equal_runs
 from support.job_processes import end_job, members, outer_environment, survivors
@@ -317,8 +317,8 @@ def test_a_run_that_has_stopped_does_not_ask_for_patience_any_more(monkeypatch: 
 
 
 PROGRAM = """
-from fslsage_rpc.stopping import StopRequest
-import fslsage_rpc.stopping as stopping
+from fslsage_rpc.job.stopping import StopRequest
+import fslsage_rpc.job.stopping as stopping
 stopping.INSISTENCE_SECONDS = 2.0
 import torch
 with StopRequest():
@@ -347,7 +347,7 @@ def test_a_second_signal_ends_a_process_that_waits_in_a_library() -> None:
 
 IMPORTING = """
 import os, signal
-from fslsage_rpc.stopping import uninterrupted
+from fslsage_rpc.job.stopping import uninterrupted
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     with uninterrupted():

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.comm.ledger import WireLedger
-from fslsage_rpc.comm.local import LocalLink
-from fslsage_rpc.comm.world import open_device
-from fslsage_rpc.config import Alignment, OptimizerKeys
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Alignment, OptimizerKeys
+from fslsage_rpc.device.streams import PRIORITY, WorkQueue, can_capture, current_place
+from fslsage_rpc.job.local import LocalLink
+from fslsage_rpc.job.world import open_device
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
@@ -20,7 +20,7 @@ from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
 from fslsage_rpc.parties.server import Server
-from fslsage_rpc.parties.streams import PRIORITY, WorkQueue, can_capture, current_place
+from fslsage_rpc.transport.wire_ledger import WireLedger
 from support.stand_in_cuda import GPU, Cuda, Process, Stream, cuda, process
 
 __all__ = ["cuda", "process"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import fslsage_rpc
-from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.device.clock import clock
 from fslsage_rpc.measure.trace import Arrow, ClockOffset, Span, TraceFile, estimate_offset
 from support.commands import fslsage_on_ranks
 

@@ -13,7 +13,7 @@ import yaml
 
 import fslsage_rpc
 from fslsage_rpc.cli import main
-from fslsage_rpc.training.checkpoint_files import complete_folders
+from fslsage_rpc.runs.checkpoint_files import complete_folders
 from support.commands import said
 from support.elastic_job import ElasticJob, assert_equals_one_process, gone_on_with_after_the_servers_death
 from support.equality import assert_identical, assert_same, assert_same_bits, assert_whole

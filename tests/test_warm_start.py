@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.training.experiment import Experiment
 from support.rank_program import train_locally
 

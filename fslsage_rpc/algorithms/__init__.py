@@ -7,10 +7,10 @@ from fslsage_rpc.algorithms.cse_fsl import CseFsl
 from fslsage_rpc.algorithms.fedavg import FedAvg
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV1, SplitFedV2
-from fslsage_rpc.config import AlgorithmKeys
+from fslsage_rpc.config.own import checked_arguments, first_line, import_own, is_own
+from fslsage_rpc.config.schema import AlgorithmKeys
+from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.federation import Federation
-from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own
 
 __all__ = ["ALGORITHMS", "Algorithm", "arguments", "create", "find", "ranked"]
 

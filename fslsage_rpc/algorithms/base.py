@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fslsage_rpc.config import AlgorithmKeys
-from fslsage_rpc.federation import Federation
+from fslsage_rpc.config.schema import AlgorithmKeys
+from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep
 

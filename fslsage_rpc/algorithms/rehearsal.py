@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.algorithms.client_round import refusal, watched
+from fslsage_rpc.config.own import first_line, is_own
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.flat import Weights, sorted_weights
 from fslsage_rpc.models.splitting import SplitModel
-from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.client import Client, NoAuxiliary
 from fslsage_rpc.parties.requests import KINDS, Align, Ask, Exchange, Push, SmashedData
 from fslsage_rpc.tasks import Task

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
+from fslsage_rpc.algorithms.bound import ClientPieces, LinkSpeed, RoundPieces
 from fslsage_rpc.bench.table import COMPUTE
-from fslsage_rpc.comm.world import server_workers
-from fslsage_rpc.critical_path import ClientPieces, LinkSpeed, RoundPieces
-from fslsage_rpc.federation import Federation
+from fslsage_rpc.data.participation import Federation
+from fslsage_rpc.job.world import server_workers
 from fslsage_rpc.parties.requests import KINDS, Ask
-from fslsage_rpc.training.records import RankReport
+from fslsage_rpc.runs.records import RankReport
 
 
 def round_pieces(

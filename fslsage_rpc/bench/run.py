@@ -13,20 +13,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from fslsage_rpc.algorithms.bound import LinkSpeed, bound_seconds
 from fslsage_rpc.bench.pieces import round_pieces
-from fslsage_rpc.bench.screen import BenchScreen
+from fslsage_rpc.bench.progress import BenchScreen
 from fslsage_rpc.bench.statistics import BenchRun, summarise
 from fslsage_rpc.bench.table import markdown
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import to_tree, to_yaml
-from fslsage_rpc.critical_path import LinkSpeed, bound_seconds
+from fslsage_rpc.config.loading import to_tree, to_yaml
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.training.experiment import Experiment, check
-from fslsage_rpc.training.folder_lock import FolderLock
-from fslsage_rpc.training.records import RankReport
-from fslsage_rpc.training.run_folder import (
+from fslsage_rpc.job.world import World, is_first_rank, job_ranks, open_world
+from fslsage_rpc.runs.folder_lock import FolderLock
+from fslsage_rpc.runs.records import RankReport
+from fslsage_rpc.runs.run_folder import (
     check_place,
     emulated_links,
     rank_environment,
@@ -34,6 +33,7 @@ from fslsage_rpc.training.run_folder import (
     write_whole,
     writing,
 )
+from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.sameness import compare_ranks
 from fslsage_rpc.training.trainer import Trainer
 

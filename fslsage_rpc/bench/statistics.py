@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fslsage_rpc.config import Bench
-from fslsage_rpc.measure.cores import BUSY, mean_busy
+from fslsage_rpc.config.schema import Bench
+from fslsage_rpc.measure.host_load import BUSY, mean_busy
 
 Line = dict[str, Any]
 """one line of metrics"""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fslsage_rpc.comm.ledger import OFF_THE_CLOCK
+from fslsage_rpc.transport.wire_ledger import OFF_THE_CLOCK
 
 MIB = 2**20
 HEADERS = (

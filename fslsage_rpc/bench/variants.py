@@ -1,7 +1,7 @@
 """The variants of a benchmark: one configuration each, all for the same processes."""
 
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import FOLDER_NAME, from_tree, to_tree
+from fslsage_rpc.config.loading import FOLDER_NAME, from_tree, to_tree
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
 
 SHARED = ("name", "ranks", "transport", "device", "tf32", "output", "resume", "trace", "stop", "bench")

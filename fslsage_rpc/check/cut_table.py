@@ -2,7 +2,7 @@
 
 import torch
 
-from fslsage_rpc.config import Config
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.tasks import open_task

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
-from fslsage_rpc.algorithms.ledger import paper_bytes
+from fslsage_rpc.algorithms.bound import LinkSpeed
+from fslsage_rpc.algorithms.paper_ledger import paper_bytes
 from fslsage_rpc.algorithms.rehearsal import Rehearsal
 from fslsage_rpc.check.links import CollectiveSpeed
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import Estimate, Memory
-from fslsage_rpc.comm.placement import SHM_CORES_PER_RANK, hidden_gpus
-from fslsage_rpc.config import Config
-from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.measure.cores import BUSY, CoreTimes, busy_by_host
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.placement import SHM_CORES_PER_RANK, hidden_gpus
+from fslsage_rpc.measure.host_load import BUSY, CoreTimes, busy_by_host
 from fslsage_rpc.models.flat import module_bytes, trainable
 from fslsage_rpc.training.experiment import Experiment
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fslsage_rpc.comm.ledger import WireLedger
-from fslsage_rpc.comm.link import PROBE_BYTES, PROBE_SECONDS
-from fslsage_rpc.comm.world import World
-from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.algorithms.bound import LinkSpeed
+from fslsage_rpc.device.clock import clock, synchronise
+from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.transport.base import PROBE_BYTES, PROBE_SECONDS
+from fslsage_rpc.transport.wire_ledger import WireLedger
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fslsage_rpc.algorithms import Algorithm
-from fslsage_rpc.config import Config
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.requests import Push
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS

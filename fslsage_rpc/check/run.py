@@ -14,8 +14,9 @@ from fslsage_rpc.check.findings import Findings, Rank, Run
 from fslsage_rpc.check.links import measure_averaging, measure_links
 from fslsage_rpc.check.machine import Disk, Machine, existing_folder
 from fslsage_rpc.check.memory import Estimate, Memory
-from fslsage_rpc.comm.sockets import hostname_address, interface_addresses
-from fslsage_rpc.comm.world import (
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.job.sockets import hostname_address, interface_addresses
+from fslsage_rpc.job.world import (
     World,
     interfaces,
     is_first_rank,
@@ -24,12 +25,11 @@ from fslsage_rpc.comm.world import (
     open_world,
     server_workers,
 )
-from fslsage_rpc.config import Config
-from fslsage_rpc.measure.cores import CoreTimes
+from fslsage_rpc.measure.host_load import CoreTimes
+from fslsage_rpc.runs.run_folder import check_place
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys
-from fslsage_rpc.training.run_folder import check_place
 from fslsage_rpc.training.sameness import wrong_ranks
 
 WAIT_SECONDS = 0.5

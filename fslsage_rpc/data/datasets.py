@@ -16,9 +16,9 @@ import torch
 import torchvision
 from torch import Tensor
 
-from fslsage_rpc.config import Data
+from fslsage_rpc.config.own import checked_arguments, first_line, import_own, is_own
+from fslsage_rpc.config.schema import Data
 from fslsage_rpc.errors import HostError, InputError
-from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own
 from fslsage_rpc.randomness import keyed_seed, numpy_stream, torch_stream
 
 DIGITS = Path(__file__).with_name("digits.npz")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fslsage_rpc.config import Data
+from fslsage_rpc.config.schema import Data
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.randomness import numpy_stream
 

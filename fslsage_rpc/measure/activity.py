@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.device.clock import clock
 
 
 class Activity:

@@ -10,7 +10,7 @@ seconds: the round trip from when the caller's GPU has made the request's tensor
 import threading
 from dataclasses import dataclass
 
-from fslsage_rpc.measure.clock import DeviceIntervals, Reading
+from fslsage_rpc.device.clock import DeviceIntervals, Reading
 
 
 @dataclass

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fslsage_rpc.measure.clock import DeviceIntervals, clock, cpu_clock, device_clock
+from fslsage_rpc.device.clock import DeviceIntervals, clock, cpu_clock, device_clock
 from fslsage_rpc.measure.trace import Arrow, Span, Tracer
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fslsage_rpc.measure.clock import clock
+from fslsage_rpc.device.clock import clock
 
 PINGS = 21
 

@@ -8,7 +8,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from fslsage_rpc.config import Auxiliary
+from fslsage_rpc.config.own import checked_arguments, first_line, import_own, is_own, refuse_arguments
+from fslsage_rpc.config.schema import Auxiliary
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.cuts import cut_nodes, refusal
 from fslsage_rpc.models.flat import trainable
@@ -24,7 +25,6 @@ from fslsage_rpc.models.tracing import (
     trace,
 )
 from fslsage_rpc.models.zoo import Entry
-from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own, refuse_arguments
 
 
 class AuxiliaryModel(Segment):

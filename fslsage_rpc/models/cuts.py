@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fslsage_rpc.config import Model
+from fslsage_rpc.config.schema import Model
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.tracing import (
     PROBE_BATCHES,

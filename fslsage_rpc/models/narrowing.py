@@ -6,8 +6,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fslsage_rpc.config.own import first_line
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.own import first_line
 
 Pair = tuple[int, int]
 """what a convolution of images has, which torch annotates as any number of integers"""

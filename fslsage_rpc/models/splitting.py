@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fslsage_rpc.config import Model
+from fslsage_rpc.config.own import is_own
+from fslsage_rpc.config.schema import Model
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.auxiliary import build_auxiliary
 from fslsage_rpc.models.cuts import LISTED, cut_nodes, refusal
@@ -15,7 +16,6 @@ from fslsage_rpc.models.dropout import key_masks
 from fslsage_rpc.models.segment import Segment, keep_input
 from fslsage_rpc.models.tracing import Uncuttable, opening, segment, trace
 from fslsage_rpc.models.zoo import find, make, refuse_samples
-from fslsage_rpc.own import is_own
 from fslsage_rpc.randomness import keyed_seed
 
 

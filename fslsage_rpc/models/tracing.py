@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fslsage_rpc.own import first_line
+from fslsage_rpc.config.own import first_line
 
 PROBE_BATCHES = (2, 3)
 """values are taken at both batch sizes: what differs between them is a size of the batch"""

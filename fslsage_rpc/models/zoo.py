@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
-from fslsage_rpc.config import Model
-from fslsage_rpc.configuration import changed_keys
+from fslsage_rpc.config.loading import changed_keys
+from fslsage_rpc.config.own import checked_arguments, first_line, import_own, is_own, parameters
+from fslsage_rpc.config.schema import Model
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.models import gpt2
+from fslsage_rpc.language import model as gpt2
 from fslsage_rpc.models.tracing import TokenShape
-from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own, parameters
 
 ImageShape = tuple[int, int, int]  # channels, height, width
 TORCHVISION = "torchvision/"

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from fslsage_rpc.comm.memory import on_own_pages
-from fslsage_rpc.config import Alignment
+from fslsage_rpc.config.schema import Alignment
+from fslsage_rpc.device.graphs import Graphed, Tensors
+from fslsage_rpc.device.memory import on_own_pages
+from fslsage_rpc.device.streams import WorkQueue
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, trainable
 from fslsage_rpc.models.segment import differentiated_twice
-from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import Loss
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.parties.streams import WorkQueue
 from fslsage_rpc.randomness import START, LocalStep
 
 Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]

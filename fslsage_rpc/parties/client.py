@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fslsage_rpc.device.graphs import Graphed, Tensors
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, flatten, trainable
 from fslsage_rpc.parties.alignment import cut_layer_gradient
-from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import Loss, LossSum
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.randomness import LocalStep

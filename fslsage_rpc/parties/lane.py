@@ -7,16 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fslsage_rpc.device.graphs import Graphed, Tensors
+from fslsage_rpc.device.streams import WorkQueue
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import flatten
-from fslsage_rpc.parties.graphs import Graphed, Tensors
 from fslsage_rpc.parties.losses import Loss, LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Request
 from fslsage_rpc.parties.snapshot import Snapshot
-from fslsage_rpc.parties.streams import WorkQueue
 from fslsage_rpc.randomness import START, LocalStep
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from fslsage_rpc.config import OptimizerKeys
+from fslsage_rpc.config.schema import OptimizerKeys
 from fslsage_rpc.errors import InputError
 
 
@@ -48,7 +48,7 @@ class ScheduledOptimizer:
 
     def _allocate(self) -> None:
         """Make the optimizer's state now, all 0, each kind in one buffer. torch would make it in the first
-        step, among a batch's activations, while it lasts (`comm/memory.py`).
+        step, among a batch's activations, while it lasts (`device/memory.py`).
         """
         (group,) = self.optimizer.param_groups
         for parameter in group["params"]:

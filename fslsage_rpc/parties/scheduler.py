@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fslsage_rpc.measure.clock import clock, synchronise
+from fslsage_rpc.device.clock import clock, synchronise
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.parties.requests import Body, ClientRound, Request, Turn

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fslsage_rpc.comm.memory import give_back_free_pages
+from fslsage_rpc.device.clock import clock, cpu_clock, synchronise
+from fslsage_rpc.device.memory import give_back_free_pages
+from fslsage_rpc.device.streams import Place, current_place
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.activity import Activity
-from fslsage_rpc.measure.clock import clock, cpu_clock, synchronise
 from fslsage_rpc.measure.requests import ByClient, DeviceLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
@@ -20,7 +21,6 @@ from fslsage_rpc.models.flat import Weights, flatten, load_mean
 from fslsage_rpc.parties.alignment import Agreement, AuxiliaryFit, FitRecord, Target, cut_layer_gradient
 from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.requests import Align, Announced, Answer, End, Exchange, Push, Request, SmashedData
-from fslsage_rpc.parties.streams import Place, current_place
 from fslsage_rpc.randomness import LocalStep
 
 Reply = Callable[[Answer], None]

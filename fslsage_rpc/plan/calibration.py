@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.algorithms import find
+from fslsage_rpc.algorithms.bound import LinkSpeed
 from fslsage_rpc.bench.statistics import BenchRun
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import changed_keys, load, to_tree
-from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.config.loading import changed_keys, load, to_tree
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.scenario import Scenario, with_algorithm

@@ -12,7 +12,7 @@ from typing import Any
 from fslsage_rpc.bench.table import COMPUTE
 from fslsage_rpc.parties.requests import Align, Exchange, Push
 from fslsage_rpc.plan.scenario import PlannedRound, Scenario
-from fslsage_rpc.training.round_numbers import FIRST_ROUND
+from fslsage_rpc.runs.round_numbers import FIRST_ROUND
 
 Line = Mapping[str, Any]
 """one line of metrics"""

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from fslsage_rpc.algorithms import find
+from fslsage_rpc.algorithms.bound import NO_LINK
 from fslsage_rpc.algorithms.fsl_sage import FslSage
-from fslsage_rpc.comm.world import choose_device, open_world, server_workers
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, to_tree
-from fslsage_rpc.critical_path import NO_LINK
+from fslsage_rpc.config.loading import from_tree, to_tree
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.clock import clock, cpu_clock, synchronise
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.measure.clock import clock, cpu_clock, synchronise
+from fslsage_rpc.job.world import choose_device, open_world, server_workers
 from fslsage_rpc.parties.alignment import AlignmentBuffer
 from fslsage_rpc.plan.calibration import DEPENDS_ON_VALUES, Calibration
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs

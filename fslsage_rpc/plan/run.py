@@ -10,15 +10,15 @@ from rich import box
 from rich.table import Table
 
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.config import Config
-from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.algorithms.bound import LinkSpeed
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data.partitions import divided
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.here import adapted, calibrate_here, fits_apart
 from fslsage_rpc.plan.prediction import Prediction, predict
 from fslsage_rpc.plan.scenario import Scenario, with_algorithm
-from fslsage_rpc.report.screen import SteadyCursorConsole
+from fslsage_rpc.runs.screen import SteadyCursorConsole
 from fslsage_rpc.tasks import open_task
 
 MIB = 2**20

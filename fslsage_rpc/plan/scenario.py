@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from fslsage_rpc.algorithms import create
-from fslsage_rpc.algorithms.ledger import averaged_bytes, paper_bytes
+from fslsage_rpc.algorithms.bound import LinkSpeed
+from fslsage_rpc.algorithms.paper_ledger import averaged_bytes, paper_bytes
 from fslsage_rpc.algorithms.rehearsal import ClientRehearsal, Rehearsal
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree, to_tree
-from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.config.loading import from_tree, to_tree
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.data.partitions import divided
-from fslsage_rpc.federation import Federation
 from fslsage_rpc.parties.requests import Align
 from fslsage_rpc.plan.wire import Connection
 from fslsage_rpc.tasks import open_task

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fslsage_rpc.critical_path import LinkSpeed
+from fslsage_rpc.algorithms.bound import LinkSpeed
 from fslsage_rpc.parties.turns import Turns
 from fslsage_rpc.plan.cores import Cores
 from fslsage_rpc.plan.wire import RPC_LANES, Connection

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fslsage_rpc.algorithms import ALGORITHMS
-from fslsage_rpc.config import AlgorithmKeys
-from fslsage_rpc.configuration import changed_keys
+from fslsage_rpc.config.loading import changed_keys
+from fslsage_rpc.config.schema import AlgorithmKeys
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.figures import display_name, rank_of
 from fslsage_rpc.report.labels import LETTERS, fitted

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from fslsage_rpc.bench.table import COMPUTE, WAIT
-from fslsage_rpc.comm.ledger import OFF_THE_CLOCK
-from fslsage_rpc.configuration import load, to_tree
+from fslsage_rpc.config.loading import load, to_tree
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.measure.cores import BUSY, mean_busy
-from fslsage_rpc.training.round_numbers import from_one
+from fslsage_rpc.measure.host_load import BUSY, mean_busy
+from fslsage_rpc.runs.round_numbers import from_one
+from fslsage_rpc.transport.wire_ledger import OFF_THE_CLOCK
 
 Tree = dict[str, Any]
 Line = dict[str, Any]

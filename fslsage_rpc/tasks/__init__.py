@@ -1,8 +1,8 @@
 """The tasks by the dataset that the configuration names."""
 
-from fslsage_rpc.config import Config
+from fslsage_rpc.config.own import checked_arguments, first_line, import_own, is_own, refuse_arguments
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.own import checked_arguments, first_line, import_own, is_own, refuse_arguments
 from fslsage_rpc.tasks.base import Batches, Samples, Score, Task
 
 __all__ = ["Batches", "Samples", "Score", "Task", "open_task"]
@@ -20,7 +20,7 @@ def open_task(config: Config) -> Task:
     if not is_own(name):
         refuse_arguments("data.arguments", name, config.data.arguments)
     if name == "e2e":
-        from fslsage_rpc.tasks.language import LanguageTask  # needs the `llm` extra
+        from fslsage_rpc.language.task import LanguageTask  # needs the `llm` extra
 
         return LanguageTask(config)
     if is_own(name):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fslsage_rpc.config import Config
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.models.splitting import PRECISIONS, Precision, SplitModel, build
 
 

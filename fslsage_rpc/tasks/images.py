@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fslsage_rpc.config import Config
+from fslsage_rpc.config.own import is_own
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data import datasets
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.data.datasets import LabelledImages
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.own import is_own
 from fslsage_rpc.tasks.base import Task
 
 

@@ -5,8 +5,8 @@ from functools import partial
 
 from torch import nn
 
-from fslsage_rpc.comm.link import ServerLink
-from fslsage_rpc.comm.world import World
+from fslsage_rpc.device.streams import STREAMS, WorkQueue, can_capture
+from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Tracer
 from fslsage_rpc.models.flat import copy_of, flatten, trainable
@@ -16,9 +16,9 @@ from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.snapshot import Snapshot
-from fslsage_rpc.parties.streams import STREAMS, WorkQueue, can_capture
-from fslsage_rpc.training.checkpoint_files import RankState
+from fslsage_rpc.runs.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.transport.base import ServerLink
 
 
 def build_server(

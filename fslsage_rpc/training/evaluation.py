@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fslsage_rpc.algorithms import find
-from fslsage_rpc.comm.world import open_device
+from fslsage_rpc.job.world import open_device
+from fslsage_rpc.runs.finished import load_finished
 from fslsage_rpc.tasks import Batches, Score, Task
-from fslsage_rpc.training.finished import load_finished
 
 
 def evaluate(model: nn.Module, task: Task, data: Batches) -> Score:

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from fslsage_rpc.algorithms import Algorithm, arguments, create, find
-from fslsage_rpc.algorithms.ledger import Sizes
+from fslsage_rpc.algorithms.paper_ledger import Sizes
 from fslsage_rpc.algorithms.rehearsal import Rehearsal
-from fslsage_rpc.comm.memory import physical_memory
-from fslsage_rpc.comm.placement import CPU_CHANNELS, lacking
-from fslsage_rpc.comm.world import choose_device, has_channel, interfaces, nccl_available, rpc_available
-from fslsage_rpc.config import Config
+from fslsage_rpc.config.own import first_line, is_own
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data import partitions
+from fslsage_rpc.data.participation import Federation
+from fslsage_rpc.device.memory import physical_memory
+from fslsage_rpc.device.placement import CPU_CHANNELS, lacking
 from fslsage_rpc.errors import HostError, InputError
-from fslsage_rpc.federation import Federation
+from fslsage_rpc.job.world import choose_device, has_channel, interfaces, nccl_available, rpc_available
 from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
 from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
-from fslsage_rpc.own import first_line, is_own
 from fslsage_rpc.parties.alignment import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task

@@ -8,14 +8,14 @@ them. When a rank comes that hosts them, they are back, with the averaged weight
 from collections.abc import Sequence
 from typing import Any
 
-from fslsage_rpc.comm.world import Change, World
 from fslsage_rpc.errors import TooFewClients
-from fslsage_rpc.report.screen import Screen
+from fslsage_rpc.job.world import Change, World
+from fslsage_rpc.runs.checkpoint_files import Damaged, Manifest, RankState, State, read_manifest
+from fslsage_rpc.runs.checkpoints import Checkpoints, read_state, snapshot
+from fslsage_rpc.runs.run_folder import RunFolder
+from fslsage_rpc.runs.screen import Screen
 from fslsage_rpc.training.assembly import dealt_out, hosted_clients
-from fslsage_rpc.training.checkpoint_files import Damaged, Manifest, RankState, State, read_manifest
-from fslsage_rpc.training.checkpoints import Checkpoints, read_state, snapshot
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.training.run_folder import RunFolder
 
 Event = dict[str, Any]
 

@@ -5,22 +5,22 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.comm.world import World, is_first_rank, job_ranks, open_world
-from fslsage_rpc.config import AlgorithmKeys, Config
+from fslsage_rpc.config.schema import AlgorithmKeys, Config
 from fslsage_rpc.errors import Diverged, RunOver
-from fslsage_rpc.report.screen import Screen
-from fslsage_rpc.stopping import Stopped, StopRequest
-from fslsage_rpc.training.checkpoint_files import Manifest
-from fslsage_rpc.training.checkpoints import Checkpoints, snapshot
-from fslsage_rpc.training.experiment import Experiment, check
-from fslsage_rpc.training.going_on import from_checkpoint, from_memory
-from fslsage_rpc.training.records import RankReport
-from fslsage_rpc.training.run_folder import (
+from fslsage_rpc.job.stopping import Stopped, StopRequest
+from fslsage_rpc.job.world import World, is_first_rank, job_ranks, open_world
+from fslsage_rpc.runs.checkpoint_files import Manifest
+from fslsage_rpc.runs.checkpoints import Checkpoints, snapshot
+from fslsage_rpc.runs.records import RankReport
+from fslsage_rpc.runs.run_folder import (
     RunFolder,
     checkpoints_folder,
     emulated_links,
     rank_environment,
 )
+from fslsage_rpc.runs.screen import Screen
+from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.going_on import from_checkpoint, from_memory
 from fslsage_rpc.training.sameness import compare_ranks, compare_runs, described
 from fslsage_rpc.training.state_sizes import StateSizes
 from fslsage_rpc.training.trainer import Trainer

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.comm.world import World
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import changed_keys, to_tree
+from fslsage_rpc.config.loading import changed_keys, to_tree
+from fslsage_rpc.config.own import is_own, source_hash
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError, RankRefused
-from fslsage_rpc.own import is_own, source_hash
+from fslsage_rpc.job.world import World
+from fslsage_rpc.runs.run_folder import ANOTHER, RunFolder, versions
 from fslsage_rpc.tasks.hashes import SHOWN_DIGITS, different_samples
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.training.run_folder import ANOTHER, RunFolder, versions
 
 HOSTS_OWN = {"data.root", "data.download", "data.partition_file", "comm.interface", "device", "ranks"}
 """keys that may differ between hosts: what files hold is compared, not where they lie"""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fslsage_rpc.comm.world import job_ranks
+from fslsage_rpc.job.world import job_ranks
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.training.experiment import Experiment
 

@@ -7,32 +7,32 @@ import torch
 from torch import nn
 
 from fslsage_rpc.algorithms import ranked
+from fslsage_rpc.algorithms.bound import LinkSpeed
 from fslsage_rpc.algorithms.client_round import client_round, refusal
-from fslsage_rpc.algorithms.ledger import averages_auxiliary, hands_auxiliary_over, paper_bytes
+from fslsage_rpc.algorithms.paper_ledger import averages_auxiliary, hands_auxiliary_over, paper_bytes
 from fslsage_rpc.algorithms.rehearsal import Course
-from fslsage_rpc.comm.averaging import federated_average
-from fslsage_rpc.comm.ledger import WireLedger
-from fslsage_rpc.comm.link import ServerLink
-from fslsage_rpc.comm.memory import lasting_blocks
-from fslsage_rpc.comm.world import World
-from fslsage_rpc.critical_path import LinkSpeed
-from fslsage_rpc.measure.clock import clock, cpu_clock, synchronise
-from fslsage_rpc.measure.cores import CoreTimes
+from fslsage_rpc.device.clock import clock, cpu_clock, synchronise
+from fslsage_rpc.device.memory import lasting_blocks
+from fslsage_rpc.job.world import World
+from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.measure.progress import Progress
 from fslsage_rpc.measure.requests import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
 from fslsage_rpc.models.flat import check_shares
+from fslsage_rpc.parties.aggregation import federated_average
 from fslsage_rpc.parties.requests import Ask
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.runs.checkpoint_files import RankState
+from fslsage_rpc.runs.checkpoints import Checkpoints
+from fslsage_rpc.runs.records import RankReport, RoundRecorder, is_scored, round_seconds
 from fslsage_rpc.tasks import Batches, Score
 from fslsage_rpc.training.assembly import build_clients, build_server
-from fslsage_rpc.training.checkpoint_files import RankState
-from fslsage_rpc.training.checkpoints import Checkpoints
 from fslsage_rpc.training.evaluation import evaluate
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.training.records import RankReport, RoundRecorder, is_scored, round_seconds
+from fslsage_rpc.transport.base import ServerLink
+from fslsage_rpc.transport.wire_ledger import WireLedger
 
 GIB = 2**30
 OnRound = Callable[[dict[str, Any], Sequence[RankReport]], None]

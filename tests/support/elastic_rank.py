@@ -26,7 +26,7 @@ from fslsage_rpc import cli  # first: it sets what torch logs
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.randomness import LocalStep
-from fslsage_rpc.training import checkpoints
+from fslsage_rpc.runs import checkpoints
 from fslsage_rpc.training.trainer import Trainer
 
 true_train_round, true_batches = Trainer.train_round, Client.batches

@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc import cli  # first: it sets what torch logs
-from fslsage_rpc.comm.rpc import RpcWorld
-from fslsage_rpc.comm.rpc_link import RpcLink
-from fslsage_rpc.comm.signs_of_life import SignsOfLife
+from fslsage_rpc.job.rpc import RpcWorld
+from fslsage_rpc.job.signs_of_life import SignsOfLife
 from fslsage_rpc.parties.alignment import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, Push
 from fslsage_rpc.parties.server import Server
-from fslsage_rpc.training.checkpoint_files import MANIFEST
+from fslsage_rpc.runs.checkpoint_files import MANIFEST
 from fslsage_rpc.training.trainer import Trainer
+from fslsage_rpc.transport.rpc import RpcLink
 
 WAITING_SECONDS = 60.0
 FOLDER = Path(os.environ["FAULT_FOLDER"])

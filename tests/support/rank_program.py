@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from fslsage_rpc.comm.world import open_world
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.job.world import open_world
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.report.screen import Screen
-from fslsage_rpc.training.checkpoint_files import RankState
+from fslsage_rpc.runs.checkpoint_files import RankState
+from fslsage_rpc.runs.run_folder import RunFolder
+from fslsage_rpc.runs.screen import Screen
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.run import _train as train_run
-from fslsage_rpc.training.run_folder import RunFolder
 from fslsage_rpc.training.trainer import Trainer
 from support.forked_ranks import run_ranks
 from support.random_delays import delayed_phase

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fslsage_rpc.parties import graphs
+from fslsage_rpc.device import graphs
 from fslsage_rpc.training import assembly
 
 

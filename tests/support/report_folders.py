@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from fslsage_rpc.configuration import from_tree, to_tree
+from fslsage_rpc.config.loading import from_tree, to_tree
 
 MIB = 2**20
 PHASES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.notebook import Run
-from fslsage_rpc.training.checkpoint_files import complete_folders, read_manifest
+from fslsage_rpc.runs.checkpoint_files import complete_folders, read_manifest
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

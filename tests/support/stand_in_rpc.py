@@ -21,13 +21,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fslsage_rpc.comm import rpc as production
-from fslsage_rpc.comm import rpc_link
-from fslsage_rpc.comm.placement import device_maps
-from fslsage_rpc.comm.workers import Workers
-from fslsage_rpc.comm.world import open_device
-from fslsage_rpc.config import Config
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.placement import device_maps
+from fslsage_rpc.device.workers import Workers
+from fslsage_rpc.job import rpc as production
+from fslsage_rpc.job.world import open_device
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.transport import rpc as rpc_link
 from support.rank_program import Outcome, train
 from support.stand_in_cuda import Block, Cuda, HostQueue, Process, Stream, Times, bare, merged
 

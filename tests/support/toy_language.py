@@ -4,8 +4,8 @@ import csv
 import itertools
 from pathlib import Path
 
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import from_tree
+from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.schema import Config
 from support.trees import Tree, merged
 
 NAMES = ("Aromi", "Café Élan", "The Über Inn", "東京 Ramen")

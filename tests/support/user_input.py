@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fslsage_rpc.config import Config
-from fslsage_rpc.configuration import to_tree
+from fslsage_rpc.config.loading import to_tree
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
 
 

@@ -1,0 +1,257 @@
+"""The real transport where a lost client rank need not end the job: the ranks that are left meet anew.
+
+A generation of ranks has process groups and RPC agents of its own. When one ends, its connections are cut,
+the main thread gets an error wherever it is, and comes to `accept_loss` and `regroup`.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch.distributed import autograd, rpc
+from torch.futures import Future
+
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.errors import ConnectionLost, InputError, RankRefused, RunOver, TooFewClients
+from fslsage_rpc.job.connections import open_sockets
+from fslsage_rpc.job.regroup import NEWS_SECONDS, Generation, Regroup, cut
+from fslsage_rpc.job.roll_call import Presence, await_all
+from fslsage_rpc.job.rpc import POLL_SECONDS, RpcWorld, first_line
+from fslsage_rpc.job.signs_of_life import GRACE_SECONDS, leave
+from fslsage_rpc.job.world import Change
+from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.parties.predictor import FinishedServer
+from fslsage_rpc.parties.server import Server
+from fslsage_rpc.transport.base import ServerLink
+from fslsage_rpc.transport.rpc import SERVER, NamedServer, offer
+from fslsage_rpc.transport.wire_ledger import WireLedger
+
+MEETING_SECONDS = 30.0
+"""how long a member may give no sign of life while ranks form a generation: nothing else tells of its end"""
+LEAVING_SECONDS = 10.0
+"""how long rank 0, which hosts the store, waits for the others to leave at the end"""
+
+_staying: list[Future[None]] = []  # answers that nobody waits for
+
+
+class ElasticWorld(RpcWorld):
+    """The ranks of a job whose processes do not end together: plain srun, `launch/local.sh --elastic`.
+
+    A client rank that dies (rank 0 has a call open at each that never returns: its failure is the news) or
+    is silent for longer than the time-out is left behind, and the round under way is done again. A process
+    started anew with its number is let in between two rounds. Rank 0's death ends the job.
+    """
+
+    def _start(self, config: Config) -> None:
+        timeout = timedelta(seconds=config.comm.timeout_seconds)
+        self._store = self._job = store = self._find_store(timeout)
+        self._side_store = store.clone()
+        self._config = config
+        self._transports = ["uv"]  # the one whose connections can be cut
+        self._timeout_seconds = config.comm.timeout_seconds
+        self._server: Server | None = None
+        self.generation = -1
+        self._generations = Regroup(self.size, self._cut, self._too_few)
+        self._signs = self._signs_of_life(config, self._generations)
+        self._spared = open_sockets().keys()
+        self._signs.start()
+        if self.number == 0:
+            await_all(store, [f"here/{number}" for number in range(self.size)], timeout)
+            self._generations.first()
+        self._enter_next()
+
+    def clients_of(self, number: int) -> range:
+        """The clients of the process with that number."""
+        count = self._config.clients.count
+        return range(number - 1, count, self.homes) if number else range(0)
+
+    def connect(
+        self, server: Server | FinishedServer | None, ledger: WireLedger, log: RequestLog
+    ) -> ServerLink | None:
+        self._server = server if isinstance(server, Server) else None
+        return super().connect(server, ledger, log)
+
+    def _reference(self) -> NamedServer:
+        return NamedServer()
+
+    def admit(self, before: Callable[[], None]) -> None:
+        if self.rank == 0:
+            self._generations.admit(before)
+            if self._generations.is_over(self.generation):
+                raise ConnectionLost("another rank joins")
+
+    def accept_loss(self, error: BaseException) -> None:
+        lost = isinstance(error, ConnectionLost)
+        patience = self._timeout_seconds + LEAVING_SECONDS if lost else NEWS_SECONDS
+        if isinstance(error, InputError) or self._generations.await_next(self.generation, patience) is None:
+            if lost and self._generations.run_over():
+                raise RunOver from error
+            raise error
+
+    def regroup(self) -> None:
+        with suppress(RuntimeError):  # rank 0 is gone, and the store with it
+            self._beside.set(f"left/{self.rank}", "")  # what it has not given by now never comes
+        self._leave()
+        self._enter_next()
+
+    def take_changes(self) -> list[Change]:
+        seconds = self._formed - self._generations.began
+        return [Change(rank, reason, seconds) for rank, reason in self._generations.take_changes()]
+
+    def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+        members, numbers, own = self._members, self._numbers, self._beside
+
+        def never(rank: int) -> bool:
+            lost = not self._generations.has(numbers[rank], members[numbers[rank]])
+            return lost or own.check([f"left/{rank}"])
+
+        return self._gather_in_store(own, name, value, never)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        if isinstance(error, RunOver):
+            late = f"fslsage_rpc: rank {self.number} came too late: the run has ended"
+            print(late, file=sys.stderr, flush=True)
+            leave(0, hosts_store=False)
+        ours = InputError | KeyboardInterrupt | ConnectionLost
+        own = isinstance(error, RankRefused) or not isinstance(error, ours)
+        if self.number != 0 and own and self._signs:
+            with suppress(RuntimeError):
+                if self._job.check(["generation"]):  # the others may go on
+                    before, message, status = self._last_words(error)
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    self._job.set(f"left/{self.number}", reason)
+                    print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
+                    leave(status, hosts_store=False)
+        super().fail(error)
+
+    def _last_words(self, error: BaseException) -> tuple[str, str, int]:
+        if isinstance(error, TooFewClients):
+            return "", str(error), 1
+        return super()._last_words(error)
+
+    def close(self) -> None:
+        if self.number == 0:
+            self._generations.end_run()
+            members = [f"done/{number}" for number in self._numbers if number]
+            deadline = time.monotonic() + LEAVING_SECONDS
+            while time.monotonic() < deadline and not self._job.check(members):
+                time.sleep(POLL_SECONDS)
+        self._generations.signs.stop()
+        if self.number != 0:
+            with suppress(RuntimeError):
+                self._job.set(f"done/{self.number}", "")
+        self._leave()
+
+    def _too_few(self, numbers: list[int]) -> str | None:
+        left = sum(len(self.clients_of(number)) for number in numbers)
+        minimum = self._config.clients.minimum
+        why = f"{left} clients are left, fewer than clients.minimum ({minimum}): the run ends"
+        return why if left < minimum else None
+
+    def _cut(self) -> None:
+        """End the generation: on the thread of the signs of life, or rank 0's main one."""
+        cut(self._spared, int(os.environ["MASTER_PORT"]))
+        if self._server:
+            self._server.fail(ConnectionLost("a rank was lost or joins"))
+
+    def _leave(self) -> None:
+        """Leave the generation, without a word to the others."""
+        self._server = None
+        offer(None)
+        self._workers.dissolve()  # first: what they still run answers calls, and without RPC torch crashes
+        with suppress(RuntimeError):  # it was half formed
+            rpc.shutdown(graceful=False)
+        with suppress(RuntimeError, ValueError, AssertionError):
+            dist.destroy_process_group()
+        self._clients = self._averaging_group = None
+        _staying.clear()
+
+    def _enter_next(self) -> None:
+        """Form the newest generation that this process is in; or the one after, where one is lost meanwhile.
+
+        Raises:
+            TooFewClients: there is none.
+            RunOver: there will be none.
+        """
+        while True:
+            generation = self._generations.await_next(self.generation)
+            if generation is None:
+                raise RunOver
+            if generation.too_few:
+                raise TooFewClients(generation.too_few)
+            self.generation = generation.number
+            self._generations.enter(generation)
+            with self._generations.impatience(MEETING_SECONDS):
+                try:
+                    self._form(generation)
+                except RuntimeError as error:
+                    if self._generations.run_over():
+                        raise RunOver from error
+                    patience = self._timeout_seconds + LEAVING_SECONDS  # silence would tell who was lost
+                    followed = self._generations.await_next(self.generation, patience)
+                    if not followed or self.generation == 0:  # nothing is trained that would be lost
+                        raise ConnectionLost(first_line(error)) from error
+                    self._leave()
+                else:
+                    self._formed = time.monotonic()
+                    return
+
+    def _form(self, generation: Generation) -> None:
+        self._members = generation.members
+        self._numbers = sorted(generation.members)
+        self._beside = dist.PrefixStore(f"beside/{generation.number}", self._side_store)
+        self._take_place(self._numbers.index(self.number), len(self._numbers))
+        # A connection of its own, to be cut with the others: forming groups waits on it for a rank that dies.
+        store = dist.PrefixStore(f"generation/{generation.number}", self._job.clone())
+        store.set(f"here/{self.rank}", self._here.written())
+        keys = [f"here/{rank}" for rank in range(self.size)]
+        while not store.check(keys):
+            if self._generations.is_over(generation.number) or self._generations.run_over():
+                raise ConnectionLost("a rank was lost while the ranks met")
+            time.sleep(POLL_SECONDS)
+        ranks = [Presence.read(store.get(key)) for key in keys]
+        patience = self._timeout_seconds + GRACE_SECONDS  # a rank that is silent is lost before
+        with self._generations.signs.expects_connections(patience):
+            self._join(store, replace(self._config.comm, averaging="gloo"), ranks)  # which can be cut, too
+        if self.rank == 0:
+            for rank in range(1, self.size):
+                self._watch_process(rank, self._numbers[rank], generation.number)
+
+    def _init_rpc(self, store: dist.Store, options: rpc.TensorPipeRpcBackendOptions) -> None:
+        # What init_rpc does, but that a process may have another rank than before (distributed autograd, of
+        # no use here, would refuse that), and that a newcomer finds the others' keys in the store.
+        autograd._init(self.number)
+        own = dist.PrefixStore("rpc", store)
+        own.set_timeout(timedelta(seconds=self._timeout_seconds))
+        rpc._init_rpc_backend(
+            rpc.BackendType.TENSORPIPE,  # type: ignore[attr-defined]  # a member that torch adds at run time
+            store=own,
+            name=self._worker(self.rank),
+            rank=self.rank,
+            world_size=self.size,
+            rpc_backend_options=options,
+        )
+
+    def _worker(self, rank: int) -> str:
+        # Names of its own in each generation: torch counts what workers of the same names have gathered.
+        return SERVER if rank == 0 else f"clients{self._numbers[rank]}-{self.generation}"
+
+    def _watch_process(self, rank: int, number: int, generation: int) -> None:
+        def lost(call: Future[None]) -> None:
+            self._generations.lose(number, generation, "its process has died, or its connection to rank 0")
+
+        rpc.rpc_async(self._worker(rank), _stay, timeout=0).add_done_callback(lost)
+
+
+@rpc.functions.async_execution
+def _stay() -> Future[None]:
+    """On a client rank: a call that returns only by failing, when this process or its connection is gone."""
+    answer: Future[None] = Future()
+    _staying.append(answer)
+    return answer

@@ -1,0 +1,450 @@
+"""The run folder `output/name`: what a run leaves behind, written by the server's rank alone."""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torchvision
+
+from fslsage_rpc.config.loading import changed_keys, load, to_tree, to_yaml
+from fslsage_rpc.config.schema import Config
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.runs.checkpoint_files import (
+    Damaged,
+    Manifest,
+    complete_folders,
+    read_manifest,
+    remove_all_but,
+    said,
+    serialised,
+    write_durably,
+)
+from fslsage_rpc.runs.folder_lock import FolderLock
+from fslsage_rpc.runs.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
+from fslsage_rpc.runs.records import is_scored
+from fslsage_rpc.runs.round_numbers import summary_from_one
+from fslsage_rpc.runs.screen import can_be_shown
+from fslsage_rpc.runs.tensorboard import TensorBoard
+from fslsage_rpc.version import __version__
+
+FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
+"""what may differ between a run and the run whose folder it finds"""
+STOPPED = "STOPPED"
+DIVERGED = "DIVERGED"
+ENDINGS = (STOPPED, DIVERGED, "summary.json", "model.pt", "trace.json", "links.json")
+"""what a run leaves at its end"""
+EVENTS = "tensorboard"
+ANOTHER = "choose another name=, or resume=never to replace that run"
+
+
+class RunFolder:
+    """The folder of one run. Files appear whole or not at all; `metrics.jsonl` grows by whole lines.
+
+    A context: until it ends no other process may write there, unless the run was complete before.
+
+    Args:
+        warn: shows one line.
+
+    Attributes:
+        finished_summary: of the run that is there, where it is complete and nothing more is asked of it.
+        manifest: of the checkpoint to go on from; None where this run has yet to begin.
+
+    Raises:
+        InputError: the folder cannot be made, or holds a benchmark, a run of another configuration, or a
+            complete run that cannot be gone on with; or another process writes there.
+    """
+
+    def __init__(self, config: Config, warn: Callable[[str], None]):
+        self.path = Path(config.output) / config.name
+        self.warn = warn
+        self.finished_summary: dict[str, Any] | None = None
+        self.manifest: Manifest | None = None
+        self._before: list[dict[str, Any]] | None = []  # until it is started, the lines to go on from
+        self._older = False  # do rounds count from 0 in what is there?
+        self._config = to_tree(config)
+        self._checkpoints = checkpoints_folder(config)
+        self._metrics = MetricsFile(self.path / "metrics.jsonl")
+        with self._writing():
+            check_place(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "bench.json").exists():
+            raise InputError(
+                f"name: got {config.name!r}, where {self.path} holds a benchmark; choose another"
+            )
+        self._lock: FolderLock | None = None
+        if not self._is_complete():
+            with self._writing():
+                self._lock = FolderLock(self.path, warn)
+            try:
+                if not self._is_complete():  # it may have ended since
+                    self._look_at_run()
+            except BaseException:
+                self.release()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others write there."""
+        if self._lock:
+            self._lock.release()
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Is there one that a run could go on from?"""
+        return bool(complete_folders(self._checkpoints))
+
+    def check_partition(self, partition: list[dict[str, Any]]) -> None:
+        """Refuse to go on with other samples.
+
+        Raises:
+            InputError: the clients' samples are not those of the run that is gone on with.
+        """
+        path = self.path / "partition.json"
+        try:
+            same = json.loads(path.read_text(encoding="utf-8")) == partition
+        except (OSError, ValueError, RecursionError):
+            return  # it is written again
+        if self.manifest and not same:
+            raise InputError(
+                f"{path}: got other samples for the clients, expected those of the run that goes on from "
+                f"round {self.manifest.rounds}; {ANOTHER}"
+            )
+
+    def start(self, environment: Mapping[str, Any], partition: list[dict[str, Any]]) -> None:
+        """Write what is known before the first round, and remove what an earlier run left, or left after the
+        checkpoint to go on from.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        with self._writing():
+            # Whenever this is cut short, what is there can still be gone on with: no file of it is missing.
+            self._metrics.begin(encoded(self.lines))
+            self._before = None
+            complete, going_on = complete_folders(self._checkpoints), self.manifest
+            kept = [folder for folder in complete if folder <= going_on.folder] if going_on else []
+            remove_all_but(self._checkpoints, kept)
+            for name in ENDINGS:
+                (self.path / name).unlink(missing_ok=True)
+            self._write("config.yaml", to_yaml(self._config))
+            self._write("environment.json", _json(environment))
+            self._write("partition.json", _json(partition))
+            if self._older or not going_on:
+                shutil.rmtree(self.path / EVENTS, ignore_errors=True)
+        self._open_events(going_on.rounds + 1 if going_on else 1)
+        if self._older:
+            for line in self.rounds:
+                self._try(partial(self._tensorboard.add_round, line))
+
+    def add_before(self, events: list[dict[str, Any]]) -> None:
+        """Add lines of events before the first round; written as the folder is started."""
+        self._before = self.lines + events
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """All metrics lines so far; before the first round, those up to the checkpoint to go on from.
+
+        Raises:
+            InputError: the file is not what was written.
+        """
+        if self._before is not None:
+            return self._before
+        try:
+            return self._metrics.lines()
+        except Damaged as error:
+            raise InputError(f"output: {error}") from None
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of rounds."""
+        return rounds_of(self.lines)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of ranks that were lost or have joined."""
+        return [line for line in self.lines if "event" in line]
+
+    def add_round(self, line: dict[str, Any]) -> None:
+        """Append a round's line to `metrics.jsonl`; where that fails the training goes on.
+
+        Raises:
+            InputError: another process has taken the folder, as this one was silent for long.
+        """
+        self._add(line)
+        self._try(lambda: self._tensorboard.add_round(line))
+
+    def add_event(self, line: dict[str, Any]) -> None:
+        """Append an event's line."""
+        self._add(line)
+
+    def go_back(self, rounds: int) -> None:
+        """Forget the lines of later rounds than so many: they are done again.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        lines = self.lines
+        kept = [line for line in lines if "event" in line or line["round"] <= rounds]
+        if len(kept) < len(lines):
+            with self._writing():
+                self._metrics.begin(encoded(kept))
+            self._try(self._tensorboard.close)
+            self._open_events(rounds + 1)
+
+    def _open_events(self, first_round: int) -> None:
+        self._tensorboard = TensorBoard(self.path / EVENTS, first_round)
+        self._try(self._tensorboard.open)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """TensorBoard's events are worth a warning, no more: its writer ends with the first error."""
+        try:
+            write()
+        except OSError as error:
+            self.warn(f"{said(error, self.path / EVENTS)}: no more events are written there")
+            self._tensorboard.give_up()
+
+    def _add(self, line: dict[str, Any]) -> None:
+        if self._lock:
+            self._lock.check()
+        try:
+            self._metrics.append(line)
+        except OSError as error:
+            self.warn(f"{said(error, self._metrics.path)}: this line is written later")
+
+    @property
+    def metrics(self) -> MetricsFile:
+        """`metrics.jsonl`."""
+        return self._metrics
+
+    def add_trace(self, text: str) -> None:
+        """Write `trace.json`."""
+        with self._writing():
+            self._write("trace.json", text)
+
+    def mark_stopped(self, checkpoint: Path) -> None:
+        """Write `STOPPED`, by which a launcher knows that the run can be gone on with, from this checkpoint.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        with self._writing():
+            self._write(STOPPED, f"goes on from {checkpoint}\n")
+
+    def mark_diverged(self, said: str) -> None:
+        """Write `DIVERGED`, by which a launcher knows that the run has ended so.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        with self._writing():
+            self._write(DIVERGED, f"{said}\n")
+
+    def finish(self, summary: Mapping[str, Any], model: Mapping[str, torch.Tensor]) -> None:
+        """Write the final model and, last, the summary that marks the run as complete.
+
+        Raises:
+            InputError: the folder cannot be written to.
+        """
+        self._try(self._tensorboard.close)
+        with self._writing():
+            self._metrics.extent()
+            self._metrics.sync()
+            write_durably(self.path / "model.pt", serialised(dict(model)))
+            self._write("summary.json", _json(summary))
+
+    def _is_complete(self) -> bool:
+        """Hold the configuration of the run that is there, if any, to this one: is nothing left to do?
+
+        Raises:
+            InputError: they differ in more than may be changed.
+        """
+        old = self._old_config()
+        for key, (was, is_now) in changed_keys(old or self._config, self._config).items():
+            if key.split(".")[0] not in FREE_KEYS:
+                raise InputError(
+                    f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
+                )
+        if old and not self._asks_for_more(old):
+            self.finished_summary = self._summary()
+        return self.finished_summary is not None
+
+    def _look_at_run(self) -> None:
+        """Find what is left to do of the run that is there, if any."""
+        old = self._old_config()
+        if old is None:
+            return
+        self._find_checkpoint()
+        if self._summary() and not self.manifest:
+            key, (was, is_now) = next(iter(self._asks_for_more(old).items()))
+            raise InputError(
+                f"{key}: got {is_now!r}, expected {was!r} as in the complete run in "
+                f"{self.path}, which has no checkpoint to go on from; {ANOTHER}"
+            )
+        if not self.manifest:
+            self.warn(f"the unfinished run in {self.path} is replaced: it has no checkpoint to go on from")
+
+    def _old_config(self) -> dict[str, Any] | None:
+        """The configuration of the run that is there; None where there is none, or it is to be replaced."""
+        path = self.path / "config.yaml"
+        return to_tree(load(path)) if self._config["resume"] == "auto" and path.exists() else None
+
+    def _asks_for_more(self, old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The keys by which a complete run is given more to do, each with its old and new value."""
+        changes = changed_keys(old, self._config)
+        return {key: values for key, values in changes.items() if key.split(".")[0] in ("rounds", "stop")}
+
+    def _summary(self) -> dict[str, Any] | None:
+        """That of a complete run; None where there is none, or not what the program writes."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            summary = summary_from_one(summary, self._rounds_there())
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+        return summary if can_be_shown(summary) else None
+
+    def _rounds_there(self) -> list[dict[str, Any]]:
+        """The lines of rounds that are there; none where they cannot be read."""
+        try:
+            return rounds_of(decoded(self._metrics.path.read_bytes()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return []
+
+    def _find_checkpoint(self) -> None:
+        """Take the newest sound checkpoint; damaged ones are named and left out.
+
+        Raises:
+            InputError: it is further than this configuration asks for.
+        """
+        for folder in complete_folders(self._checkpoints):
+            try:
+                manifest = read_manifest(folder)
+                manifest.check()
+                kept = read_beginning(self._metrics.path, manifest.metrics)
+            except Damaged as error:
+                self.warn(f"{error}: this checkpoint is left out")
+                continue
+            self.manifest = manifest
+            self._before = decoded(kept)
+            self._older = encoded(self._before) != kept
+            least = manifest.rounds if is_scored(self.rounds[-1]) else manifest.rounds + 1
+            if self._config["rounds"] < least:
+                raise InputError(
+                    f"rounds: got {self._config['rounds']}, expected {least} or more, as the run in "
+                    f"{self.path} goes on from round {manifest.rounds}; {ANOTHER}"
+                )
+            return
+
+    def _write(self, name: str, text: str) -> None:
+        write_durably(self.path / name, text.encode())
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self._config["output"], self.path)
+
+
+@contextmanager
+def writing(output: str, folder: Path) -> Iterator[None]:
+    """Say in one line that the folder cannot be written to.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"output: got {output!r}, where {folder} cannot be written ({error.strerror})"
+        ) from None
+
+
+def checkpoints_folder(config: Config) -> Path:
+    """Where all ranks write their parts."""
+    return Path(config.output) / config.name / "checkpoints"
+
+
+def check_place(folder: Path) -> None:
+    """See that what is written into a run folder stays below `output`.
+
+    Raises:
+        InputError: it is a link, or the file system does not take its name.
+    """
+    try:
+        is_link = stat.S_ISLNK(folder.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG or not folder.parent.exists():
+            raise
+        raise InputError(
+            f"name: got {folder.name!r}, expected one that the file system of {folder.parent} takes "
+            f"({error.strerror})"
+        ) from None
+    if is_link:
+        raise InputError(
+            f"name: got {folder.name!r}, where {folder} is a link, expected a folder or the name of a "
+            "new one; output itself may be a link"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it appears whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def rank_environment(device: torch.device) -> dict[str, Any]:
+    """What `environment.json` says of one rank."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "host": platform.node(),
+        "device": str(device),
+        "device_name": gpu or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions that a result depends on."""
+    return {
+        "fslsage_rpc": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def emulated_links() -> dict[str, Any]:
+    """The key `links` with what `launch/wan.py` asked of the links and measured; nothing without it.
+
+    Raises:
+        InputError: FSLSAGE_LINKS names no JSON file.
+    """
+    path = os.environ.get("FSLSAGE_LINKS")
+    if path is None:
+        return {}
+    try:
+        return {"links": json.loads(Path(path).read_text(encoding="utf-8"))}
+    except (OSError, ValueError):
+        raise InputError(f"FSLSAGE_LINKS: got {path!r}, expected a JSON file") from None
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
