@@ -20,6 +20,7 @@ from fslsage_rpc.algorithms.splitfed import SplitFedV2
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import from_tree, to_tree
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.measure.phases import OF_CLIENTS
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep, Exchange
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
@@ -31,7 +32,6 @@ from fslsage_rpc.plan.run import link_speed, predictions
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 from fslsage_rpc.plan.wire import INITIAL_WINDOW_BYTES, Connection
-from fslsage_rpc.runs.records import CLIENT_PHASES
 from support.commands import fslsage_on_ranks, said
 from support.rank_program import train_locally
 from support.trees import BENCH, merged
@@ -372,7 +372,7 @@ def test_waiting_for_a_core_is_no_cost() -> None:
     for line in slow:
         line["round_seconds"] *= 3
         for seconds in (line["phases"]["client"], line["phases"]["server"], *line["requests"].values()):
-            for key in seconds.keys() & {*CLIENT_PHASES, "step", "alignment", "compute_seconds"}:
+            for key in seconds.keys() & {*OF_CLIENTS, "step", "alignment", "compute_seconds"}:
                 seconds[key] *= 1 if key == "averaging" else 3
     assert measure_costs(slow, scenario, [1]) == measure_costs(lines, scenario, [1])
 

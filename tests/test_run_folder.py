@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import fslsage_rpc
+from fslsage_rpc.measure.phases import OF_CLIENTS
 from fslsage_rpc.notebook import Run
-from fslsage_rpc.runs.records import CLIENT_PHASES, interval_median
+from fslsage_rpc.runs.records import interval_median
 from fslsage_rpc.transport.wire_ledger import KINDS
 
 
@@ -36,7 +37,7 @@ def read(run: Any, name: str) -> Any:
 def test_phases_make_up_the_round(run: Any) -> None:
     for line in run.rounds:
         client, server = line["phases"]["client"], line["phases"]["server"]
-        assert set(client) == {*CLIENT_PHASES, "other"}
+        assert set(client) == {*OF_CLIENTS, "other"}
         assert sum(client.values()) == pytest.approx(line["round_seconds"])
         assert sum(server.values()) == pytest.approx(line["round_seconds"])
         assert all(seconds >= 0 for seconds in (*client.values(), *server.values()))

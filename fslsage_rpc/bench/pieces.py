@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from fslsage_rpc.algorithms.bound import ClientPieces, LinkSpeed, RoundPieces
-from fslsage_rpc.bench.table import COMPUTE
-from fslsage_rpc.data.participation import Federation
+from fslsage_rpc.data.participation import Federation, home_of
 from fslsage_rpc.job.world import server_workers
+from fslsage_rpc.measure.phases import COMPUTE, Phase
 from fslsage_rpc.parties.requests import KINDS, Ask
 from fslsage_rpc.runs.records import RankReport
 
@@ -37,7 +37,7 @@ def round_pieces(
     hosts = [report for report in reports if report.phases is not None]
     clients: dict[int, ClientPieces] = {}
     for rank, report in enumerate(hosts):
-        mine = [client for client in line["participants"] if client % len(hosts) == rank]
+        mine = [client for client in line["participants"] if home_of(client, len(hosts)) == rank]
         steps = sum(federation.steps(client) for client in mine)
         seconds = {**(report.phases or {}), **report.device_seconds}  # a GPU's in place of its host's
         compute = sum(seconds.get(phase, 0.0) for phase in COMPUTE)
@@ -58,8 +58,8 @@ def round_pieces(
         links=links,
         replicas=replicas,
         server_workers=server_workers(device),
-        averaging_seconds=phases["client"]["averaging"],
-        server_averaging_seconds=phases["server"]["averaging"],
+        averaging_seconds=phases["client"][Phase.AVERAGING],
+        server_averaging_seconds=phases["server"][Phase.AVERAGING],
         # Of all lanes, whose mean is measured.
-        targets_seconds=server["targets"] * (len(federation.samples) if replicas else 1),
+        targets_seconds=server[Phase.TARGETS] * (len(federation.samples) if replicas else 1),
     )

@@ -3,21 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fslsage_rpc.measure.phases import PARTS
 from fslsage_rpc.transport.wire_ledger import OFF_THE_CLOCK
+from fslsage_rpc.units import MIB
 
-MIB = 2**20
+SHOWN_PARTS = ("compute", "wait", "alignment", "averaging")
 HEADERS = (
-    *("variant", "s / round", "quartiles", "ratio", "compute", "wait", "alignment", "averaging"),
+    *("variant", "s / round", "quartiles", "ratio"),
+    *SHOWN_PARTS,
     *("wire MiB", "bound", "efficiency"),
 )
 REQUEST_HEADERS = ("variant", "request", "a round", "trip ms", "queue ms", "compute ms", "wire ms", "MiB/s")
 TARGET_HEADERS = ("variant", "target accuracy", "rounds", "training clock", "wire MiB, all", "modelled MiB")
-COMPUTE = ("data", "forward_backward", "estimate")
 BUSY_MARK = "*"
 """behind what others' work on the host has changed"""
 QUARTER = 1 / 4
 """of a variant's samples"""
-WAIT = ("upload_wait", "gradient_wait", "drain_wait")
 REQUEST_PARTS = ("round_trip", "queue", "compute", "wire")
 
 
@@ -33,10 +34,7 @@ def _row(name: str, record: Mapping[str, Any]) -> list[str]:
         f"{seconds['median']:.3f}",
         "-" if seconds["q1"] is None else f"{seconds['q1']:.3f} to {seconds['q3']:.3f}",
         f"{ratio['median']:.2f}",
-        f"{sum(client[phase] for phase in COMPUTE):.3f}",
-        f"{sum(client[phase] for phase in WAIT):.3f}",
-        f"{client['alignment_wait']:.3f}",
-        f"{client['averaging']:.3f}",
+        *(f"{sum(client[phase] for phase in PARTS[part]):.3f}" for part in SHOWN_PARTS),
         f"{round_bytes(record) / MIB:.2f}",
         f"{record['bound_seconds']:.3f}",
         f"{record['efficiency']:.0%}{BUSY_MARK if record['busy_samples'] else ''}",

@@ -61,6 +61,16 @@ class Federation:
         return len(self.batch_sizes[client])
 
 
+def home_of(client: int, homes: int) -> int:
+    """Which of so many client ranks hosts a client, by its place among them as the job was started."""
+    return client % homes
+
+
+def hosted_by(home: int, homes: int, clients: int) -> range:
+    """The clients that one of them hosts."""
+    return range(home, clients, homes)
+
+
 def _share_of(count: int, share: float) -> int:
     """Rounded up, at least 1."""
     return max(1, math.ceil(round(share * count, 9)))  # 0.1 * 30 is 3, not 4

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fslsage_rpc.device.graphs import Graphed, Tensors
+from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, flatten, trainable
@@ -101,14 +102,14 @@ class Client:
 
         def draw() -> tuple[Tensor, Tensor] | None:
             self._at = LocalStep(round, self.id, next(steps))
-            with self._phase("data"):
+            with self._phase(Phase.DATA):
                 return next(batches, None)
 
         return iter(draw, None)  # keeps no batch, as a generator's own variables would
 
     def forward(self, x: Tensor) -> Tensor:
         """Smashed data z `[B, ...]` of inputs x `[B, ...]`, to be given back to `backward`."""
-        with self._phase("forward_backward"):
+        with self._phase(Phase.FORWARD_BACKWARD):
             self._masks.begin(self._at)
             return self.passes(self._forward, x, then=self._backward)[0]
 
@@ -116,7 +117,7 @@ class Client:
         """The auxiliary model's estimate ĝ `[B, ...]` of the cut-layer gradient."""
         if self._auxiliary is None:
             raise NoAuxiliary
-        with self._phase("estimate"):
+        with self._phase(Phase.ESTIMATE):
             self._auxiliary_masks.begin(self._at)
             return self.estimates(self._estimate, z, y)[0]
 
@@ -129,7 +130,7 @@ class Client:
         if self._auxiliary is None:
             raise NoAuxiliary
         optimizer = self._auxiliary_optimizer or self.own_auxiliary()
-        with self._phase("estimate"):
+        with self._phase(Phase.ESTIMATE):
             self._auxiliary_masks.begin(self._at)
             (gradient,) = self.auxiliary_steps(self._auxiliary_step, z, y)
             optimizer.advance()
@@ -137,7 +138,7 @@ class Client:
 
     def train_whole_model(self, x: Tensor, y: Tensor) -> None:
         """One optimizer step of a client whose model is the whole model."""
-        with self._phase("forward_backward"):
+        with self._phase(Phase.FORWARD_BACKWARD):
             self._masks.begin(self._at)
             (loss,) = self.whole_steps(self._whole_step, x, y)
             self.optimizer.advance()
@@ -147,7 +148,7 @@ class Client:
         """Back-propagate a cut-layer gradient `[B, ...]` through the client model and take one optimizer
         step.
         """
-        with self._phase("forward_backward"):
+        with self._phase(Phase.FORWARD_BACKWARD):
             self.passes.finish(self._backward, z, gradient)
             self.optimizer.advance()
 

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from fslsage_rpc.measure.phases import Phase
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -35,7 +37,7 @@ class Push(SmashedData):
     """Train on (z, y) and return nothing. The client goes on at once."""
 
     kind: ClassVar[str] = "push"
-    waits_as: ClassVar[str] = "upload_wait"
+    waits_as: ClassVar[str] = Phase.UPLOAD_WAIT
     blocks: ClassVar[bool] = False
     fits: ClassVar[bool] = False
 
@@ -45,7 +47,7 @@ class Exchange(SmashedData):
     """Train on (z, y) and return the cut-layer gradient g = dL/dz `[B, ...]`."""
 
     kind: ClassVar[str] = "exchange"
-    waits_as: ClassVar[str] = "gradient_wait"
+    waits_as: ClassVar[str] = Phase.GRADIENT_WAIT
     blocks: ClassVar[bool] = True
     fits: ClassVar[bool] = False
 
@@ -55,7 +57,7 @@ class Align:
     """Fit the client's auxiliary model to the true cut-layer gradients and return its `Weights`."""
 
     kind: ClassVar[str] = "align"
-    waits_as: ClassVar[str] = "alignment_wait"
+    waits_as: ClassVar[str] = Phase.ALIGNMENT_WAIT
     blocks: ClassVar[bool] = True
     fits: ClassVar[bool] = True
 
@@ -69,7 +71,7 @@ class End:
     """There is no more to come in this round: of a client that could not announce its requests."""
 
     kind: ClassVar[str] = "end"
-    waits_as: ClassVar[str] = "drain_wait"
+    waits_as: ClassVar[str] = Phase.DRAIN_WAIT
     blocks: ClassVar[bool] = False
 
     def to(self, device: torch.device) -> Self:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fslsage_rpc.device.clock import clock, synchronise
+from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.parties.requests import Body, ClientRound, Request, Turn
@@ -80,10 +81,10 @@ class Scheduler:
                 self._settle_next()
             elif not self._advance(clients[turn]):
                 unfinished -= 1
-        with self._timeline.phase("forward_backward"):
+        with self._timeline.phase(Phase.FORWARD_BACKWARD):
             synchronise(self._device)
         while self._turns.in_flight:
-            self._settle_next("drain_wait")
+            self._settle_next(Phase.DRAIN_WAIT)
 
     def _advance(self, progress: ClientProgress) -> bool:
         """Let a client compute until it has to wait.
@@ -111,7 +112,7 @@ class Scheduler:
         request = Request(progress.client, progress.requests, step, body)
         progress.requests += 1
         if self._staged:
-            with self._timeline.phase("forward_backward"):
+            with self._timeline.phase(Phase.FORWARD_BACKWARD):
                 synchronise(self._device)
         row, arrow = f"client {request.client}", Arrow("request", request.client, request.number)
         # Handing over: serialising, and in the local transport the server's work too.

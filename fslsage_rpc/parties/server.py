@@ -14,6 +14,7 @@ from fslsage_rpc.device.memory import give_back_free_pages
 from fslsage_rpc.device.streams import Place, current_place
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.activity import Activity
+from fslsage_rpc.measure.phases import OF_LANES, Phase
 from fslsage_rpc.measure.requests import ByClient, DeviceLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
@@ -156,7 +157,7 @@ class Server:
 
         Everyone, absent or not, goes on from the mean.
         """
-        with self._timeline.phase("averaging"):
+        with self._timeline.phase(Phase.AVERAGING):
             if len(self._distinct) > 1:
                 load_mean({client: lane.weights for client, lane in self.lanes.items()}, shares)
             if auxiliaries and self.fits:
@@ -188,10 +189,10 @@ class Server:
         lanes = [(lane.timeline.take(), *lane.losses.take()) for lane in self._distinct]
         phases = {
             name: sum(seconds.get(name, 0.0) for seconds, _, _ in lanes) / max(len(lanes), 1)
-            for name in ("step", "targets", "drift")
+            for name in OF_LANES
         }
-        phases["alignment"] = self._activity.take_fitting_alone()
-        phases["averaging"] = self._timeline.take().get("averaging", 0.0)
+        phases[Phase.ALIGNMENT] = self._activity.take_fitting_alone()
+        phases[Phase.AVERAGING] = self._timeline.take().get(Phase.AVERAGING, 0.0)
         phases["idle"] = round_seconds - sum(phases.values())
         drifts = [self._drifts[client].read() for client in sorted(self._drifts)]
         alignments = [self._alignments[client].read() for client in sorted(self._alignments)]
@@ -229,9 +230,7 @@ class Server:
         """Seconds of all timelines: of lanes their mean, of fits and of averaging their sum."""
         lanes = [take(lane.timeline) for lane in self._distinct]
         seconds = {
-            name: sum(taken.get(name, 0.0) for taken in lanes) / len(lanes)
-            for name in ("step", "targets", "drift")
-            if any(lanes)
+            name: sum(taken.get(name, 0.0) for taken in lanes) / len(lanes) for name in OF_LANES if any(lanes)
         }
         for timeline in (self._timeline, *(fit.timeline for fit in self.fits.values())):
             for name, taken in take(timeline).items():
@@ -256,20 +255,20 @@ class Server:
                         f"algorithm.name: got one that aligns client {request.client} when it has uploaded "
                         "nothing, expected a Push before the first Align"
                     )
-                with lane.timeline.phase("targets", arrow=arrow):
+                with lane.timeline.phase(Phase.TARGETS, arrow=arrow):
                     return self._targets(lane, fit, at)
             case Exchange():
-                with lane.timeline.phase("step", arrow=arrow):
+                with lane.timeline.phase(Phase.STEP, arrow=arrow):
                     return lane.train(body.z, body.y, gradient=True, at=at)
             case Push():
-                with lane.timeline.phase("step", arrow=arrow):
+                with lane.timeline.phase(Phase.STEP, arrow=arrow):
                     wanted = fit is not None and self.measure_drift
                     gradient = lane.train(body.z, body.y, gradient=wanted, at=at)
                     if fit is not None:
                         fit.buffer.add(body.z, body.y)
                 if gradient is not None and fit is not None:
                     # The last fit of this client has been answered, so the device is through with it.
-                    with lane.timeline.phase("drift"):
+                    with lane.timeline.phase(Phase.DRIFT):
                         fit.masks.begin(at)
                         estimate = cut_layer_gradient(fit.model, body.z, body.y, fit.loss)
                         self._drifts.setdefault(request.client, Agreement()).add(estimate, gradient)
@@ -299,7 +298,7 @@ class Server:
         side.
         """
         fit = self.fits[at.client]
-        with fit.timeline.phase("alignment"):
+        with fit.timeline.phase(Phase.ALIGNMENT):
             computed = targets()
             fit.queue.keep(*(tensor for target in computed for tensor in target))
             weights, self._alignments[at.client] = fit.fit(computed, at)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fslsage_rpc.bench.table import COMPUTE
+from fslsage_rpc.measure.phases import COMPUTE
 from fslsage_rpc.parties.requests import Align, Exchange, Push
 from fslsage_rpc.plan.scenario import PlannedRound, Scenario
 from fslsage_rpc.runs.round_numbers import FIRST_ROUND

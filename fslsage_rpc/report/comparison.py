@@ -23,6 +23,7 @@ from fslsage_rpc.report.figures import (
 from fslsage_rpc.report.page import FORMATS, Block, Heading, Page, Picture, to_html, to_markdown
 from fslsage_rpc.report.series import Series, assignment, group, value_of
 from fslsage_rpc.report.sources import Bench, Line, Tree, read
+from fslsage_rpc.units import GIB, MIB, TIB
 from fslsage_rpc.version import __version__
 
 SETTING = ("data.name", "data.partition", "model.name", "model.cut", "clients.count", "clients.batch_size")
@@ -39,7 +40,7 @@ BENCH_TEXT = (
     "overlap. On a busy host, where others had more than 5 % of the cores in a sample or more, ratios and "
     "efficiencies are not to be trusted."
 )
-UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
+UNITS = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"))
 
 
 def write_report(

@@ -8,24 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fslsage_rpc.bench.table import COMPUTE, WAIT
 from fslsage_rpc.config.loading import load, to_tree
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.host_load import BUSY, mean_busy
+from fslsage_rpc.measure.phases import PARTS
 from fslsage_rpc.runs.round_numbers import from_one
 from fslsage_rpc.transport.wire_ledger import OFF_THE_CLOCK
 
 Tree = dict[str, Any]
 Line = dict[str, Any]
 """one line of metrics.jsonl, and in it `wire_bytes_total`: bytes on the wire of all rounds so far"""
-
-PARTS = {
-    "compute": COMPUTE,
-    "wait": WAIT,
-    "averaging": ("averaging",),
-    "alignment": ("alignment_wait",),
-}
-"""the parts of a client's round, and the phases that make up each; `other` is every phase that is left"""
 
 EXPECTED = "expected a run folder (config.yaml, metrics.jsonl) or the folder of a bench (bench.json)"
 

@@ -12,8 +12,8 @@ from fslsage_rpc.report.figures import Bar, display_name
 from fslsage_rpc.report.page import Table
 from fslsage_rpc.report.series import Series
 from fslsage_rpc.report.sources import Bench, Run, Spread, Target, Tree, Variant, known_sum, parts_of
+from fslsage_rpc.units import MIB
 
-MIB = 2**20
 UNKNOWN = "–"
 BUSY_HOST = " (busy host)"
 """behind figures that others' work on the host has changed"""

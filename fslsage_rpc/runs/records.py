@@ -8,23 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fslsage_rpc.measure.host_load import CoreTimes, host_busy
+from fslsage_rpc.measure.phases import OF_CLIENTS, Phase
 from fslsage_rpc.measure.requests import ByClient, by_kind
 from fslsage_rpc.measure.trace import Span
 from fslsage_rpc.parties.server import ServerReport
 from fslsage_rpc.runs.round_numbers import FIRST_ROUND
 from fslsage_rpc.tasks import Score
 from fslsage_rpc.transport.wire_ledger import KINDS, RANK
-
-CLIENT_PHASES = (
-    "data",
-    "forward_backward",
-    "estimate",
-    "upload_wait",
-    "gradient_wait",
-    "alignment_wait",
-    "drain_wait",
-    "averaging",
-)
 
 WATCHED = 0.9
 """the least share of a run's seconds whose load is known where the whole run's is told"""
@@ -67,10 +57,10 @@ def client_phases(reports: Sequence[RankReport]) -> dict[str, float]:
     measured = [report for report in reports if report.phases is not None]
     phases = {
         name: sum((report.phases or {}).get(name, 0.0) for report in measured) / len(measured)
-        for name in CLIENT_PHASES
+        for name in OF_CLIENTS
     }
     held_up = [round_seconds(reports) - report.seconds for report in measured]
-    phases["drain_wait"] += sum(held_up) / len(measured)
+    phases[Phase.DRAIN_WAIT] += sum(held_up) / len(measured)
     phases["other"] = round_seconds(reports) - sum(phases.values())
     return phases
 
@@ -80,14 +70,14 @@ def client_cpu_seconds(reports: Sequence[RankReport]) -> dict[str, float]:
     measured = [report.cpu_seconds for report in reports if report.phases is not None]
     return {
         name: sum(seconds.get(name, 0.0) for seconds in measured) / len(measured)
-        for name in (*CLIENT_PHASES, "other")
+        for name in (*OF_CLIENTS, "other")
     }
 
 
 def client_device_seconds(reports: Sequence[RankReport]) -> dict[str, float]:
     """Mean seconds of a GPU per phase, over the client ranks that have one; empty where none has."""
     measured = [report.device_seconds for report in reports if report.device_seconds]
-    names = [name for name in CLIENT_PHASES if any(name in seconds for seconds in measured)]
+    names = [name for name in OF_CLIENTS if any(name in seconds for seconds in measured)]
     return {name: sum(s.get(name, 0.0) for s in measured) / len(measured) for name in names}
 
 

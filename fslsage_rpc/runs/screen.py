@@ -23,9 +23,8 @@ from rich.table import Table
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import Diverged
 from fslsage_rpc.measure.host_load import BUSY
+from fslsage_rpc.units import GIB, MIB
 
-MIB = 2**20
-GIB = 2**30
 LARGE_CHECKPOINT_BYTES = 100 * MIB
 TABLE_WIDTH = 78
 NARROW = 64

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fslsage_rpc.tasks.base import Samples
+from fslsage_rpc.units import MIB
 
-HASHED_BYTES = 256 * 2**20
+HASHED_BYTES = 256 * MIB
 """of a tensor; of a larger one every k-th sample is hashed"""
 SHOWN_DIGITS = 12
 

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import nn
 
+from fslsage_rpc.data.participation import hosted_by
 from fslsage_rpc.device.streams import STREAMS, WorkQueue, can_capture
 from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.timeline import Timeline
@@ -107,12 +108,7 @@ def uses_graphs(experiment: Experiment, world: World) -> bool:
 
 def hosted_clients(experiment: Experiment, world: World) -> range:
     """The ids of the clients that this rank hosts."""
-    return range(0) if world.home is None else dealt_out(experiment, world, world.home)
-
-
-def dealt_out(experiment: Experiment, world: World, home: int) -> range:
-    """The ids of the clients of one of the client ranks, by its place among those of the job's start."""
-    return range(home, len(experiment.parts), world.homes)
+    return range(0) if world.home is None else hosted_by(world.home, world.homes, len(experiment.parts))
 
 
 def build_clients(

@@ -29,8 +29,7 @@ from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
 from fslsage_rpc.tasks.hashes import sample_hashes
 from fslsage_rpc.tasks.images import ImageTask
-
-GIB = 2**30
+from fslsage_rpc.units import GIB
 
 
 def check(config: Config, ranks: int) -> None:

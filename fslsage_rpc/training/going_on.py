@@ -8,13 +8,14 @@ them. When a rank comes that hosts them, they are back, with the averaged weight
 from collections.abc import Sequence
 from typing import Any
 
+from fslsage_rpc.data.participation import hosted_by
 from fslsage_rpc.errors import TooFewClients
 from fslsage_rpc.job.world import Change, World
 from fslsage_rpc.runs.checkpoint_files import Damaged, Manifest, RankState, State, read_manifest
 from fslsage_rpc.runs.checkpoints import Checkpoints, read_state, snapshot
 from fslsage_rpc.runs.run_folder import RunFolder
 from fslsage_rpc.runs.screen import Screen
-from fslsage_rpc.training.assembly import dealt_out, hosted_clients
+from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment
 
 Event = dict[str, Any]
@@ -35,7 +36,7 @@ def from_checkpoint(
             "clients": away,
         }
         for home in range(world.homes)
-        if (away := [id for id in dealt_out(experiment, world, home) if id not in present])
+        if (away := [id for id in hosted_by(home, world.homes, len(experiment.parts)) if id not in present])
     ]
     mine = hosted_clients(experiment, world)
     saved = read_state(manifest, mine, world.hosts_server)
@@ -71,7 +72,9 @@ def from_memory(
         folder.go_back(rounds)
         away: dict[int, State] = {}
         for change in world.take_changes():
-            event = _event(change, rounds, list(dealt_out(experiment, world, change.rank - 1)))
+            event = _event(
+                change, rounds, list(hosted_by(change.rank - 1, world.homes, len(experiment.parts)))
+            )
             folder.add_event(event)
             if change.reason is not None:
                 away |= _last_states(checkpoints, event["clients"])
@@ -106,7 +109,7 @@ def _send_back(
             raise TooFewClients(
                 "only ranks that have just joined are left: the run ends at its last checkpoint"
             )
-        clients = [id for home in homes for id in dealt_out(experiment, world, home)]
+        clients = [id for home in homes for id in hosted_by(home, world.homes, len(experiment.parts))]
         returning = {id: returning_state(id, peer, state.clients.get(id), state) for id in clients}
     states: dict[int, State] = world.broadcast(returning)
     return states

@@ -15,6 +15,7 @@ from fslsage_rpc.device.clock import clock, cpu_clock, synchronise
 from fslsage_rpc.device.memory import lasting_blocks
 from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.host_load import CoreTimes
+from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.measure.progress import Progress
 from fslsage_rpc.measure.requests import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
@@ -33,8 +34,8 @@ from fslsage_rpc.training.evaluation import evaluate
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.transport.base import ServerLink
 from fslsage_rpc.transport.wire_ledger import WireLedger
+from fslsage_rpc.units import GIB
 
-GIB = 2**30
 OnRound = Callable[[dict[str, Any], Sequence[RankReport]], None]
 
 
@@ -196,10 +197,10 @@ class Trainer:
         averages = averages_auxiliary(algorithm, self.course)
         hands_over = hands_auxiliary_over(algorithm, self.course)
         if self._link:
-            with self._timeline.phase("drain_wait"):
+            with self._timeline.phase(Phase.DRAIN_WAIT):
                 synchronise(self.world.device)  # no CUDA call may be in flight when NCCL begins
                 self.world.client_barrier()
-            with self._timeline.phase("averaging"):
+            with self._timeline.phase(Phase.AVERAGING):
                 self._average_clients(shares, averages)
                 if hands_over:
                     self._hand_auxiliary_over(self._link)
@@ -209,7 +210,7 @@ class Trainer:
             self.server.end_round()
         for client in self.clients.values():
             client.end_round()
-        with self._timeline.phase("drain_wait"):
+        with self._timeline.phase(Phase.DRAIN_WAIT):
             self.world.barrier()
         seconds = clock() - started
         self._main_cpu_seconds = cpu_clock() - cpu_started
@@ -309,7 +310,7 @@ class Trainer:
     def _gathered(self, made: dict[int, list[Ask]]) -> Course:
         """Collective: the course of the round that has ended, from what each rank's clients have asked."""
         trained = any(client.owns_auxiliary for client in self.clients.values())
-        with self._timeline.phase("drain_wait"):
+        with self._timeline.phase(Phase.DRAIN_WAIT):
             parts = self.world.gather(Course(made, trained))
             course: Course = self.world.broadcast(parts and Course.joined(parts))
         return course
