@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
-from fslsage_rpc.config.schema import Alignment, Auxiliary, Model, OptimizerKeys
+from fslsage_rpc.config.schema import AlignmentKeys, Auxiliary, Model, OptimizerKeys
 from fslsage_rpc.device.clock import clock, synchronise
-from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.models.segment import Segment
 from fslsage_rpc.models.splitting import SplitModel, build
-from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit, Target
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit, Target
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.randomness import START
 
@@ -68,22 +67,14 @@ def make_fits(
     for client in range(CLIENTS):
         model = copy.deepcopy(split.auxiliary).to(device)
         drawn = torch.Generator().manual_seed(client)
-        buffer = AlignmentBuffer(batch * batches)
-        weights = flatten(model)
+        of_alignment = AlignmentKeys(epochs=epochs, batch_size=batch, buffer_size=batch * batches, **keys)
+        optimizer = ScheduledOptimizer(OptimizerKeys(), model.parameters())
+        fit = AuxiliaryFit(model, optimizer, of_alignment, Context(device))
         for _ in range(batches):
             z = torch.randn(batch, *split.smashed_shape, generator=drawn, dtype=torch.float64)
             y = torch.randint(10, (batch,), generator=drawn)
-            buffer.add(z.to(device, weights.floats.dtype), y.to(device))
-        fits.append(
-            AuxiliaryFit(
-                model=model,
-                weights=weights,
-                optimizer=ScheduledOptimizer(OptimizerKeys(), model.parameters()),
-                buffer=buffer,
-                keys=Alignment(epochs=epochs, batch_size=batch, **keys),
-                timeline=Timeline(),
-            )
-        )
+            fit.buffer.add(z.to(device, fit.weights.floats.dtype), y.to(device))
+        fits.append(fit)
     return fits
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fslsage_rpc.config.schema import Model
 from fslsage_rpc.models.segment import differentiated_twice
 from fslsage_rpc.models.splitting import SplitModel, build
-from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 
 CASES = [("resnet18", 8), ("resnet18", 32), ("resnet18", 128), ("simple_conv", 64), ("resnet56", 32)]
 PAIRS = 7

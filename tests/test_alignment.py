@@ -11,16 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fslsage_rpc.config.loading import from_tree
-from fslsage_rpc.config.schema import Alignment, Auxiliary, Model, OptimizerKeys
-from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.models.flat import flatten
+from fslsage_rpc.config.schema import AlignmentKeys, Auxiliary, Model, OptimizerKeys
 from fslsage_rpc.models.splitting import build
-from fslsage_rpc.parties.alignment import (
+from fslsage_rpc.parties.auxiliary_fit import (
     Agreement,
     AlignmentBuffer,
     AuxiliaryFit,
     cut_layer_gradient,
 )
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.training.experiment import Experiment
 from support.batch_norm_model import CUT
@@ -45,14 +44,9 @@ def test_estimate_of_a_copy_of_the_server_model_is_the_true_gradient(model: str)
 
 
 def make_fit(auxiliary: nn.Module, epochs: int = 20, batch_size: int = 8, **keys: Any) -> AuxiliaryFit:
-    return AuxiliaryFit(
-        model=auxiliary,
-        weights=flatten(auxiliary),
-        optimizer=ScheduledOptimizer(OptimizerKeys(), auxiliary.parameters()),
-        buffer=AlignmentBuffer(24),
-        keys=Alignment(epochs=epochs, batch_size=batch_size, **keys),
-        timeline=Timeline(),
-    )
+    optimizer = ScheduledOptimizer(OptimizerKeys(), auxiliary.parameters())
+    of_alignment = AlignmentKeys(epochs=epochs, batch_size=batch_size, buffer_size=24, **keys)
+    return AuxiliaryFit(auxiliary, optimizer, of_alignment, Context())
 
 
 @pytest.mark.parametrize(
@@ -67,7 +61,8 @@ def test_alignment_lowers_its_objective_and_leaves_the_server_as_it_was(model: M
     before = {name: tensor.clone() for name, tensor in server.state_dict().items()}
     fit = make_fit(split.auxiliary)
     fit.buffer.add(*smashed(split.smashed_shape, 20))
-    weights, agreements = fit.fit(fit.targets(server))
+    weights = fit.fit(fit.targets(server))
+    agreements = fit.record
     record = agreements.read()
     assert all(torch.equal(tensor, before[name]) for name, tensor in server.state_dict().items())
     assert all(parameter.grad is None for parameter in server.parameters())
@@ -114,7 +109,8 @@ def test_a_tolerance_stops_the_passes_when_they_gain_too_little() -> None:
     passes = []
     for tolerance in (None, 1e-9, 0.2):
         fit, server = linear_fit(tolerance=tolerance)
-        record = fit.fit(fit.targets(server))[1].read()
+        fit.fit(fit.targets(server))
+        record, _ = fit.take_records()
         assert record["nmse_after"] < record["nmse_before"]
         passes.append(record["passes"])
     assert passes[:2] == [40, 40]
@@ -125,7 +121,8 @@ def test_lbfgs_fits_a_linear_auxiliary_model_better_in_as_many_passes() -> None:
     left = {}
     for solver in ("optimizer", "lbfgs"):
         fit, server = linear_fit(solver=solver)
-        record = fit.fit(fit.targets(server))[1].read()
+        fit.fit(fit.targets(server))
+        record, _ = fit.take_records()
         assert record["passes"] <= 40 + 25 * (solver == "lbfgs")  # a line search is brought to its end
         left[solver] = record["nmse_after"]
         assert all(parameter.grad is None for parameter in fit.model.parameters())

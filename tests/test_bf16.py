@@ -10,7 +10,7 @@ from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Model
 from fslsage_rpc.models.splitting import PRECISIONS, SplitModel, build
 from fslsage_rpc.notebook import train
-from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.training.evaluation import evaluate_run
 from fslsage_rpc.training.experiment import Experiment

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import fslsage_rpc.config.loading
 from fslsage_rpc.language.data import IGNORED
-from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.flat import copy_of, flatten, module_bytes, trainable
 from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.models.tracing import TokenShape
-from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit, cut_layer_gradient
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit, cut_layer_gradient
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.tasks import Task, open_task
 from fslsage_rpc.training.experiment import check
@@ -245,15 +245,9 @@ def test_every_adapter_of_every_part_gets_a_gradient_and_nothing_else_does(toy_r
     received = z.detach().requires_grad_()
     task.loss(split.server(received), y).backward()
     z.backward(received.grad)
-    fit = AuxiliaryFit(
-        model=split.auxiliary,
-        weights=flatten(split.auxiliary),
-        optimizer=ScheduledOptimizer(task.config.optimizer.auxiliary, trainable(split.auxiliary)),
-        buffer=AlignmentBuffer(8),
-        keys=task.config.algorithm.alignment,
-        timeline=Timeline("fit", None, torch.device("cpu")),
-        loss=task.loss,
-    )
+    optimizer = ScheduledOptimizer(task.config.optimizer.auxiliary, trainable(split.auxiliary))
+    context = Context(loss=task.loss)
+    fit = AuxiliaryFit(split.auxiliary, optimizer, task.config.algorithm.alignment, context)
     fit.buffer.add(received.detach(), y)
     server_gradients = {name: weight.grad.clone() for name, weight in adapters(split.server).items()}
     (target,) = fit.targets(split.server)

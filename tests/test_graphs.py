@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from fslsage_rpc.config.loading import from_tree
-from fslsage_rpc.config.schema import Alignment, OptimizerKeys, SchedulerKeys
+from fslsage_rpc.config.schema import AlignmentKeys, OptimizerKeys, SchedulerKeys
 from fslsage_rpc.device.graphs import SHAPES, Graphed
 from fslsage_rpc.job.local import LocalWorld
-from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.notebook import train
-from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.training.assembly import build_server
@@ -111,7 +110,7 @@ def test_a_run_with_graphs_goes_on_from_a_checkpoint(tmp_path: Path, recorder: R
 def lane_of(graphs: bool, keys: OptimizerKeys) -> Lane:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    return Lane(model, ScheduledOptimizer(keys, model.parameters()), "arrival", Timeline(), graphs=graphs)
+    return Lane(model, ScheduledOptimizer(keys, model.parameters()), "arrival", Context(graphs=graphs))
 
 
 def batch(size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,19 +170,18 @@ def test_a_fit_captures_its_step_and_stops_where_it_would(recorder: Recorder) ->
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
         optimizer = ScheduledOptimizer(OptimizerKeys(lr=1e-2), model.parameters())
-        keys = Alignment(epochs=20, batch_size=25, tolerance=0.02)
-        buffer = AlignmentBuffer(40)
-        fits.append(AuxiliaryFit(model, flatten(model), optimizer, buffer, keys, Timeline(), graphs=graphs))
+        keys = AlignmentKeys(epochs=20, batch_size=25, buffer_size=40, tolerance=0.02)
+        fits.append(AuxiliaryFit(model, optimizer, keys, Context(graphs=graphs)))
     targets = []
     for seed, size in enumerate((25, 15)):
         z, y = batch(size, seed)
         targets.append((z.double(), y, batch(size, seed + 10)[0].double()))
     for _ in range(2):
-        results = [fit.fit(targets) for fit in fits]
-        (expected, record), (found, captured) = results
+        expected, found = (fit.fit(targets) for fit in fits)
         assert torch.equal(expected.floats, found.floats)
-        assert record.read() == captured.read()
-        assert record.passes < 20
+        (record, _), (captured, _) = (fit.take_records() for fit in fits)
+        assert record == captured
+        assert record["passes"] < 20
     assert recorder.captures == 2  # one for each batch; the second alignment needs no more
 
 

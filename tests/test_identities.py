@@ -88,9 +88,9 @@ def test_participation_of_everybody_is_full_participation(name: str) -> None:
 def test_one_client_is_plain_training_in_one_process(name: str) -> None:
     keys = tree({"name": name}, clients={"count": 1, "batch_size": 16})
     experiment = Experiment.prepare(from_tree(keys))
-    assert experiment.train is not None
+    assert experiment.prepared
     data = ImageBatches(
-        experiment.train.subset(experiment.parts[0]),
+        experiment.prepared[0].subset(experiment.parts[0]),
         SPECS["digits"],
         16,
         torch.device("cpu"),
@@ -123,11 +123,11 @@ def test_client_major_trains_one_client_after_the_other_on_one_server_model() ->
         party: {"name": "sgd", "lr": 0.05, "weight_decay": 0} for party in ("client", "server")
     }
     experiment = Experiment.prepare(from_tree(keys))
-    assert experiment.train is not None
+    assert experiment.prepared
     split = build(Model(name="simple_conv"), 10, (1, 8, 8), 0, torch.float64)
     for client, part in enumerate(experiment.parts):
         data = ImageBatches(
-            experiment.train.subset(part), SPECS["digits"], 16, torch.device("cpu"), torch.float64
+            experiment.prepared[0].subset(part), SPECS["digits"], 16, torch.device("cpu"), torch.float64
         )
         whole = nn.Sequential(copy.deepcopy(split.client), split.server)
         optimizer = torch.optim.SGD(whole.parameters(), lr=0.05)

@@ -152,7 +152,7 @@ def test_texts_are_divided_by_restaurant(toy_root: Path, partition: str) -> None
     most = (histograms.max(1).values / histograms.sum(1)).mean()  # of one restaurant, of a client's texts
     assert most > 0.6 if partition != "iid" else most < 0.6
     for part in experiment.parts:
-        mine = experiment.train.subset(part)  # type: ignore[union-attr]
+        mine = experiment.prepared[0].subset(part)
         assert len(mine.tokens) == len(mine.labels) == len(part)
 
 

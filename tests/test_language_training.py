@@ -116,7 +116,7 @@ def test_the_clients_of_a_rank_share_their_frozen_weights(toy_root: Path) -> Non
     assert trainer.server is not None
     models = [client.model for client in trainer.clients.values()]
     fits = [fit.model for fit in trainer.server.fits.values()]
-    auxiliaries = [client._auxiliary for client in trainer.clients.values()]
+    auxiliaries = [client.auxiliary._model for client in trainer.clients.values()]
     for group in (models, [*fits, *auxiliaries]):
         for weights in zip(*(dict(model.named_parameters()).items() for model in group), strict=True):  # type: ignore[union-attr]
             ((name,),) = {tuple({name for name, _ in weights})}

@@ -28,7 +28,7 @@ from support.user_input import mistake
 DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
 OF_THE_ROUND_LOOP = {
     *("batches", "end_round", "state", "load_state"),
-    *("own_auxiliary", "owns_auxiliary", "freeze_auxiliary"),
+    *("auxiliary", "owns_auxiliary"),
 }
 """of a client, what no `client_step` has a use for"""
 

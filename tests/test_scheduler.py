@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.parties.requests import Align, ClientRound, Exchange, Push, Request, Turn
+from fslsage_rpc.parties.context import Context
+from fslsage_rpc.parties.requests import Align, BeginStep, ClientRound, Exchange, Push, Request
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 
@@ -28,7 +29,7 @@ def exchange() -> Exchange:
 def uploads(steps: int) -> ClientRound:
     """A client that uploads at every step."""
     for step in range(steps):
-        yield Turn(step)
+        yield BeginStep(step)
         yield push()
 
 
@@ -66,7 +67,7 @@ def run(
     thread = threading.Thread(target=server.answer_all_soon, args=(stop, seconds))
     thread.start()
     try:
-        Scheduler(server.send, window, depth_first, timeline, CPU).run(rounds)
+        Scheduler(server.send, window, depth_first, Context(CPU, timeline)).run(rounds)
     finally:
         stop.set()
         thread.join()
@@ -87,12 +88,12 @@ def test_a_full_window_suspends_that_client_and_not_its_rank() -> None:
 
     def uploader() -> ClientRound:
         for step in range(2):
-            yield Turn(step)
+            yield BeginStep(step)
             yield push()
             seen.append("uploaded")
 
     def worker() -> ClientRound:
-        yield Turn(1)
+        yield BeginStep(1)
         seen.append("worked")
         yield push()
 
@@ -104,7 +105,7 @@ def test_an_upload_does_not_interrupt_its_step() -> None:
     seen: list[int] = []
 
     def client(id: int) -> ClientRound:
-        yield Turn(0)
+        yield BeginStep(0)
         yield push()
         seen.append(id)  # before anybody else begins: its activations are free
 
@@ -117,7 +118,7 @@ def test_an_upload_does_not_interrupt_its_step() -> None:
 def test_a_rank_has_so_many_steps_open_however_many_clients(kind: Callable[[], Any]) -> None:
     def client() -> ClientRound:
         for step in range(2):
-            yield Turn(step)
+            yield BeginStep(step)
             yield kind()
 
     clients = 3 * MOST_OPEN_STEPS
@@ -131,7 +132,7 @@ def test_the_earliest_step_is_let_in_first_whoever_has_made_more_requests() -> N
 
     def client(id: int) -> ClientRound:
         for step in range(2):
-            yield Turn(step)
+            yield BeginStep(step)
             yield push()
             if id == 0 and step == 0:
                 yield Align()
@@ -146,7 +147,7 @@ def test_answers_reach_the_client_that_asked() -> None:
     answers: dict[int, list[Any]] = {0: [], 1: []}
 
     def client(id: int) -> ClientRound:
-        yield Turn(0)
+        yield BeginStep(0)
         answers[id].append((yield exchange()))
         answers[id].append((yield Align()))
 
@@ -169,11 +170,11 @@ def test_an_answer_stays_when_an_uploads_own_comes_after_it() -> None:
         uploads.pop()(lambda: None)
 
     def client() -> ClientRound:
-        yield Turn(0)
+        yield BeginStep(0)
         yield push()
         answers.append((yield Align()))
 
-    Scheduler(send, 1, False, Timeline(), CPU).run({0: client()})
+    Scheduler(send, 1, False, Context(CPU)).run({0: client()})
     assert answers == ["fitted"]
 
 
@@ -183,7 +184,7 @@ def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
 
     def client(id: int) -> ClientRound:
         for step in range(5):
-            yield Turn(step)
+            yield BeginStep(step)
             time.sleep(0.02)  # stands for computation
             yield exchange()
 
@@ -202,14 +203,14 @@ def test_clients_take_turns_by_step_or_one_goes_ahead(depth_first: bool, expecte
 
 def test_an_error_from_the_transport_ends_the_run() -> None:
     def client() -> ClientRound:
-        yield Turn(0)
+        yield BeginStep(0)
         yield exchange()
 
     def lost() -> None:
         raise ValueError("lost")
 
     with pytest.raises(ValueError, match="lost"):
-        Scheduler(lambda _, on_answer: on_answer(lost), 1, False, Timeline(), CPU).run({0: client()})
+        Scheduler(lambda _, on_answer: on_answer(lost), 1, False, Context(CPU)).run({0: client()})
 
 
 def test_an_answer_is_taken_by_the_thread_that_computes() -> None:
@@ -226,12 +227,12 @@ def test_an_answer_is_taken_by_the_thread_that_computes() -> None:
         brought[-1].start()
 
     def client() -> ClientRound:
-        yield Turn(0)
+        yield BeginStep(0)
         yield push()
         assert (yield exchange()) == "gradient"
 
     timeline = Timeline()
-    Scheduler(send, 1, False, timeline, CPU).run({0: client()})
+    Scheduler(send, 1, False, Context(CPU, timeline)).run({0: client()})
     assert taken == [threading.current_thread()] * 2
     assert timeline.seconds["gradient_wait"] > 0
 

@@ -16,7 +16,7 @@ from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.segment import Segment, differentiated_twice
 from fslsage_rpc.models.splitting import SplitModel, build
-from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 from fslsage_rpc.training.experiment import Experiment
 from support.equality import assert_same
 from support.rank_program import train_locally

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.config.schema import Alignment, OptimizerKeys
+from fslsage_rpc.config.schema import AlignmentKeys, OptimizerKeys
 from fslsage_rpc.device.streams import WorkQueue
-from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
-from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Answer, Exchange, Push, Request
@@ -37,7 +37,7 @@ class Meeting(nn.Module):
 
 
 def lane_of(model: nn.Module) -> Lane:
-    return Lane(model, ScheduledOptimizer(SGD, model.parameters()), "round_robin", Timeline())
+    return Lane(model, ScheduledOptimizer(SGD, model.parameters()), "round_robin", Context())
 
 
 def make_server(
@@ -49,9 +49,8 @@ def make_server(
         lanes=lanes,
         fits=fits or {},
         measure_drift=False,
-        device=torch.device("cpu"),
         start=lambda kind, number, work: pool.submit(work),
-        timeline=Timeline(),
+        context=Context(),
     )
 
 
@@ -182,13 +181,11 @@ def test_auxiliary_models_are_fitted_side_by_side_while_the_lane_goes_on() -> No
                 together.wait(TIMEOUT)
             return super().forward(z)
 
-    fits, no_passes = {}, Alignment(epochs=0)
+    fits, no_passes = {}, AlignmentKeys(epochs=0, buffer_size=8)
     for client in range(2):
         model = Meeting(together)
         optimizer = ScheduledOptimizer(SGD, model.parameters())
-        fits[client] = AuxiliaryFit(
-            model, flatten(model), optimizer, AlignmentBuffer(8), no_passes, Timeline()
-        )
+        fits[client] = AuxiliaryFit(model, optimizer, no_passes, Context())
     answers: dict[tuple[int, int], Answer] = {}
     with ThreadPoolExecutor(3) as pool:
         lane = lane_of(LaneModel(4, 3))
@@ -224,11 +221,11 @@ def test_true_gradients_are_of_the_model_at_the_alignments_turn_whenever_they_ar
         for client in range(3):
             auxiliary = nn.Linear(4, 3)
             optimizer = ScheduledOptimizer(SGD, auxiliary.parameters())
-            buffer, keys = AlignmentBuffer(8), Alignment(epochs=3)
-            fits[client] = AuxiliaryFit(auxiliary, flatten(auxiliary), optimizer, buffer, keys, Timeline())
+            keys = AlignmentKeys(epochs=3, buffer_size=8)
+            fits[client] = AuxiliaryFit(auxiliary, optimizer, keys, Context())
         with ThreadPoolExecutor(1) as pool:
             server = make_server(dict.fromkeys(range(3), lane), pool, fits)
-            server._start = lambda kind, number, work: (
+            server._crew._start = lambda kind, number, work: (
                 waiting.append(work) if kind == "fit" and fits_wait else work()
             )
             for round in range(2):

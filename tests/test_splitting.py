@@ -22,7 +22,7 @@ from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.models.tracing import probe_inputs
 from fslsage_rpc.models.zoo import make
 from fslsage_rpc.notebook import train
-from fslsage_rpc.parties.alignment import cut_layer_gradient, untouched_statistics
+from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient, untouched_statistics
 from fslsage_rpc.training.experiment import Experiment
 from support.user_input import mistake, write
 

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from fslsage_rpc.config.loading import from_tree
-from fslsage_rpc.config.schema import Alignment, OptimizerKeys
+from fslsage_rpc.config.schema import AlignmentKeys, OptimizerKeys
 from fslsage_rpc.device.streams import PRIORITY, WorkQueue, can_capture, current_place
 from fslsage_rpc.job.local import LocalLink
 from fslsage_rpc.job.world import open_device
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
-from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
@@ -65,30 +66,23 @@ def server_on(
 ) -> Server:
     """One client, whose auxiliary model is aligned; every phase of the device takes 2 ms of the stand-in."""
     server_model, auxiliary = nn.Linear(4, 3).to(device), nn.Linear(4, 3).to(device)
-    keys = OptimizerKeys(name="sgd", lr=0.1)
 
     def optimizer(model: nn.Module) -> ScheduledOptimizer:
-        return ScheduledOptimizer(keys, model.parameters())
+        return ScheduledOptimizer(OptimizerKeys(name="sgd", lr=0.1), model.parameters())
 
-    timeline = Timeline(device=device)
-    fit = AuxiliaryFit(
-        auxiliary,
-        flatten(auxiliary),
-        optimizer(auxiliary),
-        AlignmentBuffer(8),
-        Alignment(epochs=2),
-        Timeline(device=device),
-        queue(),
-    )
+    def context() -> Context:
+        return Context(device, Timeline(device=device), queue=queue())
+
+    keys = AlignmentKeys(epochs=2, buffer_size=8)
+    fit = AuxiliaryFit(auxiliary, optimizer(auxiliary), keys, context())
     return Server(
         initial=(flatten(nn.Linear(2, 4)), None),
         averaged=nn.Linear(2, 4),
-        lanes={0: Lane(server_model, optimizer(server_model), "arrival", timeline, queue())},
+        lanes={0: Lane(server_model, optimizer(server_model), "arrival", context())},
         fits={0: fit},
         measure_drift=False,
-        device=device,
         start=start,
-        timeline=Timeline(device=device),
+        context=context(),
     )
 
 

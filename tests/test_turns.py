@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.parties import turns
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.mailbox import Mailbox
-from fslsage_rpc.parties.requests import ClientRound, Exchange, Push, Request, Turn
+from fslsage_rpc.parties.requests import BeginStep, ClientRound, Exchange, Push, Request
 from fslsage_rpc.parties.scheduler import Scheduler
 
 Plan = dict[int, tuple[bool, ...]]
@@ -26,7 +26,7 @@ PLANS = st.dictionaries(
 
 def client_round(plan: Plan) -> ClientRound:
     for step, requests in plan.items():
-        yield Turn(step)
+        yield BeginStep(step)
         for waits in requests:
             yield (Exchange if waits else Push)(torch.zeros(1), torch.zeros(1))
 
@@ -82,7 +82,7 @@ def test_every_round_ends(
     mailbox.announce(steps, ranking)
     replies = Replies(mailbox, draw)
     with patch.object(turns, "MOST_OPEN_STEPS", most_open):
-        scheduler = Scheduler(replies.send, window, order == "client_major", Timeline(), torch.device("cpu"))
+        scheduler = Scheduler(replies.send, window, order == "client_major", Context())
     with patch.object(scheduler, "_replies", replies):
         scheduler.run({client: client_round(plans[client]) for client in ranking})
     assert mailbox.finished

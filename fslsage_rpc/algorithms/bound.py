@@ -80,7 +80,7 @@ def bound_seconds(pieces: RoundPieces) -> float:
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _Slot:
     """A request's turn in its lane's order."""
 
     fits: bool
@@ -94,7 +94,7 @@ class _Turn:
 class _Chain:
     """The earliest times of a client that has its rank, its link and its lane to itself."""
 
-    turns: list[_Turn]
+    turns: list[_Slot]
     served: float
     """the server has executed all its requests"""
     ended: float
@@ -138,7 +138,7 @@ def _chain(client: ClientPieces, link: LinkSpeed) -> _Chain:
     delay = link.round_trip_seconds / 2
     way, block = _Way(delay), _Way(delay)
     at, now, end = 0, 0.0, compute
-    turns: list[_Turn] = []
+    turns: list[_Slot] = []
     served = answered = 0.0
     for ask in client.asks:
         kind, sums = KINDS[ask.kind], client.of_kind[ask.kind]
@@ -160,7 +160,7 @@ def _chain(client: ClientPieces, link: LinkSpeed) -> _Chain:
             end = max(end + waited + back, now)
             behind = (client.steps - 1 - at) * compute
             block = _Way(delay)
-        turns.append(_Turn(kind.fits, begins, back + behind))
+        turns.append(_Slot(kind.fits, begins, back + behind))
     return _Chain(turns, served, max(answered, end + (client.steps - 1 - at) * compute))
 
 
@@ -183,7 +183,7 @@ def _rank_seconds(pieces: RoundPieces, rank: int) -> float:
     return max(sum(client.compute_seconds for client in hosted), travel)
 
 
-def _load(pieces: RoundPieces, turns: Sequence[Sequence[_Turn]], seconds: float) -> float:
+def _load(pieces: RoundPieces, turns: Sequence[Sequence[_Slot]], seconds: float) -> float:
     """All lanes, or all fits, at work: from the first turn on, and before the least rest of a last one.
 
     Args:

@@ -6,7 +6,7 @@ from types import GeneratorType
 from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.parties.client import Client, NoAuxiliary
-from fslsage_rpc.parties.requests import KINDS, Align, Ask, ClientRound, ClientStep, End, Exchange, Turn
+from fslsage_rpc.parties.requests import KINDS, Align, Ask, BeginStep, ClientRound, ClientStep, End, Exchange
 
 
 def client_round(
@@ -37,7 +37,7 @@ def client_round(
 
     for step in range(algorithm.federation.steps(client.id)):
         if asking is None or step in asking:
-            yield Turn(step)
+            yield BeginStep(step)
         requests = algorithm.client_step(client, round, step, *next(batches))
         yield from watched(algorithm, client, requests, step, notice)
         if rehearsed is not None and len(made) < len(rehearsed) and rehearsed[len(made)].step == step:

@@ -11,8 +11,8 @@ from fslsage_rpc.algorithms.bound import LinkSpeed
 from fslsage_rpc.device.clock import clock, synchronise
 from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.requests import RequestLog
-from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.transport.base import PROBE_BYTES, PROBE_SECONDS
 from fslsage_rpc.transport.wire_ledger import WireLedger
@@ -89,7 +89,6 @@ def _idle_server(world: World) -> Server:
         lanes={},
         fits={},
         measure_drift=False,
-        device=world.device,
         start=world.start,
-        timeline=Timeline("averaging", None, world.device),
+        context=Context(world.device),
     )

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fslsage_rpc.algorithms import Algorithm
 from fslsage_rpc.config.schema import Config
-from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 from fslsage_rpc.parties.requests import Push
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 from fslsage_rpc.tasks import Samples
@@ -82,7 +82,7 @@ class Estimate:
     """Counts the memory of the ranks of an experiment whose training data are still there."""
 
     def __init__(self, experiment: Experiment):
-        assert experiment.train is not None
+        assert experiment.prepared
         self.experiment = experiment
         self.config: Config = experiment.config
         self.algorithm: Algorithm = experiment.algorithm
@@ -174,8 +174,8 @@ class Estimate:
 
     def training_data_bytes(self) -> int:
         """All training samples, which a rank lets go once its clients have theirs."""
-        assert self.experiment.train is not None
-        return _held(self.experiment.train)
+        assert self.experiment.prepared
+        return _held(self.experiment.prepared[0])
 
     def _server_models(self) -> int:
         """The averaged client model, and those that it trains."""
@@ -186,7 +186,7 @@ class Estimate:
         return 0 if self.config.checkpoint.every is None else 2 * states
 
     def _stored_sample(self) -> int:
-        train = self.experiment.train
+        train = self.experiment.prepared[0]
         assert train is not None
         return sum(tensor[0].nbytes for tensor in train.tensors)
 
@@ -205,7 +205,7 @@ class Estimate:
 
     def _kept(self, compute: Callable[[Tensor, Tensor], Tensor], samples: int) -> list[int]:
         """The bytes of each tensor that is kept for the backward pass of so many samples."""
-        train = self.experiment.train
+        train = self.experiment.prepared[0]
         assert train is not None
         first = train.subset(torch.arange(samples) % len(train.labels))
         ((x, y),) = self.experiment.task.batches(first, samples, CPU).in_order()

@@ -171,7 +171,7 @@ class Model:
 
 
 @dataclass(kw_only=True)
-class Alignment:
+class AlignmentKeys:
     """How the auxiliary model of a client is fitted to the true cut-layer gradients."""
 
     epochs: Count = 100
@@ -203,7 +203,7 @@ class AlgorithmKeys:
     average_auxiliary: Literal["never", "alignment", "round"] = "alignment"
     warm_start: bool = False
     """the first round is one of CSE-FSL: auxiliary models learn from their own loss before any alignment"""
-    alignment: Alignment = field(default_factory=Alignment)
+    alignment: AlignmentKeys = field(default_factory=AlignmentKeys)
     measure_drift: bool = True
     """compare estimate and true gradient on every upload (server work of its own, timed apart)"""
 

@@ -8,17 +8,26 @@ ever changed in place. Where torch or CUDA refuses, the steps run as they would 
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-
 Tensors = tuple[Tensor, ...]
 Compute = Callable[..., Tensors]
 Then = Callable[[Tensor, Tensor], None]
+
+
+class CapturedOptimizer(Protocol):
+    """An optimizer whose steps can be captured: see `ScheduledOptimizer`."""
+
+    def place_rate(self) -> None: ...
+    def constants(self) -> dict[str, Any]: ...
+    def captured(self) -> AbstractContextManager[None]: ...
+    def clear(self) -> None: ...
+
+
 SHAPES = 4
 """captured for one computation; batches of any further shape are computed without"""
 
@@ -111,7 +120,7 @@ class Graphed:
         optimizer: that the computation applies, if any.
     """
 
-    def __init__(self, enabled: bool, optimizer: ScheduledOptimizer | None = None):
+    def __init__(self, enabled: bool, optimizer: CapturedOptimizer | None = None):
         self._enabled = enabled
         self._optimizer = optimizer
         self._seen: set[Any] = set()

@@ -1,301 +1,69 @@
-"""FSL-SAGE's alignment: a client's auxiliary model is fitted to the server model's cut-layer gradients."""
+"""FSL-SAGE's alignment, as the server carries it out."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+import itertools
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
+from fslsage_rpc.device.memory import give_back_free_pages
+from fslsage_rpc.errors import InputError
+from fslsage_rpc.measure.phases import Phase
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit, Target
+from fslsage_rpc.parties.crew import Crew, Execution
+from fslsage_rpc.parties.lane import Lane
 
-from fslsage_rpc.config.schema import Alignment
-from fslsage_rpc.device.graphs import Graphed, Tensors
-from fslsage_rpc.device.memory import on_own_pages
-from fslsage_rpc.device.streams import WorkQueue
-from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.models.dropout import Masks
-from fslsage_rpc.models.flat import Weights, trainable
-from fslsage_rpc.models.segment import differentiated_twice
-from fslsage_rpc.parties.losses import Loss
-from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.randomness import START, LocalStep
-
-Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
-Target = tuple[Tensor, Tensor, Tensor]  # z [B, ...], y [B], g [B, ...]
+FITS_BETWEEN = 16
+"""fits of auxiliary models, after which memory that they leave free is given back: each takes large blocks
+for a while, and leaves small ones among them
+"""
+_fits_made = itertools.count(1)  # of this process, whose heap it is
 
 
-def cut_layer_gradient(
-    model: nn.Module, z: Tensor, y: Tensor, loss: Loss = F.cross_entropy, create_graph: bool = False
-) -> Tensor:
-    """grad_z loss(model(z), y), the loss being the mean over the batch; `[B, ...]` like z.
+class Alignment:
+    """One alignment of one client.
 
-    With the server model it is the true gradient g, with an auxiliary model the estimate ĝ. Parameter
-    gradients are not computed, except (`create_graph`) the graph through which ĝ depends on the parameters.
-    """
-    z = z.detach().requires_grad_()
-    with differentiated_twice(create_graph):
-        outputs = model(z)
-    return torch.autograd.grad(loss(outputs, y), z, create_graph=create_graph)[0].contiguous()
-
-
-@contextmanager
-def untouched_statistics(model: nn.Module) -> Iterator[None]:
-    """Train-mode forward passes that normalise by the batch but leave running statistics as they are."""
-    tracking = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    for module in tracking:
-        module.track_running_stats = False
-    try:
-        yield
-    finally:
-        for module in tracking:
-            module.track_running_stats = True
-
-
-class AlignmentBuffer:
-    """The newest `size` samples of (z, y) that a client uploaded: first in, first out.
-
-    They are copied into two rings that stay: uploads that were kept themselves would lie scattered among what
-    the server has in memory for a moment only, and what is free between them would grow from round to round.
+    Its lane comes to it as to any request, and goes on while another thread fits the auxiliary model: clients
+    are fitted side by side. The true gradients are the lane's work, or that thread's on the lane's snapshot.
     """
 
-    def __init__(self, size: int):
-        self.size = size
-        self._rings: Batch | None = None
-        self._samples = 0
-        self._end = 0  # where the next sample goes; once all places are taken, the oldest one's
+    def __init__(self, execution: Execution, lane: Lane, fit: AuxiliaryFit, crew: Crew):
+        self._execution, self._lane, self._fit, self._crew = execution, lane, fit, crew
 
-    def __len__(self) -> int:
-        return self._samples
+    def run(self) -> None:
+        """On the lane's thread and turn; the answer comes from another."""
+        client = self._execution.request.client
+        if not len(self._fit.buffer):
+            raise InputError(
+                f"algorithm.name: got one that aligns client {client} when it has uploaded nothing, expected "
+                "a Push before the first Align"
+            )
+        with self._execution.part("lane"), self._lane.phase(Phase.TARGETS, self._execution.arrow):
+            targets = self._targets()
+        self._crew.run("fit", client, lambda: self._finish(targets))
 
-    def add(self, z: Tensor, y: Tensor) -> None:
-        """Keep a copy of a batch, dropping the oldest samples beyond the size."""
-        batch = z[-self.size :], y[-self.size :]
-        samples = min(self._samples + len(batch[1]), self.size)
-        if self._rings is None or samples > len(self._rings[1]):
-            self._rings = self._larger(samples, batch)
-        for ring, new in zip(self._rings, batch, strict=True):
-            before_the_end = min(len(new), len(ring) - self._end)
-            ring[self._end : self._end + before_the_end] = new[:before_the_end]
-            ring[: len(new) - before_the_end] = new[before_the_end:]
-        self._samples = samples
-        self._end = (self._end + len(batch[1])) % self.size
+    def _targets(self) -> Callable[[], list[Target]]:
+        """The true gradients by the lane's model as it is now."""
+        fit, lane, at = self._fit, self._lane, self._execution.at
+        snapshot = lane.snapshot
+        if snapshot is None or not snapshot.take(lane.weights):
+            targets = fit.targets(lane.model, at)
+            return lambda: targets
 
-    def batches(self, size: int) -> list[Batch]:
-        """Copies of the samples, oldest first, in batches of `size`; the last may be short."""
-        assert self._rings is not None
-        z, y = (torch.cat((ring[self._end : self._samples], ring[: self._end])) for ring in self._rings)
-        return list(zip(z.split(size), y.split(size), strict=True))
+        def compute() -> list[Target]:
+            try:
+                return fit.targets(snapshot.model, at)
+            finally:
+                snapshot.give_back()
 
-    def state(self) -> dict[str, Any]:
-        """All samples, oldest first, as one z `[n, ...]` and y `[n]`; nothing of an empty buffer."""
-        if not self._samples:
-            return {}
-        ((z, y),) = self.batches(self._samples)
-        return {"z": z, "y": y}
+        return compute
 
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Hold these samples and no others."""
-        self._rings = None
-        self._samples = self._end = 0
-        if state:
-            self.add(state["z"].to(device), state["y"].to(device))
-
-    def _larger(self, samples: int, batch: Batch) -> Batch:
-        """Rings with so many places, the samples so far in the first ones."""
-        z, y = (on_own_pages((samples, *new.shape[1:]), like=new) for new in batch)
-        for ring, old in zip((z, y), self._rings or (), strict=False):
-            ring[: self._samples] = old
-        return z, y
-
-
-@dataclass
-class Agreement:
-    """How well estimates ĝ match true gradients g, over any number of samples.
-
-    nmse = sum ||ĝ - g||^2 / sum ||g||^2; cosine = sum <ĝ, g> / sqrt(sum ||ĝ||^2 sum ||g||^2). The sums stay
-    on the device until `nmse` or `cosine` is asked for.
-    """
-
-    sums: Tensor | None = None  # ||ĝ - g||^2, ||g||^2, ||ĝ||^2, <ĝ, g>
-
-    def add(self, estimate: Tensor, gradient: Tensor) -> None:
-        """Count one batch of estimates and true gradients, both `[B, ...]`."""
-        e, g = estimate.detach().flatten().double(), gradient.detach().flatten().double()
-        sums = torch.stack([(e - g).square().sum(), g.square().sum(), e.square().sum(), e @ g])
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def read(self) -> dict[str, float] | None:
-        """nmse and cosine; None where nothing was counted, or all true gradients are 0, so that there is no
-        scale.
-
-        The cosine of an estimate that is 0 everywhere is 0.
-        """
-        if self.sums is None:
-            return None
-        error, true, estimated, product = self.sums.tolist()
-        if true == 0:
-            return None
-        return {"nmse": error / true, "cosine": product / (true * estimated) ** 0.5 if estimated else 0.0}
-
-
-@dataclass(frozen=True)
-class FitRecord:
-    """How well the estimates agreed with the targets before a fit, how well after it, and the passes made."""
-
-    before: Agreement
-    after: Agreement
-    passes: int
-
-    def read(self) -> dict[str, float]:
-        """nmse and cosine, before and after, and passes; empty where the true gradients are all 0."""
-        moments = (("before", self.before), ("after", self.after))
-        record: dict[str, float] = {
-            f"{key}_{moment}": value
-            for moment, agreement in moments
-            for key, value in (agreement.read() or {}).items()
-        }
-        return {**record, "passes": self.passes} if record else {}
-
-
-@dataclass
-class AuxiliaryFit:
-    """What the server keeps for one client: its auxiliary model, that model's optimizer, and the alignment
-    buffer.
-
-    `timeline` and `queue`: of the thread that fits. `graphs`: the optimizer's steps are captured; those of
-    L-BFGS are not, nor those of models that draw masks. `seed`: of the run, for the masks.
-    """
-
-    model: nn.Module
-    weights: Weights
-    optimizer: ScheduledOptimizer
-    buffer: AlignmentBuffer
-    keys: Alignment
-    timeline: Timeline
-    queue: WorkQueue = field(default_factory=WorkQueue)
-    graphs: bool = False
-    loss: Loss = F.cross_entropy
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.masks = Masks(self.model, self.seed)
-        self.steps = Graphed(self.graphs and not self.masks, self.optimizer)
-
-    def targets(self, server_model: nn.Module, at: LocalStep = START) -> list[Target]:
-        """The buffer in batches, oldest first, with the server model's true gradients on them.
-
-        They are computed by train-mode passes that leave every parameter and buffer of the server model as
-        it was.
-
-        Args:
-            at: the local step of the alignment.
-        """
-        masks = Masks(server_model, self.seed)
-        targets = []
-        with untouched_statistics(server_model):
-            for number, (z, y) in enumerate(self.buffer.batches(self.keys.batch_size)):
-                masks.begin_alignment(at, number, passes=0)
-                targets.append((z, y, cut_layer_gradient(server_model, z, y, self.loss)))
-        return targets
-
-    def fit(self, targets: list[Target], at: LocalStep = START) -> tuple[Weights, FitRecord]:
-        """Fit the auxiliary model to true gradients (arXiv 2505.23182): minimise sum_samples ||ĝ - g||^2.
-
-        Args:
-            at: the local step of the alignment.
-
-        Returns:
-            A copy of the fitted weights, and how well the estimates agree with the targets.
-        """
-        before = self._agreement(targets, at)
-        by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
-        passes = by(targets, at)
-        return self.weights.clone(), FitRecord(before, self._agreement(targets, at), passes)
-
-    def _fit_by_optimizer(self, targets: list[Target], at: LocalStep) -> int:
-        """Passes over the same batches, unshuffled, with a step on each; fewer than `epochs` where a pass
-        lowers the objective by less than `tolerance` of it. Each pass has masks of its own.
-        """
-        last = math.inf
-        for passes in range(1, self.keys.epochs + 1):
-            objectives: list[Tensor] = []
-            for number, target in enumerate(targets):
-                self.masks.begin_alignment(at, number, passes)
-                objectives += self.steps(self._step, *target)
-                self.optimizer.advance()
-            if self.keys.tolerance is not None:
-                now = torch.stack(objectives).sum().item()  # waits for the device: only where it is asked for
-                if now > (1 - self.keys.tolerance) * last:
-                    return passes
-                last = now
-        return self.keys.epochs
-
-    def _fit_by_lbfgs(self, targets: list[Target], at: LocalStep) -> int:
-        """L-BFGS on the whole buffer at once, with a strong Wolfe line search: at most `epochs` passes, the
-        last search being brought to its end. It starts anew at every alignment. A line search needs one
-        function, so all passes have the masks of the targets.
-        """
-        wide = self.weights.floats.dtype
-        scale = torch.stack([true.to(wide).square().sum() for _, _, true in targets]).sum()
-        solver = torch.optim.LBFGS(
-            trainable(self.model),
-            max_iter=self.keys.epochs,
-            max_eval=self.keys.epochs,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-        passes = 0
-
-        def objective() -> Tensor:
-            nonlocal passes
-            passes += 1
-            solver.zero_grad()
-            # As a share of ||g||^2: the first step of the search assumes gradients of the order of 1.
-            objectives = []
-            for number, target in enumerate(targets):
-                self.masks.begin_alignment(at, number, passes=0)
-                objectives.append(self._accumulate(target, scale))
-            return torch.stack(objectives).sum()
-
-        solver.step(objective)
-        solver.zero_grad()
-        return passes
-
-    def _step(self, *target: Tensor) -> Tensors:
-        z, y, true = target
-        objective = self._accumulate((z, y, true))
-        self.optimizer.apply()
-        return (objective,)
-
-    def _accumulate(self, target: Target, scale: Tensor | float = 1.0) -> Tensor:
-        """||ĝ - g||^2 / scale on one batch; its gradient is added to the parameters'."""
-        z, y, true = target
-        estimate = cut_layer_gradient(self.model, z, y, self.loss, create_graph=True)
-        objective = (estimate.to(self.weights.floats.dtype) - true).square().sum() / scale
-        objective.backward(inputs=trainable(self.model))
-        return objective.detach()
-
-    def state(self) -> dict[str, Any]:
-        """Everything that stays from round to round."""
-        return {
-            "weights": self.weights.state(),
-            "optimizer": self.optimizer.state(),
-            "buffer": self.buffer.state(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
-        self.weights.load_state(state["weights"])
-        self.optimizer.load_state(state["optimizer"])
-        self.buffer.load_state(state["buffer"], self.weights.floats.device)
-
-    def _agreement(self, targets: list[Target], at: LocalStep) -> Agreement:
-        agreement = Agreement()
-        for number, (z, y, target) in enumerate(targets):
-            self.masks.begin_alignment(at, number, passes=0)
-            agreement.add(cut_layer_gradient(self.model, z, y, self.loss), target)
-        return agreement
+    def _finish(self, targets: Callable[[], list[Target]]) -> None:
+        """Fit the model, and answer."""
+        execution, fit = self._execution, self._fit
+        queue = fit.context.queue
+        with queue.after(execution.place):
+            with execution.part("fit"), fit.context.timeline.phase(Phase.ALIGNMENT):
+                computed = targets()
+                queue.keep(*(tensor for target in computed for tensor in target))
+                weights = fit.fit(computed, execution.at)
+            execution.answer_once_done(weights, queue, "fit", execution.request.client)
+        if next(_fits_made) % FITS_BETWEEN == 0:
+            give_back_free_pages()

@@ -1,18 +1,18 @@
 """A lane of the server: one server-model instance and what trains it."""
 
 from collections import deque
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fslsage_rpc.device.graphs import Graphed, Tensors
-from fslsage_rpc.device.streams import WorkQueue
-from fslsage_rpc.measure.timeline import Timeline
+from fslsage_rpc.device.graphs import Tensors
+from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import flatten
-from fslsage_rpc.parties.losses import Loss, LossSum
+from fslsage_rpc.parties.context import Context
+from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.mailbox import Mailbox
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Request
@@ -23,8 +23,7 @@ from fslsage_rpc.randomness import START, LocalStep
 class Lane:
     """One server-model instance; it executes one request at a time, in the order of its mailbox.
 
-    With `graphs` its steps are captured, unless the model draws masks, which follow from `seed`. With a
-    `snapshot` true gradients of alignments are computed beside it. `number`: among the server's lanes.
+    With a `snapshot` true gradients of alignments are computed beside it. `number`: among the server's lanes.
     """
 
     def __init__(
@@ -32,11 +31,7 @@ class Lane:
         model: nn.Module,
         optimizer: ScheduledOptimizer,
         order: str,
-        timeline: Timeline,
-        queue: WorkQueue | None = None,
-        graphs: bool = False,
-        loss: Loss = F.cross_entropy,
-        seed: int = 0,
+        context: Context,
         snapshot: Snapshot | None = None,
         number: int = 0,
     ):
@@ -44,17 +39,18 @@ class Lane:
         self.model = model
         self.weights = flatten(model)
         self.optimizer = optimizer
+        self.context = context
         self.mailbox = Mailbox(order)
         self.released: deque[Request] = deque()
         self.busy = False
-        self.timeline = timeline
-        self.queue = queue or WorkQueue()
         self.snapshot = snapshot
         self.losses = LossSum()
-        self._loss = loss
-        self._masks = Masks(model, seed)
-        captures = graphs and not self._masks
-        self.steps = {gradient: Graphed(captures, optimizer) for gradient in (False, True)}
+        self._masks = Masks(model, context.seed)
+        self.steps = {gradient: context.graphed(self._masks, optimizer) for gradient in (False, True)}
+
+    def phase(self, name: str, arrow: Arrow | None = None) -> AbstractContextManager[None]:
+        """What the lane does inside is entered under this phase of its timeline."""
+        return self.context.timeline.phase(name, arrow=arrow)
 
     def train(self, z: Tensor, y: Tensor, gradient: bool, at: LocalStep = START) -> Tensor | None:
         """One optimizer step on smashed data z `[B, ...]` and labels y `[B]` of a client's local step.
@@ -70,7 +66,7 @@ class Lane:
 
     def _step(self, z: Tensor, y: Tensor, gradient: bool) -> Tensors:
         z = z.detach().requires_grad_(gradient)
-        loss = self._loss(self.model(z), y)
+        loss = self.context.loss(self.model(z), y)
         loss.backward()
         self.optimizer.apply()
         return (loss,) if z.grad is None else (loss, z.grad)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from fslsage_rpc.parties.requests import Announced, End, Request
 
-Turn = tuple[int, int]  # (client, number)
+RequestKey = tuple[int, int]  # (client, number)
 
 
 class Mailbox:
@@ -24,10 +24,10 @@ class Mailbox:
 
     def __init__(self, order: str):
         self.order = order
-        self._queue_of: dict[int, deque[Turn]] = {}  # one queue for all clients, or (arrival) one each
-        self._expected: set[Turn] = set()
+        self._queue_of: dict[int, deque[RequestKey]] = {}  # one queue for all clients, or (arrival) one each
+        self._expected: set[RequestKey] = set()
         self._open: set[int] = set()  # clients that will announce their end
-        self._waiting: dict[Turn, Request] = {}
+        self._waiting: dict[RequestKey, Request] = {}
 
     def announce(self, plans: dict[int, Announced], ranking: Sequence[int]) -> None:
         """Open a round.
@@ -104,7 +104,7 @@ class Mailbox:
         """Has every request had its turn, and every client announced its end that had to?"""
         return not (self._expected or self._waiting or self._open)
 
-    def next_turns(self) -> list[Turn]:
+    def next_turns(self) -> list[RequestKey]:
         """The requests that this lane waits for: what to name when a round does not end."""
         queues = {id(queue): queue for queue in self._queue_of.values()}
         return [queue[0] for queue in queues.values() if queue]

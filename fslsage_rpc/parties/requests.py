@@ -11,7 +11,7 @@ from fslsage_rpc.measure.phases import Phase
 
 
 @dataclass(frozen=True)
-class Turn:
+class BeginStep:
     """Wait, before a local step that makes requests, until it may begin: see `Turns`."""
 
     step: int
@@ -149,5 +149,5 @@ class Answer:
 ClientStep = Generator[Body, Any, None]
 """One local step: yields what it asks of the server and is resumed with the answer (None for a push)."""
 
-ClientRound = Generator[Turn | Body, Any, None]
+ClientRound = Generator[BeginStep | Body, Any, None]
 """One client's round: its steps, with a turn before each that makes requests."""

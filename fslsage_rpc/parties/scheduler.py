@@ -5,13 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fslsage_rpc.device.clock import clock, synchronise
 from fslsage_rpc.measure.phases import Phase
-from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Arrow
-from fslsage_rpc.parties.requests import Body, ClientRound, Request, Turn
+from fslsage_rpc.parties.context import Context
+from fslsage_rpc.parties.requests import BeginStep, Body, ClientRound, Request
 from fslsage_rpc.parties.turns import Turns
 
 Take = Callable[[], Any]
@@ -42,7 +40,7 @@ class Scheduler:
         window: uploads of one client that the server may still have to train on.
         depth_first: `client_major`: the first client goes on as long as it can, as the server wants its
             requests first.
-        device: of the clients.
+        context: of the clients.
         staged: what is sent passes through host memory, so that it must be there.
     """
 
@@ -51,14 +49,12 @@ class Scheduler:
         send: Send,
         window: int,
         depth_first: bool,
-        timeline: Timeline,
-        device: torch.device,
+        context: Context,
         staged: bool = False,
     ):
         self._send = send
         self._turns = Turns(window, depth_first)
-        self._timeline = timeline
-        self._device = device
+        self._timeline, self._device = context.timeline, context.device
         self._staged = staged
         self._replies: queue.SimpleQueue[tuple[ClientProgress, int, Body, Take]] = queue.SimpleQueue()
 
@@ -99,7 +95,7 @@ class Scheduler:
             except StopIteration:
                 self._turns.leave(progress.place)
                 return False
-            if isinstance(wanted, Turn):
+            if isinstance(wanted, BeginStep):
                 self._turns.begin(progress.place, wanted.step)
                 return True
             self._request(progress, wanted)

@@ -15,7 +15,7 @@ from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.clock import clock, cpu_clock, synchronise
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.world import choose_device, open_world, server_workers
-from fslsage_rpc.parties.alignment import AlignmentBuffer
+from fslsage_rpc.parties.auxiliary_fit import AlignmentBuffer
 from fslsage_rpc.plan.calibration import DEPENDS_ON_VALUES, Calibration
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs
 from fslsage_rpc.plan.scenario import Scenario, with_algorithm

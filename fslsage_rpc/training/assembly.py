@@ -1,9 +1,11 @@
 """Builds the server and the clients of an experiment on the ranks that host them."""
 
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from fslsage_rpc.data.participation import hosted_by
 from fslsage_rpc.device.streams import STREAMS, WorkQueue, can_capture
@@ -11,8 +13,10 @@ from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Tracer
 from fslsage_rpc.models.flat import copy_of, flatten, trainable
-from fslsage_rpc.parties.alignment import AlignmentBuffer, AuxiliaryFit
-from fslsage_rpc.parties.client import Client, TrainingKeys
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
+from fslsage_rpc.parties.client import Client
+from fslsage_rpc.parties.client_auxiliary import ClientAuxiliary
+from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.server import Server
@@ -31,7 +35,7 @@ def build_server(
     config, algorithm, split = experiment.config, experiment.algorithm, experiment.split
     clients = range(len(experiment.parts))
     aligns = algorithm.auxiliary == "aligned"
-    graphs = uses_graphs(experiment, world)
+    graphs = experiment.config.graphs == "auto" and can_capture(world.device)
     most = STREAMS - 2  # the main thread and a lane that clients share have streams, too
     if graphs and world.works_beside and len(clients) > most:
         # One would capture what another lane, or fit, queues in the same stream.
@@ -41,42 +45,23 @@ def build_server(
     def fresh(model: nn.Module) -> nn.Module:
         return copy_of(model, world.device)
 
-    def queue() -> WorkQueue:
-        return WorkQueue.beside_others(world.device) if world.works_beside else WorkQueue()
+    def context(row: str) -> Context:
+        queue = WorkQueue.beside_others(world.device) if world.works_beside else WorkQueue()
+        timeline = Timeline(row, tracer, world.device)
+        return replace(shared_context(experiment, world, timeline), graphs=graphs, queue=queue)
 
     def lane(row: str, number: int = 0) -> Lane:
         model = fresh(split.server)
+        # On a GPU the lane's queue is as good a place: whatever runs beside it shares the card.
+        snapshot = Snapshot(model, world.device) if aligns and world.device.type == "cpu" else None
         optimizer = ScheduledOptimizer(config.optimizer.server, trainable(model))
-        timeline = Timeline(row, tracer, world.device)
-        return Lane(
-            model,
-            optimizer,
-            config.server.order,
-            timeline,
-            queue(),
-            graphs,
-            loss=experiment.task.loss,
-            seed=config.seed,
-            # On a GPU the lane's queue is as good a place: whatever runs beside it shares the card.
-            snapshot=Snapshot(model, world.device) if aligns and world.device.type == "cpu" else None,
-            number=number,
-        )
+        return Lane(model, optimizer, config.server.order, context(row), snapshot, number)
 
     def fit(client: int) -> AuxiliaryFit:
-        keys = config.algorithm.alignment
         model = fresh(split.auxiliary)
-        return AuxiliaryFit(
-            model=model,
-            weights=flatten(model),
-            optimizer=ScheduledOptimizer(config.optimizer.auxiliary, trainable(model)),
-            buffer=AlignmentBuffer(keys.buffer_size),
-            keys=keys,
-            timeline=Timeline(f"alignment of client {client}", tracer, world.device),
-            queue=queue(),
-            graphs=graphs,
-            loss=experiment.task.loss,
-            seed=config.seed,
-        )
+        optimizer = ScheduledOptimizer(config.optimizer.auxiliary, trainable(model))
+        keys = config.algorithm.alignment
+        return AuxiliaryFit(model, optimizer, keys, context(f"alignment of client {client}"))
 
     if algorithm.client_holds_whole_model:
         lanes: dict[int, Lane] = {}
@@ -91,9 +76,8 @@ def build_server(
         lanes=lanes,
         fits={client: fit(client) for client in clients} if aligns else {},
         measure_drift=config.algorithm.measure_drift,
-        device=world.device,
         start=world.start,
-        timeline=Timeline("averaging", tracer, world.device),
+        context=shared_context(experiment, world, Timeline("averaging", tracer, world.device)),
     )
     if saved is not None:
         assert saved.server is not None
@@ -101,9 +85,10 @@ def build_server(
     return server
 
 
-def uses_graphs(experiment: Experiment, world: World) -> bool:
-    """Are the steps of this rank's parties captured?"""
-    return experiment.config.graphs == "auto" and can_capture(world.device)
+def shared_context(experiment: Experiment, world: World, timeline: Timeline) -> Context:
+    """What all parties of this rank have in common, with a timeline."""
+    graphs = experiment.config.graphs == "auto" and can_capture(world.device)
+    return Context(world.device, timeline, experiment.task.loss, experiment.config.seed, graphs)
 
 
 def hosted_clients(experiment: Experiment, world: World) -> range:
@@ -115,36 +100,34 @@ def build_clients(
     experiment: Experiment, world: World, link: ServerLink, timeline: Timeline, saved: RankState | None
 ) -> dict[int, Client]:
     """The clients that this rank hosts, by id, as they were saved or starting from the server's weights."""
-    config = experiment.config
-    task = experiment.task
-    train = task.load(train=True) if experiment.train is None else experiment.train
-    keys = TrainingKeys(config.seed, config.clients.local_epochs, config.data.augment)
-    clients = {}
-    for id in hosted_clients(experiment, world):
-        model = copy_of(experiment.client_model(), world.device)
-        kind = experiment.algorithm.auxiliary
-        auxiliary = None if kind == "none" else copy_of(experiment.split.auxiliary, world.device)
+    config, task, kind = experiment.config, experiment.task, experiment.algorithm.auxiliary
+    train = experiment.take_training_samples()
+    context = shared_context(experiment, world, timeline)
+
+    def draw(id: int) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
         samples = train.subset(experiment.parts[id])
-        client = Client(
-            id=id,
-            model=model,
-            optimizer=ScheduledOptimizer(config.optimizer.client, trainable(model)),
-            auxiliary=auxiliary,
-            make_auxiliary_optimizer=partial(ScheduledOptimizer, config.optimizer.auxiliary),
-            data=task.batches(samples, config.clients.batch_size, world.device),
-            keys=keys,
-            timeline=timeline,
-            graphs=uses_graphs(experiment, world),
-            loss=task.loss,
-        )
-        if kind == "trained":
-            client.own_auxiliary()
+        batches = task.batches(samples, config.clients.batch_size, world.device)
+        epochs, augment = config.clients.local_epochs, config.data.augment
+        return lambda round: batches.shuffled(config.seed, round, id, epochs, augment)
+
+    def build(id: int) -> Client:
+        model = copy_of(experiment.client_model(), world.device)
+        auxiliary = None
+        if kind != "none":
+            make_optimizer = partial(ScheduledOptimizer, config.optimizer.auxiliary)
+            own = copy_of(experiment.split.auxiliary, world.device)
+            auxiliary = ClientAuxiliary(own, make_optimizer, context)
+            if kind == "trained":
+                auxiliary.own()
+        optimizer = ScheduledOptimizer(config.optimizer.client, trainable(model))
+        client = Client(id, model, optimizer, draw(id), context, auxiliary)
         if saved is not None:
             client.load_state(saved.clients[id])
-        else:
-            weights, auxiliary_weights = link.initial_weights(id)
-            client.weights.load(weights)
-            if auxiliary_weights is not None:
-                client.auxiliary_weights.load(auxiliary_weights)
-        clients[id] = client
-    return clients
+            return client
+        weights, auxiliary_weights = link.initial_weights(id)
+        client.weights.load(weights)
+        if auxiliary_weights is not None:
+            client.auxiliary_weights.load(auxiliary_weights)
+        return client
+
+    return {id: build(id) for id in hosted_clients(experiment, world)}

@@ -24,7 +24,7 @@ from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
 from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
-from fslsage_rpc.parties.alignment import cut_layer_gradient
+from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
 from fslsage_rpc.tasks.hashes import sample_hashes
@@ -133,8 +133,8 @@ class Experiment:
 
     config: Config
     task: Task
-    train: Samples | None
-    """all training samples, until the clients have taken theirs"""
+    prepared: list[Samples]
+    """the training samples, until they are taken"""
     parts: partitions.Partition
     partition_summary: list[dict[str, Any]]
     federation: Federation
@@ -183,7 +183,7 @@ class Experiment:
         return cls(
             config=config,
             task=task,
-            train=train,
+            prepared=[train],
             parts=parts,
             partition_summary=partitions.summary(parts, train.labels.numpy(), task.groups),
             federation=federation,
@@ -196,13 +196,16 @@ class Experiment:
     @cached_property
     def training_hashes(self) -> dict[str, Any]:
         """`sample_hashes` of all training samples; first asked for while they are here."""
-        assert self.train is not None
-        return sample_hashes(self.train)
+        return sample_hashes(self.prepared[0])
 
     @cached_property
     def test_hashes(self) -> dict[str, Any]:
         """`sample_hashes` of the test samples."""
         return sample_hashes(self.task.load(train=False))
+
+    def take_training_samples(self) -> Samples:
+        """All of them, for clients to take theirs: a rank keeps no more. Next time they are loaded anew."""
+        return self.prepared.pop() if self.prepared else self.task.load(train=True)
 
     def client_model(self) -> nn.Module:
         """What a client holds: its half of the model, or all of it."""

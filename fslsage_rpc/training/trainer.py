@@ -29,7 +29,7 @@ from fslsage_rpc.runs.checkpoint_files import RankState
 from fslsage_rpc.runs.checkpoints import Checkpoints
 from fslsage_rpc.runs.records import RankReport, RoundRecorder, is_scored, round_seconds
 from fslsage_rpc.tasks import Batches, Score
-from fslsage_rpc.training.assembly import build_clients, build_server
+from fslsage_rpc.training.assembly import build_clients, build_server, shared_context
 from fslsage_rpc.training.evaluation import evaluate
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.transport.base import ServerLink
@@ -85,7 +85,6 @@ class Trainer:
             self.clients = (
                 build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
             )
-            experiment.train = None  # a rank keeps only what its clients need
             self._test_data = self._load_test_data() if self.server else None
         # On the server's rank: the clients that are away, as a checkpoint had them last.
         self._away = (
@@ -177,8 +176,7 @@ class Trainer:
                 self._link.send,
                 window=self._config.comm.upload_window,
                 depth_first=depth_first,
-                timeline=self._timeline,
-                device=self.world.device,
+                context=shared_context(self.experiment, self.world, self._timeline),
                 staged=self._link.staged,
             )
             rehearsed: Mapping[int, list[Ask]] = {} if course is None else course.asks
@@ -331,7 +329,7 @@ class Trainer:
     def _hand_auxiliary_over(self, link: ServerLink) -> None:
         """The server goes on from the average of the auxiliary models that the clients have trained."""
         for client in self.clients.values():
-            client.freeze_auxiliary()
+            client.auxiliary.freeze()
         if self.world.client_rank == 0:
             link.deposit_auxiliary(next(iter(self.clients.values())).auxiliary_weights)
 

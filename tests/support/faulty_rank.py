@@ -28,7 +28,7 @@ from typing import Any
 from fslsage_rpc import cli  # first: it sets what torch logs
 from fslsage_rpc.job.rpc import RpcWorld
 from fslsage_rpc.job.signs_of_life import SignsOfLife
-from fslsage_rpc.parties.alignment import AuxiliaryFit
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, Push
 from fslsage_rpc.parties.server import Server
