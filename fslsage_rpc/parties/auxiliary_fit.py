@@ -56,8 +56,8 @@ def untouched_statistics(model: nn.Module) -> Iterator[None]:
 class AlignmentBuffer:
     """The newest `size` samples of (z, y) that a client uploaded: first in, first out.
 
-    They are copied into two rings that stay: uploads that were kept themselves would lie scattered among what
-    the server has in memory for a moment only, and what is free between them would grow from round to round.
+    They are copied into two rings that stay. Uploads that were kept themselves would lie scattered among what
+    the server has in memory for a moment only. The free places between them would grow from round to round.
     """
 
     def __init__(self, size: int):
@@ -160,8 +160,7 @@ class FitRecord:
 
 
 class AuxiliaryFit:
-    """What the server keeps for one client: its auxiliary model, that model's optimizer, and the alignment
-    buffer.
+    """One client's part of the server: its auxiliary model, that model's optimizer, and the alignment buffer.
 
     With graphs the optimizer's steps are captured; those of L-BFGS are not.
 
@@ -222,14 +221,15 @@ class AuxiliaryFit:
         return self.weights.clone()
 
     def take_records(self) -> tuple[dict[str, float] | None, dict[str, float] | None]:
-        """Of the round that has ended, the last fit's agreement and the drift; None where there is none."""
+        """The last fit's agreement and the drift of the round that has ended; None where there is none."""
         record, agreement = self.record, self.agreement
         self.record, self.agreement = None, Agreement()
         return record.read() if record else None, agreement.read()
 
     def _fit_by_optimizer(self, targets: list[Target], at: LocalStep) -> int:
-        """Passes over the same batches, unshuffled, with a step on each; fewer than `epochs` where a pass
-        lowers the objective by less than `tolerance` of it. Each pass has masks of its own.
+        """Passes over the same batches, unshuffled, with a step on each and masks of their own.
+
+        They are fewer than `epochs` where one lowers the objective by less than `tolerance` of it.
         """
         last = math.inf
         for passes in range(1, self._keys.epochs + 1):

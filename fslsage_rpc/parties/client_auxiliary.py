@@ -50,12 +50,12 @@ class ClientAuxiliary:
         return self.optimizer
 
     def estimate(self, z: Tensor, y: Tensor, at: LocalStep) -> Tensor:
-        """See `Client.estimate`."""
+        """The estimate ĝ `[B, ...]`: `Client.estimate`."""
         self._masks.begin(at)
         return self.estimates(self._estimate, z, y)[0]
 
     def train(self, z: Tensor, y: Tensor, at: LocalStep) -> Tensor:
-        """See `Client.train_auxiliary`."""
+        """One step on (z, y), and its gradient `[B, ...]`: `Client.train_auxiliary`."""
         optimizer = self.optimizer or self.own()
         self._masks.begin(at)
         (gradient,) = self.steps(self._step, z, y)
@@ -68,7 +68,7 @@ class ClientAuxiliary:
             self.optimizer.end_round()
 
     def state(self) -> dict[str, Any]:
-        """What stays from round to round."""
+        """Everything that stays from round to round."""
         state = {"auxiliary_weights": self.weights.state()}
         return state if self.optimizer is None else state | {"auxiliary_optimizer": self.optimizer.state()}
 

@@ -1,4 +1,4 @@
-"""What a party computes in, whatever it computes."""
+"""Device, timeline and loss of a party, whatever it computes."""
 
 from dataclasses import dataclass, field
 

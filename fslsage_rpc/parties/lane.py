@@ -49,7 +49,7 @@ class Lane:
         self.steps = {gradient: context.graphed(self._masks, optimizer) for gradient in (False, True)}
 
     def phase(self, name: str, arrow: Arrow | None = None) -> AbstractContextManager[None]:
-        """What the lane does inside is entered under this phase of its timeline."""
+        """The lane's time inside is entered under this phase."""
         return self.context.timeline.phase(name, arrow=arrow)
 
     def train(self, z: Tensor, y: Tensor, gradient: bool, at: LocalStep = START) -> Tensor | None:

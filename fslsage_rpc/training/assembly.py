@@ -86,7 +86,7 @@ def build_server(
 
 
 def shared_context(experiment: Experiment, world: World, timeline: Timeline) -> Context:
-    """What all parties of this rank have in common, with a timeline."""
+    """The context that all parties of this rank share, with a timeline."""
     graphs = experiment.config.graphs == "auto" and can_capture(world.device)
     return Context(world.device, timeline, experiment.task.loss, experiment.config.seed, graphs)
 
