@@ -38,8 +38,9 @@ from fslsage_rpc.device.clock import clock
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.world import open_world
 from fslsage_rpc.report import sources
+from fslsage_rpc.runs.environment import rank_environment, versions
 from fslsage_rpc.runs.metrics_file import MetricsFile
-from fslsage_rpc.runs.run_folder import rank_environment, versions, write_whole
+from fslsage_rpc.runs.places import write_whole
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
 

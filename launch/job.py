@@ -29,7 +29,7 @@ from fslsage_rpc.bench.run import checked_variants, open_folder
 from fslsage_rpc.config.loading import load
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.runs.run_folder import writing
+from fslsage_rpc.runs.places import writing
 from fslsage_rpc.training.run import prepare
 
 COMMANDS = ("train", "bench", "check")

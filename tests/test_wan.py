@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.runs.run_folder import emulated_links
+from fslsage_rpc.runs.environment import emulated_links
 from support.user_input import mistake, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))

@@ -23,16 +23,10 @@ from fslsage_rpc.config.loading import to_tree, to_yaml
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.world import World, is_first_rank, job_ranks, open_world
+from fslsage_rpc.runs.environment import emulated_links, rank_environment, versions
 from fslsage_rpc.runs.folder_lock import FolderLock
+from fslsage_rpc.runs.places import check_place, write_whole, writing
 from fslsage_rpc.runs.records import RankReport
-from fslsage_rpc.runs.run_folder import (
-    check_place,
-    emulated_links,
-    rank_environment,
-    versions,
-    write_whole,
-    writing,
-)
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.sameness import compare_ranks
 from fslsage_rpc.training.trainer import Trainer

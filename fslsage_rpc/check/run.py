@@ -26,7 +26,7 @@ from fslsage_rpc.job.world import (
     server_workers,
 )
 from fslsage_rpc.measure.host_load import CoreTimes
-from fslsage_rpc.runs.run_folder import check_place
+from fslsage_rpc.runs.places import check_place
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys

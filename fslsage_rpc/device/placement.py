@@ -1,6 +1,7 @@
 """Which GPU each rank is on, and what follows: how requests' tensors travel, what averages the weights."""
 
 import os
+import platform
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -151,3 +152,9 @@ def choose_averaging(wanted: str, clients: Sequence[GpuPlace], nccl_built: bool)
     if len(clients) == 1:
         return None
     return "nccl" if wanted == "nccl" or (possible and not shared and wanted == "auto") else "gloo"
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the host's processor."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return gpu or platform.processor() or platform.machine()

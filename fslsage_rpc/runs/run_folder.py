@@ -1,20 +1,14 @@
 """The run folder `output/name`: what a run leaves behind, written by the server's rank alone."""
 
-import errno
 import json
-import os
-import platform
 import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-import torchvision
 
 from fslsage_rpc.config.loading import changed_keys, load, to_tree, to_yaml
 from fslsage_rpc.config.schema import Config
@@ -31,11 +25,11 @@ from fslsage_rpc.runs.checkpoint_files import (
 )
 from fslsage_rpc.runs.folder_lock import FolderLock
 from fslsage_rpc.runs.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
+from fslsage_rpc.runs.places import check_place, writing
 from fslsage_rpc.runs.records import is_scored
 from fslsage_rpc.runs.round_numbers import summary_from_one
 from fslsage_rpc.runs.screen import can_be_shown
 from fslsage_rpc.runs.tensorboard import TensorBoard
-from fslsage_rpc.version import __version__
 
 FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
 """what may differ between a run and the run whose folder it finds"""
@@ -356,94 +350,9 @@ class RunFolder:
         return writing(self._config["output"], self.path)
 
 
-@contextmanager
-def writing(output: str, folder: Path) -> Iterator[None]:
-    """Say in one line that the folder cannot be written to.
-
-    Raises:
-        InputError: it cannot.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"output: got {output!r}, where {folder} cannot be written ({error.strerror})"
-        ) from None
-
-
 def checkpoints_folder(config: Config) -> Path:
     """Where all ranks write their parts."""
     return Path(config.output) / config.name / "checkpoints"
-
-
-def check_place(folder: Path) -> None:
-    """See that what is written into a run folder stays below `output`.
-
-    Raises:
-        InputError: it is a link, or the file system does not take its name.
-    """
-    try:
-        is_link = stat.S_ISLNK(folder.lstat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG or not folder.parent.exists():
-            raise
-        raise InputError(
-            f"name: got {folder.name!r}, expected one that the file system of {folder.parent} takes "
-            f"({error.strerror})"
-        ) from None
-    if is_link:
-        raise InputError(
-            f"name: got {folder.name!r}, where {folder} is a link, expected a folder or the name of a "
-            "new one; output itself may be a link"
-        )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def rank_environment(device: torch.device) -> dict[str, Any]:
-    """What `environment.json` says of one rank."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "host": platform.node(),
-        "device": str(device),
-        "device_name": gpu or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """The versions that a result depends on."""
-    return {
-        "fslsage_rpc": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "cuda": torch.version.cuda,
-    }
-
-
-def emulated_links() -> dict[str, Any]:
-    """The key `links` with what `launch/wan.py` asked of the links and measured; nothing without it.
-
-    Raises:
-        InputError: FSLSAGE_LINKS names no JSON file.
-    """
-    path = os.environ.get("FSLSAGE_LINKS")
-    if path is None:
-        return {}
-    try:
-        return {"links": json.loads(Path(path).read_text(encoding="utf-8"))}
-    except (OSError, ValueError):
-        raise InputError(f"FSLSAGE_LINKS: got {path!r}, expected a JSON file") from None
 
 
 def _json(value: Any) -> str:

@@ -11,13 +11,9 @@ from fslsage_rpc.job.stopping import Stopped, StopRequest
 from fslsage_rpc.job.world import World, is_first_rank, job_ranks, open_world
 from fslsage_rpc.runs.checkpoint_files import Manifest
 from fslsage_rpc.runs.checkpoints import Checkpoints, snapshot
+from fslsage_rpc.runs.environment import emulated_links, rank_environment
 from fslsage_rpc.runs.records import RankReport
-from fslsage_rpc.runs.run_folder import (
-    RunFolder,
-    checkpoints_folder,
-    emulated_links,
-    rank_environment,
-)
+from fslsage_rpc.runs.run_folder import RunFolder, checkpoints_folder
 from fslsage_rpc.runs.screen import Screen
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.going_on import from_checkpoint, from_memory

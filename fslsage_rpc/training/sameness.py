@@ -13,7 +13,8 @@ from fslsage_rpc.config.own import is_own, source_hash
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError, RankRefused
 from fslsage_rpc.job.world import World
-from fslsage_rpc.runs.run_folder import ANOTHER, RunFolder, versions
+from fslsage_rpc.runs.environment import versions
+from fslsage_rpc.runs.run_folder import ANOTHER, RunFolder
 from fslsage_rpc.tasks.hashes import SHOWN_DIGITS, different_samples
 from fslsage_rpc.training.experiment import Experiment
 
