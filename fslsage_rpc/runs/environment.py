@@ -1,4 +1,4 @@
-"""What a result depends on besides its configuration, as `environment.json` has it."""
+"""The environment that a result depends on besides its configuration, for `environment.json`."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from fslsage_rpc.version import __version__
 
 
 def rank_environment(device: torch.device) -> dict[str, Any]:
-    """What `environment.json` says of one rank."""
+    """One rank as `environment.json` has it."""
     return {
         "host": platform.node(),
         "device": str(device),

@@ -26,7 +26,7 @@ def writing(output: str, folder: Path) -> Iterator[None]:
 
 
 def check_place(folder: Path) -> None:
-    """See that what is written into a run folder stays below `output`.
+    """Hold what is written into a run folder to a place below `output`.
 
     Raises:
         InputError: it is a link, or the file system does not take its name.
