@@ -22,7 +22,7 @@ from fslsage_rpc.report.figures import (
 )
 from fslsage_rpc.report.page import FORMATS, Block, Heading, Page, Picture, to_html, to_markdown
 from fslsage_rpc.report.series import Series, assignment, group, value_of
-from fslsage_rpc.report.sources import Bench, Line, Tree, read
+from fslsage_rpc.report.sources import Line, SavedBench, Tree, read
 from fslsage_rpc.units import GIB, MIB, TIB
 from fslsage_rpc.version import __version__
 
@@ -78,7 +78,9 @@ def write_report(
     return folder / "report.html"
 
 
-def compose(series: Sequence[Series], benches: Sequence[Bench], formats: Sequence[str] = ("png",)) -> Page:
+def compose(
+    series: Sequence[Series], benches: Sequence[SavedBench], formats: Sequence[str] = ("png",)
+) -> Page:
     """The page with all its figures drawn."""
     blocks: list[Block] = []
     if series:
@@ -244,7 +246,7 @@ def _drift(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequenc
     return [Heading("Drift of the estimate", 3), _picture(figure, "drift", formats, caption)]
 
 
-def _bench(bench: Bench, file: str, formats: Sequence[str]) -> list[Block]:
+def _bench(bench: SavedBench, file: str, formats: Sequence[str]) -> list[Block]:
     title = f"Bench {bench.name}"
     blocks: list[Block] = [Heading(title), tables.bench_table(bench), BENCH_TEXT]
     bars = [
@@ -267,7 +269,7 @@ def _bench(bench: Bench, file: str, formats: Sequence[str]) -> list[Block]:
     return blocks
 
 
-def _environments(series: Sequence[Series], benches: Sequence[Bench]) -> list[Block]:
+def _environments(series: Sequence[Series], benches: Sequence[SavedBench]) -> list[Block]:
     """Each environment once, with what was measured in it."""
     measured: dict[str, tuple[Tree, list[str]]] = {}
     same = len({json.dumps(run.environment, sort_keys=True) for one in series for run in one.runs}) == 1

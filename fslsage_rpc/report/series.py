@@ -12,7 +12,7 @@ from fslsage_rpc.config.schema import AlgorithmKeys
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.figures import display_name, rank_of
 from fslsage_rpc.report.labels import LETTERS, fitted
-from fslsage_rpc.report.sources import Run, Tree
+from fslsage_rpc.report.sources import SavedRun, Tree
 
 FREE_KEYS = (
     "name",
@@ -37,7 +37,7 @@ class Series:
     settings: tuple[str, ...]
     """`key=value` of the keys that set it apart from other series, besides the algorithm"""
     config: Tree
-    runs: list[Run]
+    runs: list[SavedRun]
     name: str = ""
     """what the user calls it, else algorithm and settings, else the folder of its first run"""
 
@@ -57,7 +57,7 @@ class Series:
         return self.runs[0].summary is not None
 
 
-def group(runs: Sequence[Run]) -> list[Series]:
+def group(runs: Sequence[SavedRun]) -> list[Series]:
     """The series of these runs, in order of algorithms and settings where these name them, else as given.
 
     Runs that the user labels differently are never one series.
@@ -65,7 +65,7 @@ def group(runs: Sequence[Run]) -> list[Series]:
     Raises:
         InputError: runs of unlike configurations have the same label.
     """
-    groups: dict[tuple[str | None, bool, str], list[Run]] = {}
+    groups: dict[tuple[str | None, bool, str], list[SavedRun]] = {}
     for run in runs:
         configuration = json.dumps(comparable(run), sort_keys=True)
         groups.setdefault((run.label, run.summary is not None, configuration), []).append(run)
@@ -124,7 +124,7 @@ def _title(series: Series, shown: Mapping[str, str]) -> str:
     )
 
 
-def comparable(run: Run) -> Tree:
+def comparable(run: SavedRun) -> Tree:
     """The configuration of a run without what does not matter to its results.
 
     Ranks and device are those that there were; keys that the algorithm does not read have their defaults.

@@ -26,7 +26,7 @@ HASHES = ("samples", "sources")
 
 
 @dataclass(frozen=True)
-class Run:
+class SavedRun:
     """A run folder; `summary` is None where the run is not finished."""
 
     folder: Path
@@ -62,7 +62,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetReached:
     """What it took to reach a test accuracy; None where not measured."""
 
     accuracy: float | None = None
@@ -87,13 +87,13 @@ class Variant:
     efficiency: float | None
     busy_samples: float | None
     """those whose seconds others' work on the host has changed"""
-    target: Target | None
+    target: TargetReached | None
     diverged: float | None = None
     """the first round in which it did"""
 
 
 @dataclass(frozen=True)
-class Bench:
+class SavedBench:
     """The `bench.json` of a folder."""
 
     folder: Path
@@ -104,7 +104,7 @@ class Bench:
     variants: list[Variant]
 
 
-def read(paths: Sequence[str], labels: Sequence[str] = ()) -> tuple[list[Run], list[Bench]]:
+def read(paths: Sequence[str], labels: Sequence[str] = ()) -> tuple[list[SavedRun], list[SavedBench]]:
     """The runs and the benches in these folders; a folder that is named twice is read once.
 
     Args:
@@ -134,8 +134,8 @@ def read(paths: Sequence[str], labels: Sequence[str] = ()) -> tuple[list[Run], l
             raise InputError(f"--label: got more than one for {path}, expected the same wherever it is named")
         if not names & {"config.yaml", "bench.json"}:
             raise InputError(f"RUN: got {path!r}, which has neither config.yaml nor bench.json; {EXPECTED}")
-    runs: list[Run] = []
-    benches: list[Bench] = []
+    runs: list[SavedRun] = []
+    benches: list[SavedBench] = []
     for name, (resolved, folder) in zip(distinct_names(list(folders)), folders.items(), strict=True):
         label = labelled.get(resolved)
         if (folder / "bench.json").exists():
@@ -177,7 +177,7 @@ def known_sum(values: Sequence[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _read_run(folder: Path, name: str, label: str | None) -> Run:
+def _read_run(folder: Path, name: str, label: str | None) -> SavedRun:
     try:
         config = to_tree(load(folder / "config.yaml"))
     except InputError as error:
@@ -189,7 +189,7 @@ def _read_run(folder: Path, name: str, label: str | None) -> Run:
             f"RUN: got {str(folder)!r}, which has no metrics.jsonl; expected a run with rounds in it"
         )
     finished = (folder / "summary.json").exists()
-    return Run(
+    return SavedRun(
         folder,
         config,
         _checked_environment(folder),
@@ -258,7 +258,7 @@ def _are_numbers(tree: Any) -> bool:
     return isinstance(tree, dict) and all(_is_number(value) for value in tree.values())
 
 
-def _read_bench(folder: Path, name: str) -> Bench:
+def _read_bench(folder: Path, name: str) -> SavedBench:
     path = folder / "bench.json"
     tree = _read_json(path)
     variants = tree.get("variants")
@@ -269,7 +269,7 @@ def _read_bench(folder: Path, name: str) -> Bench:
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     environment, reference = tree.get("environment"), tree.get("reference")
-    return Bench(
+    return SavedBench(
         folder,
         name,
         reference if isinstance(reference, str) else None,
@@ -295,7 +295,7 @@ def _read_variant(name: str, tree: Any) -> Variant:
     target = None
     if _find(tree, name, "target") is not None:
         keys = ("accuracy", "rounds", "seconds", "wire_bytes", "paper_bytes")
-        target = Target(*(_number(tree, name, "target", key) for key in keys))
+        target = TargetReached(*(_number(tree, name, "target", key) for key in keys))
     return Variant(
         name,
         algorithm,

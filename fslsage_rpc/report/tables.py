@@ -11,7 +11,16 @@ from fslsage_rpc.bench.table import links_line
 from fslsage_rpc.report.figures import Bar, display_name
 from fslsage_rpc.report.page import Table
 from fslsage_rpc.report.series import Series
-from fslsage_rpc.report.sources import Bench, Run, Spread, Target, Tree, Variant, known_sum, parts_of
+from fslsage_rpc.report.sources import (
+    SavedBench,
+    SavedRun,
+    Spread,
+    TargetReached,
+    Tree,
+    Variant,
+    known_sum,
+    parts_of,
+)
 from fslsage_rpc.units import MIB
 
 UNKNOWN = "–"
@@ -63,7 +72,7 @@ def settings_table(series: Sequence[Series]) -> Table | None:
     return Table(["", *(one.label for one in series)], rows, facts=True)
 
 
-def bench_table(bench: Bench) -> Table:
+def bench_table(bench: SavedBench) -> Table:
     """Seconds per round of each variant, against the reference and the lower bound, and bytes per round."""
     headers = [
         "variant",
@@ -93,9 +102,9 @@ def bench_table(bench: Bench) -> Table:
     return Table(headers, rows)
 
 
-def target_table(bench: Bench) -> Table | None:
+def target_table(bench: SavedBench) -> Table | None:
     """What each variant took to reach the target accuracy; None where none reached one."""
-    targets = [(variant, variant.target or Target()) for variant in bench.variants]
+    targets = [(variant, variant.target or TargetReached()) for variant in bench.variants]
     rows = [
         [
             variant_label(bench, variant),
@@ -150,14 +159,14 @@ def environment_table(environment: Tree) -> Table:
     return Table(["", "measured on"], rows, facts=True)
 
 
-def folders_table(series: Sequence[Series], benches: Sequence[Bench]) -> Table:
+def folders_table(series: Sequence[Series], benches: Sequence[SavedBench]) -> Table:
     """Which folders each row comes from."""
     rows = [[one.label, ", ".join(str(run.folder) for run in one.runs)] for one in series]
     rows += [[f"bench {bench.name}", str(bench.folder)] for bench in benches]
     return Table(["", "folders"], rows, facts=True)
 
 
-def variant_label(bench: Bench, variant: Variant) -> str:
+def variant_label(bench: SavedBench, variant: Variant) -> str:
     """Its algorithm, its own name where that says more, and whether the others are measured against it."""
     name = display_name(variant.algorithm)
     if variant.name != variant.algorithm:
@@ -177,22 +186,22 @@ def mean_parts(series: Series) -> dict[str, float | None]:
     return {part: _mean([parts[part] for parts in means]) for part in means[0]}
 
 
-def accuracies(run: Run) -> list[float]:
+def accuracies(run: SavedRun) -> list[float]:
     """Test accuracy in the rounds that were evaluated."""
     return [line["test_accuracy"] for line in run.lines if line["test_accuracy"] is not None]
 
 
-def last_accuracy(run: Run) -> float | None:
+def last_accuracy(run: SavedRun) -> float | None:
     """The newest test accuracy; None before the first evaluation."""
     return accuracies(run)[-1] if accuracies(run) else None
 
 
-def best_accuracy(run: Run) -> float | None:
+def best_accuracy(run: SavedRun) -> float | None:
     """The highest test accuracy; None before the first evaluation."""
     return max(accuracies(run), default=None)
 
 
-def median_round_seconds(run: Run) -> float | None:
+def median_round_seconds(run: SavedRun) -> float | None:
     """Of a finished run, over whole alignment intervals; None where there are too few."""
     value = (run.summary or {}).get("median_round_seconds")
     return value if isinstance(value, int | float) else None
