@@ -22,7 +22,7 @@ from torch.futures import Future
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.device.clock import clock
 from fslsage_rpc.device.memory import keep_large_blocks
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.parties.requests import Answer, Push, Request
 
 SIZES = [2.0**power for power in range(-2, 6)]
@@ -89,10 +89,11 @@ def main() -> None:
     overrides = overrides_on_ranks(__file__, __doc__, 2)
     world = open_world(from_tree({"ranks": 2, "device": "cpu"}, overrides))
     keep_large_blocks()  # as in every round
-    sends = world.client_rank == 0
+    sends = world.transport.client_rank == 0
     ratios = {}
     if sends:
-        print(f"transports {world.describe()['rpc_transports']}, {os.cpu_count()} cores", flush=True)
+        transports = world.transport.describe()["rpc_transports"]
+        print(f"transports {transports}, {os.cpu_count()} cores", flush=True)
     for size in SIZES:
         send, call, ratio = compare(sends, size)
         if sends:

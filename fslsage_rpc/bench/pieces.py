@@ -8,7 +8,7 @@ import torch
 from fslsage_rpc.algorithms.bound import ClientPieces, LinkSpeed, RoundPieces
 from fslsage_rpc.bench.table import COMPUTE
 from fslsage_rpc.data.participation import Federation
-from fslsage_rpc.job.world import server_workers
+from fslsage_rpc.device.cores import server_workers
 from fslsage_rpc.parties.requests import KINDS, Ask
 from fslsage_rpc.runs.records import RankReport
 

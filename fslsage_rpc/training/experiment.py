@@ -17,9 +17,8 @@ from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data import partitions
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.device.memory import physical_memory
-from fslsage_rpc.device.placement import CPU_CHANNELS, lacking
+from fslsage_rpc.device.placement import choose_device, sees_gpu
 from fslsage_rpc.errors import HostError, InputError
-from fslsage_rpc.job.world import choose_device, has_channel, interfaces, nccl_available, rpc_available
 from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
 from fslsage_rpc.models.image_order import failure_by_order
@@ -29,6 +28,14 @@ from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
 from fslsage_rpc.tasks.hashes import sample_hashes
 from fslsage_rpc.tasks.images import ImageTask
+from fslsage_rpc.transport.choices import (
+    CPU_CHANNELS,
+    has_channel,
+    interfaces,
+    lacking,
+    nccl_built,
+    rpc_available,
+)
 
 GIB = 2**30
 
@@ -95,7 +102,7 @@ def _check_ranks(config: Config, ranks: int) -> None:
         raise InputError(f"clients.count: got {clients}, expected at least {ranks - 1}, one per client rank")
     if config.clients.on_loss == "drop":
         _check_drop(config)
-    if config.comm.averaging == "nccl" and not (config.device != "cpu" and nccl_available()):
+    if config.comm.averaging == "nccl" and not (config.device != "cpu" and sees_gpu() and nccl_built()):
         raise HostError(
             "comm.averaging: got 'nccl', expected auto or gloo: there is no NCCL or GPU to use it on"
         )
