@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +172,13 @@ class Inbox:
                 self._job.fail(error)
 
 
+@dataclass
+class Raised:
+    """An error in place of an answer."""
+
+    error: Exception
+
+
 class Future:
     """A `torch.futures.Future`: its tensors are waited for by streams, where it has devices."""
 
@@ -227,6 +234,8 @@ class Future:
         with self._changed:
             pass  # what was done before it was completed is known
         self._synchronise()
+        if isinstance(self._value, Raised):
+            raise self._value.error
         return self._value
 
     def _synchronise(self) -> None:
@@ -327,7 +336,10 @@ class Job:
     def _serve(self, func: Callable[..., Any], request: Message, caller: Process, future: Future) -> None:
         """On a thread of the server's."""
         with self.cuda.use(self.cuda.stream()):
-            result = func(*request.receive())
+            try:
+                result = func(*request.receive())
+            except Exception as error:
+                result = Raised(error)
             if isinstance(result, Future):
                 result.add_done_callback(lambda done: self._send(done.wait(), caller, future))
             else:
