@@ -18,7 +18,7 @@ from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.job.connections import open_sockets
 from fslsage_rpc.transport.base import Transport
 from fslsage_rpc.transport.local import LocalTransport
-from fslsage_rpc.transport.rpc import SERVER, Members, RpcTransport
+from fslsage_rpc.transport.rpc import SERVER, RpcTransport
 from support.forked_ranks import run_ranks
 from support.stand_in_cuda import GPU, Cuda, cuda
 from support.stand_in_rpc import Job, stand_in, transport_between_threads
@@ -111,9 +111,9 @@ def _open(prefix: str, elastic: str) -> RpcTransport:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     workers = [SERVER, *(f"{prefix}{number}" for number in range(1, ranks))]
-    members = Members([CPU] * ranks, [GpuPlace("here", None)] * ranks, workers, rank if elastic else None)
-    keys = Comm(transports=["uv"], averaging="gloo")
-    return RpcTransport(dist.PrefixStore(prefix, store), rank, keys, members)
+    devices, places = [CPU] * ranks, [GpuPlace("here", None)] * ranks
+    number, keys = rank if elastic else None, Comm(transports=["uv"], averaging="gloo")
+    return RpcTransport(dist.PrefixStore(prefix, store), rank, keys, devices, places, workers, number)
 
 
 def _assert_nothing_is_left() -> None:

@@ -36,9 +36,8 @@ def measure_links(world: World) -> dict[int, LinkSpeed]:
         By client rank, on the server's rank; elsewhere nothing.
     """
     server = _idle_server(world) if world.hosts_server else None
-    return link.measure_links(
-        world.transport, link.connect(world.transport, server, WireLedger(), RequestLog())
-    )
+    mine = link.connect(world.transport, server, WireLedger(), RequestLog())
+    return link.measure_links(world.transport, mine)
 
 
 def measure_averaging(world: World) -> CollectiveSpeed | None:

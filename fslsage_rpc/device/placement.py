@@ -34,11 +34,6 @@ class GpuPlace:
         return cls(host, gpu, frozenset(seen))
 
 
-def sees_gpu() -> bool:
-    """Does torch see a GPU on this host?"""
-    return torch.cuda.is_available()
-
-
 def gpu_number(rank: int, size: int) -> int:
     """The number, on its host, of the GPU of one of so many ranks: see `choose_device`.
 
@@ -57,9 +52,9 @@ def choose_device(keys_device: str, index: int) -> torch.device:
     Raises:
         HostError: a GPU is asked for and torch sees none.
     """
-    if keys_device == "cuda" and not sees_gpu():
+    if keys_device == "cuda" and not torch.cuda.is_available():
         raise HostError("device: got 'cuda', expected auto or cpu: torch sees no CUDA device here")
-    if keys_device == "cpu" or not sees_gpu():
+    if keys_device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", index % torch.cuda.device_count())
 

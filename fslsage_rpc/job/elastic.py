@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed import rpc
@@ -25,7 +25,7 @@ from fslsage_rpc.job.roll_call import Presence, await_all
 from fslsage_rpc.job.rpc import POLL_SECONDS, RpcWorld, first_line
 from fslsage_rpc.job.signs_of_life import GRACE_SECONDS, leave
 from fslsage_rpc.job.world import Change
-from fslsage_rpc.transport.rpc import SERVER, offer, offered
+from fslsage_rpc.transport.rpc import offer, offered
 
 MEETING_SECONDS = 30.0
 """how long a member may give no sign of life while ranks form a generation: nothing else tells of its end"""
@@ -43,6 +43,8 @@ class ElasticWorld(RpcWorld):
     started anew with its number is let in between two rounds. Rank 0's death ends the job.
     """
 
+    _meets_anew = True
+
     def _start(self, config: Config) -> None:
         timeout = timedelta(seconds=config.comm.timeout_seconds)
         self._store = self._job = store = self._find_store(timeout)
@@ -58,11 +60,6 @@ class ElasticWorld(RpcWorld):
             await_all(store, [f"here/{number}" for number in range(self._started)], timeout)
             self._generations.first()
         self._enter_next()
-
-    def clients_of(self, number: int) -> range:
-        """The clients of the process with that number."""
-        count = self._config.clients.count
-        return range(number - 1, count, self.homes) if number else range(0)
 
     def admit(self, before: Callable[[], None]) -> None:
         if self.rank == 0:
@@ -88,14 +85,11 @@ class ElasticWorld(RpcWorld):
         seconds = self._formed - self._generations.began
         return [Change(rank, reason, seconds) for rank, reason in self._generations.take_changes()]
 
-    def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+    def _never(self) -> Callable[[int], bool]:
         members, numbers, own = self._members, self._numbers, self._beside
-
-        def never(rank: int) -> bool:
-            lost = not self._generations.has(numbers[rank], members[numbers[rank]])
-            return lost or own.check([f"left/{rank}"])
-
-        return self._gather_in_store(own, name, value, never)
+        return lambda rank: (
+            not self._generations.has(numbers[rank], members[numbers[rank]]) or own.check([f"left/{rank}"])
+        )
 
     def fail(self, error: BaseException) -> NoReturn:
         if isinstance(error, RunOver):
@@ -133,8 +127,8 @@ class ElasticWorld(RpcWorld):
         self._leave()
 
     def _too_few(self, numbers: list[int]) -> str | None:
-        left = sum(len(self.clients_of(number)) for number in numbers)
-        minimum = self._config.clients.minimum
+        count, minimum = self._config.clients.count, self._config.clients.minimum
+        left = sum(len(range(number - 1, count, self.homes)) for number in numbers if number)
         why = f"{left} clients are left, fewer than clients.minimum ({minimum}): the run ends"
         return why if left < minimum else None
 
@@ -195,13 +189,11 @@ class ElasticWorld(RpcWorld):
         patience = self._timeout_seconds + GRACE_SECONDS  # a rank that is silent is lost before
         with self._generations.signs.expects_connections(patience):
             comm = replace(self._config.comm, transports=["uv"], averaging="gloo")  # which can be cut
-            # Names of its own in each generation: torch counts what workers of the same names have gathered.
-            workers = [SERVER, *(f"clients{number}-{generation.number}" for number in numbers[1:])]
-            self._open_transport(store, rank, comm, ranks, workers, self.number)
+            self._open_transport(store, comm, ranks)
         self._members, self._numbers = generation.members, numbers
         self._beside = dist.PrefixStore(f"beside/{generation.number}", self._side_store)
         if rank == 0:
-            for worker, number in zip(workers[1:], numbers[1:], strict=True):
+            for worker, number in zip(self.transport.workers[1:], numbers[1:], strict=True):
                 self._watch_process(worker, number, generation.number)
 
     def _watch_process(self, worker: str, number: int, generation: int) -> None:

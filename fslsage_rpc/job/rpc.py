@@ -26,7 +26,7 @@ from fslsage_rpc.job.signs_of_life import EndTheJob, Policy, SignsOfLife, leave
 from fslsage_rpc.job.stopping import NOBODY_READS
 from fslsage_rpc.job.world import World
 from fslsage_rpc.transport.choices import on_one_host
-from fslsage_rpc.transport.rpc import FOREVER, SERVER, Members, RpcTransport, peers_may_be_lost
+from fslsage_rpc.transport.rpc import SERVER, RpcTransport, peers_may_be_lost
 
 POLL_SECONDS = 0.05
 
@@ -38,7 +38,9 @@ class RpcWorld(World):
     everything since the last complete checkpoint is lost.
     """
 
+    transport: RpcTransport
     works_beside = True
+    _meets_anew = False
 
     def __init__(self, config: Config):
         self.number, self._started = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -47,7 +49,8 @@ class RpcWorld(World):
         self.device = open_device(config, gpu_number(self.number, self._started))
         self._here = Presence.here(self.number, self.device)
         self._workers = Workers(self.device)
-        self._hosts_store = self.number == 0 and not _launcher_hosts_store()
+        self._launcher_hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._hosts_store = self.number == 0 and not self._launcher_hosts_store
         self._store: dist.Store | None = None
         self._signs: SignsOfLife | None = None
         try:
@@ -59,13 +62,12 @@ class RpcWorld(World):
         """Meet the other ranks."""
         timeout = timedelta(seconds=config.comm.timeout_seconds)
         self._store = store = self._find_store(timeout)
-        self._side_store = store.clone()  # a connection of its own: whoever waits on one keeps it
+        self._beside: dist.Store = store.clone()  # a connection of its own: whoever waits on one keeps it
         ranks = roll_call(store, self._here, self._started, timeout)
-        self._signs = self._signs_of_life(config, EndTheJob(ranks, _launcher_hosts_store()))
+        self._signs = self._signs_of_life(config, EndTheJob(ranks, self._launcher_hosts_store))
         self._signs.start()
         with peers_may_be_lost(), self._signs.expects_connections(config.comm.timeout_seconds):
-            workers = [SERVER, *(f"clients{rank}" for rank in range(1, self._started))]
-            self._open_transport(store, self.number, config.comm, ranks, workers)
+            self._open_transport(store, config.comm, ranks)
 
     def _signs_of_life(self, config: Config, policy: Policy) -> SignsOfLife:
         assert self._store is not None
@@ -97,7 +99,7 @@ class RpcWorld(World):
                 master_listen_fd=listener,
             )
         except (OSError, RuntimeError) as error:
-            host = "the launcher" if _launcher_hosts_store() else "rank 0"
+            host = "the launcher" if self._launcher_hosts_store else "rank 0"
             reason = str(error).partition("\n")[0]
             raise ConnectionLost(
                 f"{host} did not open the job's store at {address}, port {port}, within "
@@ -105,48 +107,42 @@ class RpcWorld(World):
             ) from None
         return dist.PrefixStore(f"fslsage_rpc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
-    def _open_transport(
-        self,
-        store: dist.Store,
-        rank: int,
-        keys: Comm,
-        ranks: Sequence[Presence],
-        workers: Sequence[str],
-        number: int | None = None,
-    ) -> None:
-        """See `RpcTransport`, and `Members`."""
+    def _open_transport(self, store: dist.Store, keys: Comm, ranks: Sequence[Presence]) -> None:
+        """Open it among those that have met, given by rank."""
+        rank = [each.rank for each in ranks].index(self.number)
         if "OMP_NUM_THREADS" not in os.environ:  # torchrun and our launchers set it; plain srun does not
             torch.set_num_threads(fair_threads(rank, [(each.host, frozenset(each.cores)) for each in ranks]))
+        # Names of its own in each generation: torch counts what workers of the same names have gathered.
+        suffix = f"-{self.generation}" if self.generation else ""
+        workers = [SERVER, *(f"clients{each.rank}{suffix}" for each in ranks[1:])]
         devices, places = [torch.device(each.device) for each in ranks], [each.place for each in ranks]
-        self.transport = RpcTransport(store, rank, keys, Members(devices, places, workers, number))
+        number = self.number if self._meets_anew else None
+        self.transport = RpcTransport(store, rank, keys, devices, places, workers, number)
 
     def start(self, kind: str, number: int, work: Callable[[], None]) -> None:
         self._workers.start(kind, number, work)
 
     def gather_beside(self, name: str, value: Any) -> list[Any] | None:
-        return self._gather_in_store(self._side_store, name, value)
-
-    def _gather_in_store(
-        self, store: dist.Store, name: str, value: Any, never: Callable[[int], bool] | None = None
-    ) -> list[Any] | None:
-        """`gather` through the store; None on rank 0 too, where a rank's value will never come."""
-        mine, keys = self.rank, [f"{name}/{rank}" for rank in range(self.transport.size)]
+        """See `World`: through the store; None on rank 0 too, where a rank's value will never come."""
+        store, never, mine = self._beside, self._never(), self.rank
+        keys = [f"{name}/{rank}" for rank in range(self.transport.size)]
         with peers_may_be_lost():
             store.set(keys[mine], pickle.dumps(value))  # type: ignore[arg-type]  # bytes will do
             if mine != 0:
                 return None
-            if never is None:
-                store.wait(keys, FOREVER)
-            else:
-                while not store.check(keys):
-                    gone = [key for rank, key in enumerate(keys) if never(rank)]
-                    if not all(store.check([key]) for key in gone):  # what came before it was gone counts
-                        return None
-                    time.sleep(POLL_SECONDS)
+            while not store.check(keys):
+                gone = [key for rank, key in enumerate(keys) if never(rank)]
+                if not all(store.check([key]) for key in gone):  # what came before it was gone counts
+                    return None
+                time.sleep(POLL_SECONDS)
             values = [pickle.loads(store.get(key)) for key in keys]
             for key in keys:
                 store.delete_key(key)
         return values
+
+    def _never(self) -> Callable[[int], bool]:
+        """Tells of a rank of this generation whether what it has not given by now will never come."""
+        return lambda rank: False
 
     def fail(self, error: BaseException) -> NoReturn:
         before, message, status = self._last_words(error)
@@ -192,7 +188,3 @@ def first_line(error: BaseException) -> str:
     """What an error says; one that came back from a call begins with a line that names the worker."""
     said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
     return said[0] if said else ""
-
-
-def _launcher_hosts_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -19,7 +19,7 @@ from fslsage_rpc.measure.progress import Progress
 from fslsage_rpc.measure.requests import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
-from fslsage_rpc.models.flat import Weights, check_shares
+from fslsage_rpc.models.flat import check_shares
 from fslsage_rpc.parties.aggregation import federated_average
 from fslsage_rpc.parties.requests import Ask
 from fslsage_rpc.parties.scheduler import Scheduler
@@ -65,9 +65,8 @@ class Trainer:
         self.experiment = experiment
         self.world = world
         self._transport = world.transport
-        self._paper_bytes_total: int = self._transport.broadcast(
-            lines[-1]["paper_bytes_total"] if lines else 0
-        )
+        paid = lines[-1]["paper_bytes_total"] if lines else 0
+        self._paper_bytes_total: int = self._transport.broadcast(paid)
         self.recorder = RoundRecorder(experiment.task.metrics, experiment.algorithm.train_loss_of())
         self.diverged: int | None = None
         self._first_round = saved.rounds if saved else 0
@@ -325,11 +324,11 @@ class Trainer:
             id: (client.weights, client.auxiliary_weights) if auxiliary else (client.weights,)
             for id, client in self.clients.items()
         }
-
-        def all_reduce(sums: Weights) -> None:
-            self._ledger.count("weights_allreduce", self._transport.all_reduce(sums))
-
-        means = federated_average(models, shares, all_reduce)
+        means = federated_average(
+            models,
+            shares,
+            lambda sums: self._ledger.count("weights_allreduce", self._transport.all_reduce(sums)),
+        )
         for weights in models.values():
             for model, mean in zip(weights, means, strict=True):
                 model.load(mean)

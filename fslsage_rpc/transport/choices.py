@@ -12,7 +12,7 @@ import torch
 
 from fslsage_rpc.config.schema import Comm
 from fslsage_rpc.device.cores import usable_cores
-from fslsage_rpc.device.placement import GpuPlace
+from fslsage_rpc.device.placement import GpuPlace, choose_device
 from fslsage_rpc.errors import InputError
 
 SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"
@@ -167,6 +167,6 @@ def has_channel(name: str) -> bool:
     return True
 
 
-def nccl_built() -> bool:
-    """Does this build of torch have NCCL?"""
-    return torch.distributed.is_nccl_available()
+def nccl_available(keys_device: str) -> bool:
+    """Could NCCL average on the configured device: is it built in, and is there a GPU?"""
+    return choose_device(keys_device, 0).type == "cuda" and torch.distributed.is_nccl_available()

@@ -24,6 +24,10 @@ class ServerEndpoint:
         self._server: Any = server
         self.device = device
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
+        return object, ()
+
     def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
         """Take the announcement of some participants: `Server.announce`."""
         self._server.announce(round, plans, ranking)
@@ -58,5 +62,4 @@ class ServerEndpoint:
 
     def fail(self, error: BaseException) -> None:
         """End the round under way: `Server.fail`."""
-        if isinstance(self._server, Server):
-            self._server.fail(error)
+        self._server.fail(error)

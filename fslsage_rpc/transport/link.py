@@ -109,11 +109,9 @@ class ServerLink:
         queued on a GPU for that thread, which may be capturing.
         """
         client, body = request.client, request.body
-        up = (
-            {"smashed_up": _bytes(body.z), "labels_up": _bytes(body.y)}
-            if isinstance(body, SmashedData)
-            else {}
-        )
+        up = {}
+        if isinstance(body, SmashedData):
+            up = {"smashed_up": _bytes(body.z), "labels_up": _bytes(body.y)}
         for kind, bytes in up.items():
             self.ledger.count(kind, bytes, client)
 

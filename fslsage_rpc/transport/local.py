@@ -39,8 +39,7 @@ class LocalTransport(Transport):
     def barrier(self) -> None:
         pass
 
-    def client_barrier(self) -> None:
-        pass
+    client_barrier = barrier
 
     def gather(self, value: Any) -> list[Any] | None:
         return [value]
@@ -52,17 +51,10 @@ class LocalTransport(Transport):
         return 0
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "transport": "local",
-            "averaging": None,
-            "rpc_transports": None,
-            "rpc_channels": None,
-            "request_tensors": None,
-            "interface": None,
-        }
+        without = ("averaging", "rpc_transports", "rpc_channels", "request_tensors", "interface")
+        return {"transport": "local", **dict.fromkeys(without)}
 
     def close(self) -> None:
         self._endpoint = None
 
-    def abandon(self) -> None:
-        self._endpoint = None
+    abandon = close

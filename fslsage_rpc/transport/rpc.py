@@ -11,7 +11,7 @@ the device and then, on the CPU, for the other client ranks, before it averages.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -27,15 +27,8 @@ from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.errors import ConnectionLost
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request
+from fslsage_rpc.transport import choices
 from fslsage_rpc.transport.base import CPU, OnAnswer, Transport
-from fslsage_rpc.transport.choices import (
-    bind_interface,
-    choose_averaging,
-    choose_channels,
-    default_transports,
-    device_maps,
-    has_channel,
-)
 from fslsage_rpc.transport.endpoint import ServerEndpoint
 from fslsage_rpc.transport.wire_ledger import ring_share
 
@@ -45,33 +38,7 @@ SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "
 SERVER = "server"
 """the name of its RPC worker"""
 
-
-class Offered:
-    """What rank 0 offers, and the others hold an RRef to."""
-
-    def __init__(self, endpoint: ServerEndpoint):
-        self.endpoint = endpoint
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
-        return object, ()
-
-
-_offered: Offered | None = None  # on rank 0
-
-
-@dataclass(frozen=True)
-class Members:
-    """The ranks that a transport is among, as they have told each other; all by rank.
-
-    `workers`: the names of their RPC workers. `number`: where ranks may be lost and come, by which this
-    process is known for all its life, whatever its rank; else None.
-    """
-
-    devices: Sequence[torch.device]
-    places: Sequence[GpuPlace]
-    workers: Sequence[str]
-    number: int | None = None
+_offered: ServerEndpoint | None = None  # on rank 0
 
 
 class RpcTransport(Transport):
@@ -79,38 +46,47 @@ class RpcTransport(Transport):
 
     Args:
         store: in which the ranks find each other, its keys for nobody else.
+        devices, places, workers: by rank, where each is, and the name of its RPC worker; rank 0's is SERVER.
+        number: where ranks may be lost and come, by which this process is known for all its life, whatever
+            its rank; else None.
 
     Raises:
         InputError: the ranks cannot be joined as configured.
     """
 
-    def __init__(self, store: dist.Store, rank: int, keys: Comm, members: Members):
-        maps, device = device_maps(members.devices, keys.device_maps), members.devices[rank]
-        super().__init__(rank, len(members.workers), device, carrier=device if rank in maps else CPU)
-        self._maps, self._members = maps, members
-        self._interface = bind_interface(keys)
-        self._transports = keys.transports or default_transports()
-        self._averaging = choose_averaging(keys.averaging, members.places[1:], dist.is_nccl_available())
-        chosen = choose_channels(keys.channels, members.places, maps)
-        self._channels = [name for name in chosen if has_channel(name)]  # not every build of torch has all
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        keys: Comm,
+        devices: Sequence[torch.device],
+        places: Sequence[GpuPlace],
+        workers: Sequence[str],
+        number: int | None = None,
+    ):
+        maps = choices.device_maps(devices, keys.device_maps)
+        super().__init__(rank, len(workers), devices[rank], devices[rank] if rank in maps else CPU)
+        self._maps, self.workers, self._number = maps, workers, number
+        self._interface = choices.bind_interface(keys)
+        self._transports = keys.transports or choices.default_transports()
+        self._averaging = choices.choose_averaging(keys.averaging, places[1:], dist.is_nccl_available())
+        chosen = choices.choose_channels(keys.channels, places, maps)
+        self._channels = list(filter(choices.has_channel, chosen))  # not every build of torch has all
         self._server: rpc.RRef | None = None
+        self._owner: Any = SERVER
         self._clients: Any = None
         self._averaging_group: Any = None
+        clients = list(range(1, self.size))
         try:
-            self._form(store, keys)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=self.size, timeout=FOREVER)
+            self._start_agent(store, keys)
+            # new_group is called by all ranks, also by rank 0, which is in neither group.
+            self._clients = self._averaging_group = dist.new_group(clients, timeout=FOREVER, backend="gloo")
+            if self._averaging == "nccl":
+                self._averaging_group = dist.new_group(clients, timeout=FOREVER, backend="nccl")
         except BaseException:
             self.abandon()
             raise
-
-    def _form(self, store: dist.Store, keys: Comm) -> None:
-        """Form the process groups and the RPC agents."""
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=FOREVER)
-        self._start_agent(store, keys)
-        # new_group is called by all ranks, also by rank 0, which is in neither group.
-        clients = list(range(1, self.size))
-        self._clients = self._averaging_group = dist.new_group(clients, timeout=FOREVER, backend="gloo")
-        if self._averaging == "nccl":
-            self._averaging_group = dist.new_group(clients, timeout=FOREVER, backend="nccl")
 
     def _start_agent(self, store: dist.Store, keys: Comm) -> None:
         options = rpc.TensorPipeRpcBackendOptions(
@@ -120,7 +96,7 @@ class RpcTransport(Transport):
         )
         if self.rank in self._maps:  # answers take the same way back; torch tells the server
             options.set_device_map(SERVER, dict([self._maps[self.rank]]))
-        name, number = self._members.workers[self.rank], self._members.number
+        name, number = self.workers[self.rank], self._number
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="You are using a Backend")  # torch's own doing
             if number is None:
@@ -142,21 +118,17 @@ class RpcTransport(Transport):
 
     def serve(self, endpoint: ServerEndpoint | None) -> None:
         self.barrier()  # nobody still uses the last one
-        with peers_may_be_lost():
-            synchronise(self.device)  # calls have streams of their own: what they find must be there
+        synchronise(self.device)  # calls have streams of their own: what they find must be there
         if self.rank == 0:
             offer(endpoint)
         self.barrier()
         # Calls go to its owner and do not carry it: each time would cost a fork and an acknowledgement. Where
         # ranks may be lost the worker's name will do. torch keeps a process's first RPC agent for all RRefs
         # that it ever has, so that after a loss it could not use one.
-        if self.rank and self._members.number is None:
+        if self.rank and self._number is None:
             with peers_may_be_lost():
                 self._server = rpc.rpc_sync(SERVER, _reference)
-
-    @property
-    def _owner(self) -> Any:
-        return SERVER if self._server is None else self._server.owner()
+                self._owner = self._server.owner()
 
     def submit(self, request: Request, on_answer: OnAnswer) -> None:
         travelling = replace(request, body=request.body.to(self.carrier))
@@ -236,7 +208,7 @@ class RpcTransport(Transport):
                 worker: "{} to the server's {} and back, by device map".format(*self._maps[rank])
                 if rank in self._maps
                 else "through host memory"
-                for rank, worker in enumerate(self._members.workers)
+                for rank, worker in enumerate(self.workers)
                 if rank
             },
             "interface": self._interface or "the libraries' own choice",
@@ -248,14 +220,12 @@ class RpcTransport(Transport):
             self.barrier()
             rpc.shutdown()
             self.barrier()  # the rank that hosts the store leaves it only when no thread needs it
-            dist.destroy_process_group()
-        self._clients = self._averaging_group = None
-        offer(None)
+        self.abandon()
 
     def abandon(self) -> None:
         self._server = None
         offer(None)
-        with suppress(RuntimeError):  # it was half formed
+        with suppress(RuntimeError):  # there is no agent, or no more
             rpc.shutdown(graceful=False)
         with suppress(RuntimeError, ValueError, AssertionError):
             dist.destroy_process_group()
@@ -268,29 +238,21 @@ def peers_may_be_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        named = _named(error)
-        if named is error:
+        text = str(error)
+        if isinstance(error, ConnectionLost) or not any(sign in text.lower() for sign in SIGNS_OF_LOSS):
             raise
-        raise named from error
-
-
-def _named(error: Exception) -> Exception:
-    """ConnectionLost where the text of torch's error says that a peer is gone; else the error as it is."""
-    text = str(error)
-    if isinstance(error, ConnectionLost) or not any(sign in text.lower() for sign in SIGNS_OF_LOSS):
-        return error
-    return ConnectionLost(text.partition("\n")[0])
+        raise ConnectionLost(text.partition("\n")[0]) from error
 
 
 def offer(endpoint: ServerEndpoint | None) -> None:
     """On rank 0: have calls go to this server from now on."""
     global _offered
-    _offered = None if endpoint is None else Offered(endpoint)
+    _offered = endpoint
 
 
 def offered() -> ServerEndpoint | None:
     """On rank 0, on any thread: what calls go to."""
-    return None if _offered is None else _offered.endpoint
+    return _offered
 
 
 # On the server's rank. What is called there never blocks a thread of the RPC pool.
@@ -301,7 +263,7 @@ def _reference() -> rpc.RRef:
 
 
 def _answer(method: str, *arguments: Any) -> Any:
-    return _in_host_memory(getattr(offered(), method)(*arguments))
+    return _in_host_memory(getattr(_offered, method)(*arguments))
 
 
 def _echo(payload: torch.Tensor, down_bytes: int) -> torch.Tensor:
@@ -315,10 +277,9 @@ def _submit(request: Request, device_map: bool) -> Future[Answer]:
 
     It is completed on the stream that computes the answer, whose place in it the future keeps.
     """
-    endpoint = offered()
-    assert endpoint is not None
-    future: Future[Answer] = Future(devices=[endpoint.device] if device_map else None)
-    endpoint.submit(
+    assert _offered is not None
+    future: Future[Answer] = Future(devices=[_offered.device] if device_map else None)
+    _offered.submit(
         request, lambda answer: future.set_result(_on_gpu(answer) if device_map else answer.to(CPU))
     )
     return future

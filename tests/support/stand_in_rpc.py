@@ -441,7 +441,7 @@ def stand_in(job: Job, patch: pytest.MonkeyPatch) -> None:
     )
     patch.setattr(production, "dist", distributed)
     patch.setattr(production, "Future", OfJob)
-    patch.setattr(production, "bind_interface", nothing)
+    patch.setattr(production.choices, "bind_interface", nothing)
     patch.setattr(production.autograd, "_init", nothing)
     patch.setattr(production.rpc, "_init_rpc_backend", nothing)
     patch.setattr(production.rpc, "shutdown", nothing)
@@ -455,9 +455,9 @@ def transport_between_threads(
     """The real one, of a rank that is a thread; without an RRef, which would need agents of torch."""
     ranks = len(job.processes)
     workers = [production.SERVER, *(f"clients{number}" for number in range(1, ranks))]
-    members = production.Members([device] * ranks, [GpuPlace("here", None)] * ranks, workers, rank)
-    store: Any = None
-    return production.RpcTransport(store, rank, replace(keys, transports=["uv"]), members)
+    devices, places, store = [device] * ranks, [GpuPlace("here", None)] * ranks, SimpleNamespace()
+    keys = replace(keys, transports=["uv"])
+    return production.RpcTransport(store, rank, keys, devices, places, workers, rank)  # type: ignore[arg-type]
 
 
 class ThreadsWorld(RpcWorld):
