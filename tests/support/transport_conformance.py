@@ -370,7 +370,7 @@ def raises_soon(work: Callable[[], Any]) -> None:
 
 
 def assert_errors_after_the_servers_death(transport: Transport) -> None:
-    """Of at least three ranks: in a request under way, and in all that follows."""
+    """Kill rank 0 of at least three: a request under way fails, and so does all that follows."""
     served(transport, holds=True)
     answers = Answers(transport)
     if transport.rank:
@@ -387,7 +387,7 @@ def assert_errors_after_the_servers_death(transport: Transport) -> None:
 
 
 def assert_errors_after_a_clients_death(transport: Transport) -> None:
-    """Of at least three ranks: in collectives; calls of those that are left go on."""
+    """Kill the last of at least three: collectives fail, and calls of those that are left go on."""
     endpoint = served(transport)
     transport.barrier()
     if transport.rank == transport.size - 1:
