@@ -150,7 +150,7 @@ def be_peer(transport: str, store: str, me: str) -> None:
     import torch
     from torch.distributed import rpc
 
-    from fslsage_rpc.device.placement import CPU_CHANNELS, CUDA_CHANNELS
+    from fslsage_rpc.transport.choices import CPU_CHANNELS, CUDA_CHANNELS
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     on_gpu = device.type == "cuda"

@@ -36,7 +36,7 @@ from fslsage_rpc.config.own import first_line
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.clock import clock
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.report import sources
 from fslsage_rpc.runs.environment import rank_environment, versions
 from fslsage_rpc.runs.metrics_file import MetricsFile
@@ -288,7 +288,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Training], dict[str, Any]
     world = open_world(configs[0])
     environment = {
         "versions": {**versions(), "cudnn": torch.backends.cudnn.version()},
-        **world.describe(),
+        **world.transport.describe(),
         "ranks": [rank_environment(world.device)],
         "data": read(options.data).said,
         "settings": [*SETTINGS, *options.overrides],

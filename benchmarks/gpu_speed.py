@@ -32,8 +32,9 @@ from step_floor import Arithmetic
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.clock import clock, synchronise
-from fslsage_rpc.job.local import LocalWorld
-from fslsage_rpc.job.world import World, open_world
+from fslsage_rpc.job.local_world import LocalWorld
+from fslsage_rpc.job.opening import open_world
+from fslsage_rpc.job.world import World
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 from launch.gpu_check import note, seconds_left
@@ -143,7 +144,7 @@ def measure(options: argparse.Namespace) -> None:
 
     def tell(turn: int) -> None:
         medians = {way: statistics.median(seconds[1:] or seconds) for way, seconds in taken.items()}
-        gathered = world.gather((medians, sum(map(graphs_of, trainers))))
+        gathered = world.transport.gather((medians, sum(map(graphs_of, trainers))))
         if gathered:
             rates = {way: round(samples / seconds, 1) for way, seconds in gathered[-1][0].items()}
             graphs = sum(count for _, count in gathered)
@@ -157,10 +158,10 @@ def measure(options: argparse.Namespace) -> None:
             taken.setdefault(way, []).append(train(rounds) / interval)
             if options.way == "local":
                 tell(turn)  # at once: the next may end the process
-        world.barrier()
+        world.transport.barrier()
         tell(turn)
         # The first turn warms up: the next is worth a try, whatever it took, as figures are noted at once.
-        if not world.broadcast(turn == 0 or seconds_left() > 1 + 1.2 * (clock() - began)):
+        if not world.transport.broadcast(turn == 0 or seconds_left() > 1 + 1.2 * (clock() - began)):
             break
     world.close()
 

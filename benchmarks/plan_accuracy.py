@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fslsage_rpc.bench.table import table, untrusted
 from fslsage_rpc.config.loading import load
-from fslsage_rpc.measure.host_load import usable_cores
+from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.here import adapted, calibrate_here, fits_apart
 from fslsage_rpc.plan.run import link_speed, predictions

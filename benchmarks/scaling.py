@@ -37,7 +37,7 @@ from fslsage_rpc.check.machine import status_bytes
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.memory import give_back_free_pages, keep_large_blocks
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
 from fslsage_rpc.training.experiment import Experiment
@@ -105,7 +105,7 @@ def run_rank(config: Config) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     trainer.train_round(0)
     seconds = trainer.train_round(1)
-    peaks = world.gather(status_bytes("VmHWM"))
+    peaks = world.transport.gather(status_bytes("VmHWM"))
     if peaks:
         steps = config.clients.count * BATCHES * config.clients.local_epochs
         step_seconds = seconds * CLIENT_RANKS / steps

@@ -20,7 +20,8 @@ from rank_job import overrides_on_ranks
 
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config
-from fslsage_rpc.job.world import World, open_world
+from fslsage_rpc.job.opening import open_world
+from fslsage_rpc.job.world import World
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, Ask, Push
 from fslsage_rpc.parties.server import Server
@@ -106,8 +107,8 @@ def compare(config: Config, world: World) -> tuple[list[float], list[float]]:
     for pair in range(PAIRS + 1):
         rounds = range(pair * interval, (pair + 1) * interval)
         measured = sum(trainer.train_round(round) for round in rounds)
-        world.barrier()
-        spent = world.gather(arithmetic.cpu_seconds(rounds))
+        world.transport.barrier()
+        spent = world.transport.gather(arithmetic.cpu_seconds(rounds))
         if spent and pair:  # the first one warms up
             floors.append(sum(spent) / (os.cpu_count() or 1) / interval)
             seconds.append(measured / interval)

@@ -6,7 +6,8 @@ Starts two ranks, joined as in any run. For each size the client rank sends smas
 turns with `dist.send` over Gloo and by the requests of the program, four of them under way at a time as in
 `comm.upload_window`. A sample begins with a barrier and ends when the last answer is there. About a minute.
 
-Prints MiB/s of both, and last, one a line, the medians of the paired ratios RPC / dist.send.
+Prints MiB/s of both, and last, one a line, the medians of the paired ratios RPC / dist.send. Also what a
+small call costs, and by turns one that carries an RRef to the server, which the program's do not.
 """
 
 import os
@@ -22,7 +23,7 @@ from torch.futures import Future
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.device.clock import clock
 from fslsage_rpc.device.memory import keep_large_blocks
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.parties.requests import Answer, Push, Request
 
 SIZES = [2.0**power for power in range(-2, 6)]
@@ -37,9 +38,25 @@ SMALL_CALLS = 300
 @rpc.functions.async_execution
 def submit(request: Request) -> Future[Answer]:
     """On the server's rank: answers at once, in the way that the program's server does."""
+    return served(request)
+
+
+@rpc.functions.async_execution
+def submit_to(server: rpc.RRef, request: Request) -> Future[Answer]:
+    """The same, of a call that says by an RRef whom it is for."""
+    return server.local_value()(request)
+
+
+def served(request: Request) -> Future[Answer]:
+    """On the server's rank: what the RRef is to."""
     future: Future[Answer] = Future()
     future.set_result(Answer(None, 0.0, 0.0))
     return future
+
+
+def reference() -> rpc.RRef:
+    """On the server's rank."""
+    return rpc.RRef(served)
 
 
 def upload(body: Push, count: int) -> None:
@@ -89,10 +106,11 @@ def main() -> None:
     overrides = overrides_on_ranks(__file__, __doc__, 2)
     world = open_world(from_tree({"ranks": 2, "device": "cpu"}, overrides))
     keep_large_blocks()  # as in every round
-    sends = world.client_rank == 0
+    sends = world.transport.client_rank == 0
     ratios = {}
     if sends:
-        print(f"transports {world.describe()['rpc_transports']}, {os.cpu_count()} cores", flush=True)
+        transports = world.transport.describe()["rpc_transports"]
+        print(f"transports {transports}, {os.cpu_count()} cores", flush=True)
     for size in SIZES:
         send, call, ratio = compare(sends, size)
         if sends:
@@ -100,18 +118,29 @@ def main() -> None:
             print(f"{size:6.2f} MiB   dist.send {send:6.0f} MiB/s   RPC {call:6.0f} MiB/s", flush=True)
     if sends:
         small = Push(torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-        calls = [seconds_of_call(small) for _ in range(SMALL_CALLS)]
-        print(f"one small call {1e6 * statistics.median(calls):.0f} us", flush=True)
+        plain, carrying = compare_small_calls(small)
+        ratio = statistics.median(with_it / without for without, with_it in zip(plain, carrying, strict=True))
+        without, with_it = (1e6 * statistics.median(calls) for calls in (plain, carrying))
+        print(f"one small call {without:.0f} us, with an RRef {with_it:.0f} us", flush=True)
+        print(f"small call with an RRef / without {ratio:.2f}", flush=True)
         for size, ratio in ratios.items():
             print(f"{size:.2f} MiB RPC / dist.send {ratio:.2f}", flush=True)
     world.close()
 
 
-def seconds_of_call(body: Push) -> float:
-    """There and back."""
-    started = clock()
-    upload(body, 1)
-    return clock() - started
+def compare_small_calls(body: Push) -> tuple[list[float], list[float]]:
+    """Seconds there and back, without an RRef and with one, by turns."""
+    server = rpc.rpc_sync("server", reference)
+    request = Request(0, 0, 0, body)
+    ways = [(submit, (request,)), (submit_to, (server, request))]
+    seconds: list[list[float]] = [[], []]
+    for turn in range(SMALL_CALLS):
+        for way in (0, 1) if turn % 2 else (1, 0):
+            function, arguments = ways[way]
+            started = clock()
+            rpc.rpc_async("server", function, args=arguments, timeout=0).wait()
+            seconds[way].append(clock() - started)
+    return seconds[0], seconds[1]
 
 
 if __name__ == "__main__":

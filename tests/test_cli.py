@@ -14,8 +14,8 @@ import yaml
 import fslsage_rpc
 from fslsage_rpc import InputError, cli
 from fslsage_rpc.errors import FIRST_WORD_SECONDS, HostError
-from fslsage_rpc.job.world import has_channel
 from fslsage_rpc.training.experiment import check
+from fslsage_rpc.transport.choices import has_channel
 from support.commands import fslsage, said
 
 SMALL = {

@@ -12,8 +12,9 @@ import yaml
 
 from fslsage_rpc.bench.table import BUSY_MARK
 from fslsage_rpc.bench.table import busy_line as busy_line_of_bench
+from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.measure import host_load as cores
-from fslsage_rpc.measure.host_load import CoreTimes, busy_by_host, host_busy, mean_busy, usable_cores
+from fslsage_rpc.measure.host_load import CoreTimes, busy_by_host, host_busy, mean_busy
 from fslsage_rpc.runs.records import RoundRecorder
 from fslsage_rpc.runs.screen import busy_line
 from support.commands import fslsage, said

@@ -14,9 +14,9 @@ import torch
 
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.device.graphs import Graphed
+from fslsage_rpc.device.placement import set_tf32
 from fslsage_rpc.device.streams import WorkQueue, current_place, own_stream
-from fslsage_rpc.job.local import LocalWorld
-from fslsage_rpc.job.world import set_tf32
+from fslsage_rpc.job.local_world import LocalWorld
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer

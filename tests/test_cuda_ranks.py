@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fslsage_rpc.device.placement import SHARED_GPUS
+from fslsage_rpc.transport.choices import SHARED_GPUS
 from launch.gpu_check import seconds_left
 from support.cpu_reference import ALGORITHMS, assert_as_on_a_cpu, tree
 from support.equality import assert_device_seconds

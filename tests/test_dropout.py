@@ -16,7 +16,7 @@ from fslsage_rpc.algorithms.rehearsal import Rehearsal
 from fslsage_rpc.cli import main
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Model
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.dropout import KeyedMask, Masks, key_masks
 from fslsage_rpc.models.splitting import build

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fslsage_rpc.job import rpc
+from fslsage_rpc.transport import choices
 from support.batch_norm_model import CUT, SMASHED_SAMPLE
 from support.equality import OWN_COLLECTIVES, assert_same, without_seconds
 from support.rank_program import Outcome, train_and_save, train_locally, train_on_ranks
@@ -200,8 +200,8 @@ def test_shared_memory_carries_the_same_numbers(
 
 def train_where_cores_are_many(configs: str, folder: str) -> None:
     """One rank of a job: TensorPipe's own choice on one host is its transport by shared memory."""
-    rpc.SHM_CORES_PER_RANK = 0  # type: ignore[attr-defined]  # imported there
-    assert rpc._default_transports() is None
+    choices.SHM_CORES_PER_RANK = 0
+    assert choices.default_transports() is None
     train_and_save(configs, folder)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config
-from fslsage_rpc.job.local import LocalWorld
+from fslsage_rpc.job.local_world import LocalWorld
 from fslsage_rpc.runs.checkpoint_files import RankState
 from fslsage_rpc.runs.checkpoints import snapshot
 from fslsage_rpc.training.experiment import Experiment

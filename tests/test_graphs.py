@@ -15,7 +15,7 @@ from torch import nn
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import AlignmentKeys, OptimizerKeys, SchedulerKeys
 from fslsage_rpc.device.graphs import SHAPES, Graphed
-from fslsage_rpc.job.local import LocalWorld
+from fslsage_rpc.job.local_world import LocalWorld
 from fslsage_rpc.notebook import train
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.context import Context

@@ -13,7 +13,7 @@ from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Model
 from fslsage_rpc.data.batches import ImageBatches
 from fslsage_rpc.data.datasets import SPECS
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.models.splitting import build
 from fslsage_rpc.training.experiment import Experiment
 from support.batch_norm_model import CUT

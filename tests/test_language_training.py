@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fslsage_rpc
 from fslsage_rpc.config.loading import from_tree
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.language import data as e2e
 from fslsage_rpc.language.data import IGNORED
 from fslsage_rpc.notebook import Run

@@ -16,24 +16,23 @@ from torch._jit_internal import _extract_tensors  # type: ignore[attr-defined]
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.device import workers
 from fslsage_rpc.device.clock import device_clock
-from fslsage_rpc.device.placement import (
-    SHARED_GPUS,
-    GpuPlace,
-    choose_averaging,
-    choose_channels,
-    device_maps,
-    fair_threads,
-    hidden_gpus,
-)
+from fslsage_rpc.device.cores import fair_threads, server_workers, usable_cores
+from fslsage_rpc.device.placement import GpuPlace, set_tf32
 from fslsage_rpc.device.streams import WorkQueue, current_place
 from fslsage_rpc.device.workers import Workers
 from fslsage_rpc.errors import InputError
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.roll_call import Presence
-from fslsage_rpc.job.world import open_world, server_workers, set_tf32
-from fslsage_rpc.measure.host_load import usable_cores
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.requests import Answer
+from fslsage_rpc.transport.choices import (
+    SHARED_GPUS,
+    choose_averaging,
+    choose_channels,
+    device_maps,
+    hidden_gpus,
+)
 from fslsage_rpc.transport.rpc import _on_gpu
 from support.forked_ranks import run_ranks
 from support.user_input import mistake

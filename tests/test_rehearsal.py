@@ -15,7 +15,7 @@ from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.rehearsal import StandIn
 from fslsage_rpc.algorithms.splitfed import SplitFedV1
 from fslsage_rpc.config.loading import from_tree
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, ClientStep, Exchange, Push
 from fslsage_rpc.training.experiment import Experiment

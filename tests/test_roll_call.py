@@ -7,7 +7,7 @@ from torch.distributed import HashStore, TCPStore
 
 from fslsage_rpc.errors import ConnectionLost
 from fslsage_rpc.job.roll_call import await_all, claim_failure
-from fslsage_rpc.job.rpc import RpcWorld
+from fslsage_rpc.job.rpc_world import RpcWorld
 
 KEYS = ["here/0", "here/1", "here/2"]
 AN_HOUR = timedelta(hours=1)

@@ -18,7 +18,7 @@ import fslsage_rpc
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.own import source_hash
 from fslsage_rpc.errors import RankRefused
-from fslsage_rpc.job.local import LocalWorld
+from fslsage_rpc.job.local_world import LocalWorld
 from fslsage_rpc.models.flat import Weights, check_shares, load_mean
 from fslsage_rpc.parties.aggregation import federated_average
 from fslsage_rpc.tasks import hashes as hashes_module
@@ -27,6 +27,7 @@ from fslsage_rpc.tasks.tensors import TensorSamples
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.sameness import Basis, compare_ranks
 from fslsage_rpc.training.trainer import Trainer
+from fslsage_rpc.transport.local import LocalTransport
 from support.commands import fslsage
 from support.trees import merged, tree
 from support.user_input import mistake
@@ -43,15 +44,21 @@ def images(root: str, train: bool) -> tuple[Tensor, Tensor]:
     return torch.arange(count * 16).view(count, 1, 4, 4).to(torch.uint8), torch.arange(count) % 4
 
 
+class Others(LocalTransport):
+    def __init__(self, others: list[Basis], rank: int):
+        super().__init__(torch.device("cpu"))
+        self.others, self.rank = others, rank
+
+    def gather(self, value: Any) -> list[Any]:
+        return self.others
+
+
 class Ranks(LocalWorld):
     """Rank 2 of three, in the place that it has after a loss; the others are as they are told."""
 
     def __init__(self, config: Any, others: list[Basis], generation: int = 0, rank: int = 0):
         super().__init__(config)
-        self.others, self.generation, self.rank = others, generation, rank
-
-    def gather(self, value: Any) -> list[Any]:
-        return self.others
+        self.generation, self.transport = generation, Others(others, rank)
 
 
 @pytest.fixture(scope="module")
@@ -219,12 +226,14 @@ def test_an_average_takes_no_shares_of_another_sum() -> None:
 def test_shares_of_ranks_that_know_other_clients_end_the_run(experiment: Experiment) -> None:
     """Each rank's own shares add up to 1, as they do where one has counted fewer samples."""
 
-    class Two(LocalWorld):
+    class Two(LocalTransport):
         def gather(self, value: Any) -> list[Any]:
             report, stop, share, finite = value
             return [(report, stop, share, finite), (report, stop, -0.0025, finite)]
 
-    trainer = Trainer(Experiment.prepare(experiment.config), Two(experiment.config))
+    world = LocalWorld(experiment.config)
+    world.transport = Two(world.device)
+    trainer = Trainer(Experiment.prepare(experiment.config), world)
     with pytest.raises(ValueError, match=r"add up to 0\.9975, not to 1"):
         trainer.train(lambda line, reports: None)
 

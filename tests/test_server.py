@@ -141,18 +141,25 @@ def test_an_upload_is_answered_when_the_device_has_trained_on_it() -> None:
             assert self.done.wait(TIMEOUT)
 
     device, answers = Device(), []
-    lane = lane_of(nn.Linear(4, 3))
-    lane.queue = device
+    model, gone_on = nn.Linear(4, 3), threading.Event()
+    optimizer = ScheduledOptimizer(SGD, model.parameters())
+    lane = Lane(model, optimizer, "round_robin", Context(queue=device))
+
+    def take(answer: Answer) -> None:
+        answers.append(answer)
+        gone_on.set()
+
     with ThreadPoolExecutor(2) as pool:
         server = make_server({0: lane}, pool)
         server.announce(0, {0: [0, 0, 1]}, [0])
         push = Push(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
-        server.submit(Request(0, 0, 0, push), answers.append)
-        server.submit(exchange(0, number=1), answers.append)  # the lane goes on meanwhile
-        server.submit(Request(0, 2, 0, push), answers.append)
-        server.wait()
+        server.submit(Request(0, 0, 0, push), take)
+        server.submit(exchange(0, number=1), take)  # the lane goes on meanwhile
+        server.submit(Request(0, 2, 0, push), take)
+        assert gone_on.wait(TIMEOUT)
         assert [answer.value is None for answer in answers] == [False]
         device.done.set()
+        server.wait()
     assert [answer.value is None for answer in answers] == [False, True, True]
     assert server.report(1.0).samples == 15
 

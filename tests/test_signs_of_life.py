@@ -384,7 +384,7 @@ def test_time_as_it_passes() -> None:
 
 def test_what_only_lost_clients_need_is_imported_in_one_place() -> None:
     package = Path(fslsage_rpc.__file__).parent
-    for module, importer in (("regroup", "elastic.py"), ("elastic", "world.py")):
+    for module, importer in (("regroup", "elastic_world.py"), ("elastic_world", "opening.py")):
         importers = [it for it in package.rglob("*.py") if f"fslsage_rpc.job.{module} " in it.read_text()]
         assert importers == [package / "job" / importer]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.job.world import choose_device
+from fslsage_rpc.device.placement import choose_device
 from support import stand_in_rpc
 from support.stand_in_cuda import GPU, Cuda, Process, cuda, process
 from support.stand_in_rpc import Future, Job

@@ -9,9 +9,8 @@ from torch import nn
 
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import AlignmentKeys, OptimizerKeys
+from fslsage_rpc.device.placement import open_device
 from fslsage_rpc.device.streams import PRIORITY, WorkQueue, can_capture, current_place
-from fslsage_rpc.job.local import LocalLink
-from fslsage_rpc.job.world import open_device
 from fslsage_rpc.measure.requests import RequestLog, RequestTimes, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
@@ -21,6 +20,8 @@ from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.parties.requests import Align, Exchange, Push, Request
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.transport.link import connect
+from fslsage_rpc.transport.local import LocalTransport
 from fslsage_rpc.transport.wire_ledger import WireLedger
 from support.stand_in_cuda import GPU, Cuda, Process, Stream, cuda, process
 
@@ -89,7 +90,8 @@ def server_on(
 def test_requests_on_a_gpu_are_timed_by_its_clock(process: Process) -> None:
     """Each reading of the stand-in's clock is 2 ms after the one before."""
     server, log = server_on(GPU), RequestLog()
-    link = LocalLink(server, WireLedger(), log, GPU)
+    link = connect(LocalTransport(GPU), server, WireLedger(), log)
+    assert link is not None
     link.announce(0, {0: [0, 0, 0, 1]}, [0])
     z, y = torch.randn(5, 4, device=GPU), torch.arange(5, device=GPU) % 3
     bodies = [Push(z, y), Exchange(z, y), Align(), Exchange(z, y)]
@@ -154,7 +156,8 @@ def test_pushes_and_alignments_are_answered_when_the_device_is_through_with_them
 
 def test_on_a_cpu_requests_are_timed_by_the_hosts() -> None:
     server, log = server_on(torch.device("cpu")), RequestLog()
-    link = LocalLink(server, WireLedger(), log, torch.device("cpu"))
+    link = connect(LocalTransport(torch.device("cpu")), server, WireLedger(), log)
+    assert link is not None
     link.announce(0, {0: [0]}, [0])
     link.send(Request(0, 0, 0, Exchange(torch.randn(5, 4), torch.arange(5) % 3)), lambda take: take())
     told, report = log.take(), server.report(1.0)

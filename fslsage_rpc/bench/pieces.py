@@ -7,7 +7,7 @@ import torch
 
 from fslsage_rpc.algorithms.bound import ClientPieces, LinkSpeed, RoundPieces
 from fslsage_rpc.data.participation import Federation, home_of
-from fslsage_rpc.job.world import server_workers
+from fslsage_rpc.device.cores import server_workers
 from fslsage_rpc.measure.phases import COMPUTE, Phase
 from fslsage_rpc.parties.requests import KINDS, Ask
 from fslsage_rpc.runs.records import RankReport

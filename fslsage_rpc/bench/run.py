@@ -22,7 +22,8 @@ from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import to_tree, to_yaml
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.job.world import World, is_first_rank, job_ranks, open_world
+from fslsage_rpc.job.opening import open_world
+from fslsage_rpc.job.world import World, is_first_rank, job_ranks
 from fslsage_rpc.runs.environment import emulated_links, rank_environment, versions
 from fslsage_rpc.runs.folder_lock import FolderLock
 from fslsage_rpc.runs.places import check_place, write_whole, writing
@@ -97,7 +98,7 @@ def _bench(
     """All repeats; on the server's rank, the results are shown and written."""
     runs: list[BenchRun] = []
     links: list[dict[int, LinkSpeed]] = []
-    ranks = world.gather(rank_environment(world.device))
+    ranks = world.transport.gather(rank_environment(world.device))
     for repeat in range(config.bench.repeats):
         names = list(variants)[:: 1 if repeat % 2 == 0 else -1]
         for name in names:
@@ -120,7 +121,7 @@ def _bench(
             "reference": config.bench.reference,
             "environment": {
                 "versions": versions(),
-                **world.describe(),
+                **world.transport.describe(),
                 "ranks": ranks,
                 **emulated,
                 "link_speeds": [_speed_records(each) for each in links],

@@ -13,10 +13,10 @@ from fslsage_rpc.check.links import CollectiveSpeed
 from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.memory import Estimate, Memory
 from fslsage_rpc.config.schema import Config
-from fslsage_rpc.device.placement import SHM_CORES_PER_RANK, hidden_gpus
 from fslsage_rpc.measure.host_load import BUSY, CoreTimes, busy_by_host
 from fslsage_rpc.models.flat import module_bytes, trainable
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.transport.choices import SHM_CORES_PER_RANK, hidden_gpus
 
 MIB, GIB = 2**20, 2**30
 MOST_REHEARSED = 100_000
@@ -121,7 +121,7 @@ class Findings:
     config: Config
     ranks: Sequence[Rank]
     world: Mapping[str, Any]
-    """see `World.describe`"""
+    """see `Transport.describe`"""
     links: Mapping[int, LinkSpeed]
     """by client rank"""
     averaging: CollectiveSpeed | None

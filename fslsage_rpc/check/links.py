@@ -14,7 +14,8 @@ from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.server import Server
-from fslsage_rpc.transport.base import PROBE_BYTES, PROBE_SECONDS
+from fslsage_rpc.transport import link
+from fslsage_rpc.transport.link import PROBE_BYTES, PROBE_SECONDS
 from fslsage_rpc.transport.wire_ledger import WireLedger
 
 
@@ -34,8 +35,9 @@ def measure_links(world: World) -> dict[int, LinkSpeed]:
     Returns:
         By client rank, on the server's rank; elsewhere nothing.
     """
-    link = world.connect(_idle_server(world) if world.hosts_server else None, WireLedger(), RequestLog())
-    return world.measure_links(link)
+    server = _idle_server(world) if world.hosts_server else None
+    mine = link.connect(world.transport, server, WireLedger(), RequestLog())
+    return link.measure_links(world.transport, mine)
 
 
 def measure_averaging(world: World) -> CollectiveSpeed | None:
@@ -48,22 +50,22 @@ def measure_averaging(world: World) -> CollectiveSpeed | None:
         On the server's rank, the slowest rank's; None elsewhere, and where there is one client rank only.
     """
     mine = None
-    if world.client_ranks > 1 and world.client_rank is not None:
+    if world.transport.client_ranks > 1 and world.transport.client_rank is not None:
         round_trip = statistics.median(_all_reduce_seconds(world, 1) for _ in range(21))
         size, seconds = 2**16, 0.0  # numbers of 4 bytes
         while seconds < PROBE_SECONDS and 4 * size < PROBE_BYTES:
             size *= 4
             seconds = _mean(world, min(_all_reduce_seconds(world, size) for _ in range(3)) - round_trip)
         mine = CollectiveSpeed(round_trip, 4 * size / seconds if seconds > 0 else math.inf)
-    speeds = [speed for speed in world.gather(mine) or [] if speed is not None]
+    speeds = [speed for speed in world.transport.gather(mine) or [] if speed is not None]
     return max(speeds, key=lambda speed: speed.round_trip_seconds, default=None)
 
 
 def _all_reduce_seconds(world: World, numbers: int) -> float:
     weights = _numbers(torch.zeros(numbers), world)
-    world.client_barrier()
+    world.transport.client_barrier()
     started = clock()
-    world.all_reduce(weights, WireLedger())
+    world.transport.all_reduce(weights)
     synchronise(world.device)
     return clock() - started
 
@@ -71,8 +73,8 @@ def _all_reduce_seconds(world: World, numbers: int) -> float:
 def _mean(world: World, mine: float) -> float:
     """Of the client ranks' values: the same on all, so that all decide alike."""
     sums = _numbers(torch.tensor([mine]), world)
-    world.all_reduce(sums, WireLedger())
-    return float(sums.floats) / world.client_ranks
+    world.transport.all_reduce(sums)
+    return float(sums.floats) / world.transport.client_ranks
 
 
 def _numbers(floats: torch.Tensor, world: World) -> Weights:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.device.memory import physical_memory
 from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.job.sockets import hostname_address, interface_addresses, listeners
-from fslsage_rpc.measure.host_load import usable_cores
 from fslsage_rpc.runs.environment import rank_environment, versions
 
 KIB = 2**10

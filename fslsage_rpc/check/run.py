@@ -15,22 +15,17 @@ from fslsage_rpc.check.links import measure_averaging, measure_links
 from fslsage_rpc.check.machine import Disk, Machine, existing_folder
 from fslsage_rpc.check.memory import Estimate, Memory
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.cores import server_workers
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.sockets import hostname_address, interface_addresses
-from fslsage_rpc.job.world import (
-    World,
-    interfaces,
-    is_first_rank,
-    job_ranks,
-    on_one_host,
-    open_world,
-    server_workers,
-)
+from fslsage_rpc.job.world import World, is_first_rank, job_ranks
 from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.runs.places import check_place
 from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys
 from fslsage_rpc.training.sameness import wrong_ranks
+from fslsage_rpc.transport.choices import interfaces, on_one_host
 
 WAIT_SECONDS = 0.5
 
@@ -77,17 +72,17 @@ def _examine(config: Config, experiment: Experiment | None, world: World) -> Fin
         run = Run.of(experiment, estimate)
     links, averaging = measure_links(world), measure_averaging(world)
     wrong = wrong_ranks(experiment, world) if experiment else {}
-    ranks = world.gather(rank)
+    ranks = world.transport.gather(rank)
     if ranks is None:
         return None
     unused = unused_keys(config.algorithm, experiment.algorithm.reads()) if experiment else []
     warnings = [*experiment.warnings, *wrong.values()] if experiment else []
-    return Findings(config, ranks, world.describe(), links, averaging, run, unused, warnings)
+    return Findings(config, ranks, world.transport.describe(), links, averaging, run, unused, warnings)
 
 
 def _wait(world: World) -> CoreTimes:
     """Collective: half a second in which no rank does anything, to see what others do."""
-    world.barrier()
+    world.transport.barrier()
     began = CoreTimes.now()
     time.sleep(WAIT_SECONDS)
     return CoreTimes.now().since(began)
@@ -123,7 +118,7 @@ def _memory(estimate: Estimate, world: World) -> Memory:
     if world.hosts_server:
         workers = server_workers(world.device) if world.works_beside else 1
         test = estimate.experiment.task.load(train=False)
-        memory = memory.plus(estimate.of_server(workers, world.client_ranks, test, world.device))
+        memory = memory.plus(estimate.of_server(workers, world.transport.client_ranks, test, world.device))
     return memory
 
 
@@ -138,7 +133,7 @@ def _sees_output(config: Config, world: World, disk: Disk) -> bool:
 
 
 def _look(world: World, token: Path | None) -> bool:
-    token = world.broadcast(token)
+    token = world.transport.broadcast(token)
     seen = token is not None and token.exists()
-    world.barrier()
+    world.transport.barrier()
     return seen

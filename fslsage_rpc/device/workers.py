@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from fslsage_rpc.job.world import server_workers
+from fslsage_rpc.device.cores import server_workers
 
 
 class Workers:

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import Store
 
+from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.errors import ConnectionLost
 from fslsage_rpc.job import processes
@@ -35,13 +36,14 @@ class Presence:
     device: str
     gpu: str | None = None
     visible_gpus: Sequence[str] = ()
+    cores: Sequence[int] = ()
 
     @classmethod
     def here(cls, rank: int, device: torch.device) -> "Presence":
         """That of this process."""
         place = GpuPlace.of(device)
-        seen = sorted(place.visible)
-        return cls(rank, platform.node(), os.getpid(), processes.machine(), str(device), place.gpu, seen)
+        seen, cores, machine = sorted(place.visible), sorted(usable_cores()), processes.machine()
+        return cls(rank, platform.node(), os.getpid(), machine, str(device), place.gpu, seen, cores)
 
     @classmethod
     def read(cls, text: bytes) -> "Presence":

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fslsage_rpc.device.placement import open_device
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.job.world import open_device, open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.language import data as e2e
 from fslsage_rpc.language.beam_search import NextLogits, write_on
 from fslsage_rpc.language.task import LanguageTask
 from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.parties.predictor import FinishedServer
 from fslsage_rpc.runs.finished import FinishedRun, load_finished
+from fslsage_rpc.transport.link import connect
 from fslsage_rpc.transport.wire_ledger import WireLedger
 
 MEANINGS_AT_ONCE = 16
@@ -65,8 +67,8 @@ def generate(folder: str | Path, meanings: Sequence[str], beams: int) -> Written
     try:
         server = FinishedServer(run.split.server, world.device) if world.hosts_server else None
         ledger, written = WireLedger(), None
-        link = world.connect(server, ledger, RequestLog())
-        if link and world.client_rank == 0:
+        link = connect(world.transport, server, ledger, RequestLog())
+        if link and world.transport.client_rank == 0:
             client = run.split.client.to(world.device).eval()
 
             def next_logits(tokens: Tensor) -> Tensor:
@@ -74,8 +76,8 @@ def generate(folder: str | Path, meanings: Sequence[str], beams: int) -> Written
 
             texts = _write(run.task, next_logits, meanings, beams)
             wire_bytes = sum(sum(kinds.values()) for kinds in ledger.take().values())
-            written = Written(texts, wire_bytes if world.size > 1 else 0)
-        world.barrier()
+            written = Written(texts, wire_bytes if world.transport.size > 1 else 0)
+        world.transport.barrier()
         world.close()
     except BaseException as error:
         world.fail(error)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.device.clock import clock
+from fslsage_rpc.device.cores import usable_cores
 
 BUSY = 0.05
 """the share of a host's cores that others may have had while its seconds are believed"""
@@ -20,12 +21,6 @@ WORK, ALL = (0, 1, 2, 7), range(8)
 
 Interrupts are no work of others: most of them are of the job's own network.
 """
-
-
-def usable_cores() -> frozenset[int]:
-    """The cores of this host that this process may run on."""
-    known = hasattr(os, "sched_getaffinity")
-    return frozenset(os.sched_getaffinity(0) if known else range(os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.config.loading import from_tree, to_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.clock import clock, cpu_clock, synchronise
+from fslsage_rpc.device.cores import server_workers
+from fslsage_rpc.device.placement import choose_device
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.job.world import choose_device, open_world, server_workers
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.parties.auxiliary_fit import AlignmentBuffer
 from fslsage_rpc.plan.calibration import DEPENDS_ON_VALUES, Calibration
 from fslsage_rpc.plan.costs import Costs, Line, measure_costs

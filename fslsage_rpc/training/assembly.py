@@ -23,7 +23,7 @@ from fslsage_rpc.parties.server import Server
 from fslsage_rpc.parties.snapshot import Snapshot
 from fslsage_rpc.runs.checkpoint_files import RankState
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.transport.base import ServerLink
+from fslsage_rpc.transport.link import ServerLink
 
 
 def build_server(

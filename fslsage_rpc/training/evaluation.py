@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fslsage_rpc.algorithms import find
-from fslsage_rpc.job.world import open_device
+from fslsage_rpc.device.placement import open_device
 from fslsage_rpc.runs.finished import load_finished
 from fslsage_rpc.tasks import Batches, Score, Task
 

@@ -17,9 +17,8 @@ from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data import partitions
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.device.memory import physical_memory
-from fslsage_rpc.device.placement import CPU_CHANNELS, lacking
+from fslsage_rpc.device.placement import choose_device
 from fslsage_rpc.errors import HostError, InputError
-from fslsage_rpc.job.world import choose_device, has_channel, interfaces, nccl_available, rpc_available
 from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
 from fslsage_rpc.models.image_order import failure_by_order
@@ -29,6 +28,7 @@ from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.tasks import Samples, Task, open_task
 from fslsage_rpc.tasks.hashes import sample_hashes
 from fslsage_rpc.tasks.images import ImageTask
+from fslsage_rpc.transport import choices
 from fslsage_rpc.units import GIB
 
 
@@ -86,7 +86,7 @@ def _check_weights(config: Config, split: SplitModel) -> None:
 
 def _check_ranks(config: Config, ranks: int) -> None:
     clients, interface = config.clients.count, config.comm.interface
-    if not rpc_available():
+    if not choices.rpc_available():
         raise InputError("transport: got 'rpc', expected local: this build of torch has no RPC")
     if ranks < 2:
         raise InputError(f"transport: got 'rpc' on {ranks} rank, expected local, or at least 2 ranks")
@@ -94,22 +94,24 @@ def _check_ranks(config: Config, ranks: int) -> None:
         raise InputError(f"clients.count: got {clients}, expected at least {ranks - 1}, one per client rank")
     if config.clients.on_loss == "drop":
         _check_drop(config)
-    if config.comm.averaging == "nccl" and not (config.device != "cpu" and nccl_available()):
+    if config.comm.averaging == "nccl" and not choices.nccl_available(config.device):
         raise HostError(
             "comm.averaging: got 'nccl', expected auto or gloo: there is no NCCL or GPU to use it on"
         )
     _check_channels(config.comm.channels)
-    if interface is not None and interface not in interfaces():
-        raise HostError(f"comm.interface: got {interface!r}, expected one of {', '.join(interfaces())}")
+    if interface is not None and interface not in choices.interfaces():
+        raise HostError(
+            f"comm.interface: got {interface!r}, expected one of {', '.join(choices.interfaces())}"
+        )
 
 
 def _check_channels(names: Sequence[str] | None) -> None:
     """What can be known of them before the ranks meet."""
     for name in names or ():
-        if not has_channel(name):
+        if not choices.has_channel(name):
             raise HostError(f"comm.channels: got {name!r}, expected one that this build of torch has")
-    if names and not set(CPU_CHANNELS) & set(names):
-        raise lacking(names, CPU_CHANNELS)
+    if names and not set(choices.CPU_CHANNELS) & set(names):
+        raise choices.lacking(names, choices.CPU_CHANNELS)
 
 
 def _check_drop(config: Config) -> None:

@@ -25,14 +25,14 @@ def from_checkpoint(
     experiment: Experiment, world: World, manifest: Manifest, folder: RunFolder | None
 ) -> RankState:
     """Collective: this rank's part of a checkpoint. Clients that were away are back: all ranks are there."""
-    events: list[Event] = world.broadcast(folder and folder.events)
+    events: list[Event] = world.transport.broadcast(folder and folder.events)
     experiment.federation.follow(events)
     present = experiment.federation.present(manifest.rounds)
     back = [
         {
             "event": "joined",
             "round": manifest.rounds + 1,
-            "rank": home + world.size - world.homes,
+            "rank": home + world.transport.size - world.homes,
             "clients": away,
         }
         for home in range(world.homes)
@@ -64,7 +64,7 @@ def from_memory(
     It is the newest one that all of them have; a rank that has just joined has none.
     """
     memory = checkpoints.memory
-    remembered = world.gather((world.home, sorted(memory)))
+    remembered = world.transport.gather((world.home, sorted(memory)))
     news: tuple[int, list[Event], list[int]] | None = None
     if folder and remembered:
         rounds = max(set.intersection(*(set(known) for _, known in remembered if known)))
@@ -82,7 +82,7 @@ def from_memory(
             known.clients |= away  # at once: another rank may be lost before all of this is done
         screen.show_changes(folder.rounds, folder.events, rounds)
         news = rounds, folder.events, newcomers
-    rounds, events, newcomers = world.broadcast(news)
+    rounds, events, newcomers = world.transport.broadcast(news)
     experiment.federation.follow(events)
     mine = memory.get(rounds)
     state = mine and snapshot(mine)
@@ -100,7 +100,8 @@ def _send_back(
     experiment: Experiment, world: World, state: RankState | None, homes: Sequence[int], rounds: int
 ) -> dict[int, State]:
     """Collective: the states of the newcomers' clients, which rank 0 makes of its own and a client rank's."""
-    peers = world.gather(next(iter(state.clients.values())) if state and not world.hosts_server else None)
+    mine = next(iter(state.clients.values())) if state and not world.hosts_server else None
+    peers = world.transport.gather(mine)
     returning = None
     if peers:
         assert state is not None
@@ -111,7 +112,7 @@ def _send_back(
             )
         clients = [id for home in homes for id in hosted_by(home, world.homes, len(experiment.parts))]
         returning = {id: returning_state(id, peer, state.clients.get(id), state) for id in clients}
-    states: dict[int, State] = world.broadcast(returning)
+    states: dict[int, State] = world.transport.broadcast(returning)
     return states
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from fslsage_rpc.config.schema import AlgorithmKeys, Config
 from fslsage_rpc.errors import Diverged, RunOver
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.stopping import Stopped, StopRequest
-from fslsage_rpc.job.world import World, is_first_rank, job_ranks, open_world
+from fslsage_rpc.job.world import World, is_first_rank, job_ranks
 from fslsage_rpc.runs.checkpoint_files import Manifest
 from fslsage_rpc.runs.checkpoints import Checkpoints, snapshot
 from fslsage_rpc.runs.environment import emulated_links, rank_environment
@@ -102,7 +103,8 @@ def _train(
         How the run stopped, if it did so before its end.
     """
     config = experiment.config
-    finished = world.broadcast(folder and folder.finished_summary) if world.generation == 0 else None
+    transport = world.transport
+    finished = transport.broadcast(folder and folder.finished_summary) if world.generation == 0 else None
     if finished:
         if folder:
             screen.show_finished(finished, folder.path, folder.has_checkpoint)
@@ -113,8 +115,8 @@ def _train(
     trainer: Trainer | None = None
     if world.generation == 0:  # else this rank joins a run under way
         compare_ranks(experiment, world)
-        ranks = world.gather(rank_environment(world.device))
-        manifest: Manifest | None = world.broadcast(folder and folder.manifest)
+        ranks = transport.gather(rank_environment(world.device))
+        manifest: Manifest | None = transport.broadcast(folder and folder.manifest)
         saved = from_checkpoint(experiment, world, manifest, folder) if manifest else None
         trainer = Trainer(experiment, world, saved, folder.rounds if folder else ())
         if elastic:
@@ -122,7 +124,7 @@ def _train(
         del saved  # the parties have copies
     if folder and trainer:
         folder.start(
-            {**described(experiment), **world.describe(), "ranks": ranks, **links},
+            {**described(experiment), **transport.describe(), "ranks": ranks, **links},
             experiment.partition_summary,
         )
         if manifest:
@@ -179,7 +181,7 @@ def _stopped(world: World, checkpoints: Checkpoints, folder: RunFolder | None, s
         if checkpoint:
             folder.mark_stopped(checkpoint)
         screen.show_stopped(checkpoint)
-    return Stopped(world.broadcast(checkpoint is not None))
+    return Stopped(world.transport.broadcast(checkpoint is not None))
 
 
 def unused_keys(keys: AlgorithmKeys, used: frozenset[str]) -> list[str]:

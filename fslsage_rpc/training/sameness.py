@@ -76,7 +76,7 @@ def compare_ranks(experiment: Experiment, world: World) -> None:
         InputError: on every rank, where one differs from rank 0.
         RankRefused: on a rank that has joined a run under way and differs; the others go on.
     """
-    wrong: dict[int, str] = world.broadcast(wrong_ranks(experiment, world))
+    wrong: dict[int, str] = world.transport.broadcast(wrong_ranks(experiment, world))
     if wrong and world.generation == 0:
         raise InputError(wrong[min(wrong)])
     if world.rank in wrong:
@@ -85,7 +85,7 @@ def compare_ranks(experiment: Experiment, world: World) -> None:
 
 def wrong_ranks(experiment: Experiment, world: World) -> dict[int, str]:
     """Collective: the first difference of each rank that has one, by its place in the world; on rank 0."""
-    ranks: list[Basis] = world.gather(Basis.of(experiment, world)) or []
+    ranks: list[Basis] = world.transport.gather(Basis.of(experiment, world)) or []
     first = {place: next(each.differences(ranks[0]), None) for place, each in enumerate(ranks)}
     return {
         place: f"rank {ranks[place].rank} (host {ranks[place].host}): {said} as on rank 0"

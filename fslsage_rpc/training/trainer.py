@@ -32,7 +32,7 @@ from fslsage_rpc.tasks import Batches, Score
 from fslsage_rpc.training.assembly import build_clients, build_server, shared_context
 from fslsage_rpc.training.evaluation import evaluate
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.transport.base import ServerLink
+from fslsage_rpc.transport.link import ServerLink, connect, measure_links
 from fslsage_rpc.transport.wire_ledger import WireLedger
 from fslsage_rpc.units import GIB
 
@@ -65,7 +65,9 @@ class Trainer:
     ):
         self.experiment = experiment
         self.world = world
-        self._paper_bytes_total: int = world.broadcast(lines[-1]["paper_bytes_total"] if lines else 0)
+        self._transport = world.transport
+        paid = lines[-1]["paper_bytes_total"] if lines else 0
+        self._paper_bytes_total: int = self._transport.broadcast(paid)
         self.recorder = RoundRecorder(experiment.task.metrics, experiment.algorithm.train_loss_of())
         self.diverged: int | None = None
         self._first_round = saved.rounds if saved else 0
@@ -80,7 +82,7 @@ class Trainer:
         with lasting_blocks():
             self.server = build_server(experiment, world, self._tracer, saved) if world.hosts_server else None
             self._log = RequestLog()
-            self._link = world.connect(self.server, self._ledger, self._log)
+            self._link = connect(self._transport, self.server, self._ledger, self._log)
             world.activity = self._progress = Progress(self._timeline, self._first_round)
             self.clients = (
                 build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
@@ -96,8 +98,8 @@ class Trainer:
         self._main_cpu_seconds = 0.0
 
     def measure_links(self) -> dict[int, LinkSpeed]:
-        """Collective: see `World.measure_links`."""
-        return self.world.measure_links(self._link)
+        """Collective: see `transport.link.measure_links`."""
+        return measure_links(self._transport, self._link)
 
     def train(
         self,
@@ -116,7 +118,7 @@ class Trainer:
             Is there more to train?
         """
         if self._first_round:
-            ended, self.diverged = self.world.broadcast(self._had_ended())
+            ended, self.diverged = self._transport.broadcast(self._had_ended())
             if ended:
                 return False
         stops = False
@@ -168,7 +170,7 @@ class Trainer:
             plans = {id: None if course is None else course.steps(id) for id in mine}
             self._link.announce(round, plans, ranking)
         made: dict[int, list[Ask]] = {client: [] for client in mine}
-        self.world.barrier()
+        self._transport.barrier()
         cores = CoreTimes.now()
         started, cpu_started = clock(), cpu_clock()
         if self._link:
@@ -177,7 +179,7 @@ class Trainer:
                 window=self._config.comm.upload_window,
                 depth_first=depth_first,
                 context=shared_context(self.experiment, self.world, self._timeline),
-                staged=self._link.staged,
+                staged=self._transport.staged,
             )
             rehearsed: Mapping[int, list[Ask]] = {} if course is None else course.asks
             scheduler.run(
@@ -197,7 +199,7 @@ class Trainer:
         if self._link:
             with self._timeline.phase(Phase.DRAIN_WAIT):
                 synchronise(self.world.device)  # no CUDA call may be in flight when NCCL begins
-                self.world.client_barrier()
+                self._transport.client_barrier()
             with self._timeline.phase(Phase.AVERAGING):
                 self._average_clients(shares, averages)
                 if hands_over:
@@ -209,7 +211,7 @@ class Trainer:
         for client in self.clients.values():
             client.end_round()
         with self._timeline.phase(Phase.DRAIN_WAIT):
-            self.world.barrier()
+            self._transport.barrier()
         seconds = clock() - started
         self._main_cpu_seconds = cpu_clock() - cpu_started
         self._cores = CoreTimes.now().since(cores)
@@ -246,7 +248,7 @@ class Trainer:
         last = round == self._config.rounds - 1 or self._paper_limit_reached()
         evaluated = evaluate or last or (round + 1) % self._config.evaluation.every == 0
         ended = clock()
-        if evaluated and self._link and self.world.client_rank == 0:
+        if evaluated and self._link and self._transport.client_rank == 0:
             self._link.deposit_average(next(iter(self.clients.values())).weights)
         phases = self._timeline.take() if self._link else None
         cpu_seconds = self._timeline.take_cpu_seconds()
@@ -266,7 +268,7 @@ class Trainer:
         finite = next(iter(self.clients.values())).weights.finite() if self._link else True
         shares = self.experiment.federation.shares(round)
         share = sum(share for client, share in shares.items() if client in self.clients)
-        gathered = self.world.gather((report, stop_requested, share, finite))
+        gathered = self._transport.gather((report, stop_requested, share, finite))
         stops, diverged = False, None
         if self.server and gathered:
             reports, requests, shares_by_rank, finites = zip(*gathered, strict=True)
@@ -293,7 +295,7 @@ class Trainer:
             diverged = self._ended_by_divergence(line)
             last = last or self._accuracy_reached(line) or diverged is not None
             stops = any(requests) and not last
-        last, stops, self.diverged = self.world.broadcast((last, stops, diverged))
+        last, stops, self.diverged = self._transport.broadcast((last, stops, diverged))
         return last, stops
 
     def _open_trace(self) -> TraceFile | None:
@@ -302,15 +304,15 @@ class Trainer:
         if self.server is None and self._link:
             offset = estimate_offset(self._link.server_clock)
         hosts = [hosts for hosts, here in (("server", self.server), ("clients", self._link)) if here]
-        places = self.world.gather((" and ".join(hosts), offset))
+        places = self._transport.gather((" and ".join(hosts), offset))
         return TraceFile(*zip(*places, strict=True)) if places else None
 
     def _gathered(self, made: dict[int, list[Ask]]) -> Course:
         """Collective: the course of the round that has ended, from what each rank's clients have asked."""
         trained = any(client.owns_auxiliary for client in self.clients.values())
         with self._timeline.phase(Phase.DRAIN_WAIT):
-            parts = self.world.gather(Course(made, trained))
-            course: Course = self.world.broadcast(parts and Course.joined(parts))
+            parts = self._transport.gather(Course(made, trained))
+            course: Course = self._transport.broadcast(parts and Course.joined(parts))
         return course
 
     def _average_clients(self, shares: dict[int, float], auxiliary: bool) -> None:
@@ -321,7 +323,11 @@ class Trainer:
             id: (client.weights, client.auxiliary_weights) if auxiliary else (client.weights,)
             for id, client in self.clients.items()
         }
-        means = federated_average(models, shares, lambda sums: self.world.all_reduce(sums, self._ledger))
+        means = federated_average(
+            models,
+            shares,
+            lambda sums: self._ledger.count("weights_allreduce", self._transport.all_reduce(sums)),
+        )
         for weights in models.values():
             for model, mean in zip(weights, means, strict=True):
                 model.load(mean)
@@ -330,7 +336,7 @@ class Trainer:
         """The server goes on from the average of the auxiliary models that the clients have trained."""
         for client in self.clients.values():
             client.auxiliary.freeze()
-        if self.world.client_rank == 0:
+        if self._transport.client_rank == 0:
             link.deposit_auxiliary(next(iter(self.clients.values())).auxiliary_weights)
 
     def _evaluate(self, server: Server) -> Score:

@@ -1,20 +1,16 @@
-"""A client rank's way to the server, whatever the transport: its tensors are counted here."""
+"""A transport: what travels between the ranks. A new one is a subclass, and passes the conformance suite."""
 
-import math
-import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fslsage_rpc.algorithms.bound import LinkSpeed
-from fslsage_rpc.device.clock import Reading, clock, device_clock
-from fslsage_rpc.measure.requests import RequestLog, RequestTimes
+from fslsage_rpc.device.clock import Reading
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.parties.requests import Announced, Answer, Request, SmashedData
-from fslsage_rpc.transport.wire_ledger import WireLedger
+from fslsage_rpc.parties.requests import Answer, Request
+from fslsage_rpc.transport.endpoint import ServerEndpoint
 
 CPU = torch.device("cpu")
 Take = Callable[[], Answer]
@@ -23,145 +19,102 @@ thread queues from then on comes after the answer's tensors"""
 OnAnswer = Callable[[Take, Reading], None]
 """gets, on any thread, an answer to be taken, and the reading of the carrier's clock at which its tensors are
 there; None where the carrier is no GPU"""
-PROBE_SECONDS = 0.1
-PROBE_BYTES = 2**24
 
 
-class ServerLink(ABC):
-    """Calls to the server. Subclasses carry them; this class counts their tensors and takes their times.
+class Transport(ABC):
+    """Carries requests to the server, on rank 0, and weights among the client ranks, all others.
+
+    A job of one rank is server and client rank at once. Who is there is settled before a transport is made.
+    It serves these ranks until it is closed or abandoned.
+
+    Methods marked *collective* are called by all ranks in the same order, from the main thread only. They
+    wait for a slow rank while it lives. `submit`, `call` and `echo` are called by client ranks, from the
+    thread that computes for the clients, between `serve` and the end.
+
+    Once a peer that it needs has died, each method, and each `Take`, raises `ConnectionLost` in bounded time.
+    So does one that waits then. A peer that lives and is silent is the world's concern.
 
     Args:
-        carrier: the device that requests' tensors are on when they are handed over, and answers' when they
-            come.
+        device: of this rank's parties.
+        carrier: the device on which requests' tensors leave this rank, and answers' come; None: host memory.
+
+    Attributes:
+        staged: tensors pass through host memory on their way from a GPU, so must be there when handed over.
+        client_ranks: how many ranks host clients.
+        client_rank: this rank's place among them, from 0; None where it hosts none.
     """
 
-    staged: bool = False
-    """tensors pass through host memory on their way from a GPU"""
-
-    def __init__(self, ledger: WireLedger, log: RequestLog, carrier: torch.device = CPU):
-        self.ledger = ledger
-        self.log = log
-        self.carrier = carrier
-
-    @abstractmethod
-    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
-        """Tell the server at which steps each of this rank's participants will make requests, if it knows."""
+    def __init__(self, rank: int, size: int, device: torch.device, carrier: torch.device = CPU):
+        self.rank, self.size = rank, size
+        self.device, self.carrier = device, carrier
+        self.staged = device.type == "cuda" and carrier.type == "cpu"
+        self.client_ranks = max(size - 1, 1)
+        self.client_rank = 0 if size == 1 else rank - 1 if rank else None
 
     @abstractmethod
-    def server_clock(self) -> float:
-        """A reading of the server's clock, in seconds, to draw traces by."""
+    def serve(self, endpoint: ServerEndpoint | None) -> None:
+        """Collective: calls and requests go to rank 0's endpoint from now on, and those before have ended.
 
-    @abstractmethod
-    def _echo(self, payload: Tensor, down_bytes: int) -> None:
-        """Send a tensor to the server and get one of so many bytes back."""
-
-    @abstractmethod
-    def _initial_weights(self) -> tuple[Weights, Weights | None]: ...
-
-    @abstractmethod
-    def _submit(self, request: Request, on_answer: OnAnswer) -> None:
-        """Carry a request to the server and its answer back."""
-
-    @abstractmethod
-    def _deposit_average(self, weights: Weights) -> None: ...
-
-    @abstractmethod
-    def _deposit_auxiliary(self, weights: Weights) -> None: ...
-
-    @abstractmethod
-    def _predict_last(self, z: Tensor) -> Tensor: ...
-
-    def initial_weights(self, client: int) -> tuple[Weights, Weights | None]:
-        """The client and auxiliary weights that this client starts from."""
-        weights, auxiliary = self._initial_weights()
-        bytes = weights.bytes + (auxiliary.bytes if auxiliary else 0)
-        self.ledger.count("initial_broadcast", bytes, client)
-        return weights, auxiliary
-
-    def measure_speed(self) -> LinkSpeed:
-        """Round trip and rates of this rank's link, which nothing else uses meanwhile.
-
-        The round trip is the median of 21 empty calls. A rate is bytes over seconds, less a round trip, of
-        the fastest of 3 transfers: of 256 KiB, or of more until one takes 0.1 s.
+        Args:
+            endpoint: on rank 0; None elsewhere.
         """
-        empty = torch.zeros(1, dtype=torch.uint8, device=self.carrier)
-        round_trip = statistics.median(self._timed_echo(empty, 1) for _ in range(21))
 
-        def rate(up: bool) -> float:
-            size = 2**18
-            while True:
-                payload = torch.zeros(size if up else 1, dtype=torch.uint8, device=self.carrier)
-                seconds = min(self._timed_echo(payload, 1 if up else size) for _ in range(3)) - round_trip
-                if seconds >= PROBE_SECONDS or size >= PROBE_BYTES:
-                    return size / seconds if seconds > 0 else math.inf
-                size *= 4
+    @abstractmethod
+    def submit(self, request: Request, on_answer: OnAnswer) -> None:
+        """Carry a request to the server and its answer back, without waiting for either.
 
-        return LinkSpeed(round_trip, rate(up=True), rate(up=False))
-
-    def _timed_echo(self, payload: Tensor, down_bytes: int) -> float:
-        started = clock()
-        self._echo(payload, down_bytes)
-        return clock() - started
-
-    def send(self, request: Request, on_answer: Callable[[Callable[[], Any]], None]) -> None:
-        """Hand a request over.
-
-        `on_answer` is called later, from any thread, with a function that the calling thread takes the
-        answer by: it returns the answer's value, or raises what the request came to. Until then nothing is
-        queued on a GPU for that thread, which may be capturing.
+        The request's tensors are on this rank's device and not changed until it is answered. They arrive on
+        the carrier, or the server's end of it, and the answer's on this rank's device.
+        Order is not promised: neither that of requests, nor that of answers. What the endpoint raises as it
+        takes the request in, the `Take` raises here.
         """
-        client, body = request.client, request.body
-        up = (
-            {"smashed_up": _bytes(body.z), "labels_up": _bytes(body.y)}
-            if isinstance(body, SmashedData)
-            else {}
-        )
-        for kind, bytes in up.items():
-            self.ledger.count(kind, bytes, client)
 
-        def arrived(take: Take, there: Reading) -> None:
-            seconds = clock() - started
-            on_answer(lambda: counted(take(), seconds, there))
+    @abstractmethod
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the endpoint, on a thread of rank 0's, and wait for what it returns or raises.
 
-        def counted(answer: Answer, seconds: float, there: Reading) -> Any:
-            times = RequestTimes(
-                count=1,
-                round_trip_seconds=seconds if sent is None or there is None else 0.0,
-                queue_seconds=answer.queue_seconds,
-                compute_seconds=answer.compute_seconds,
-                cpu_seconds=answer.cpu_seconds,
-                up_bytes=sum(up.values()),
-            )
-            if isinstance(answer.value, Tensor):
-                times.down_bytes = _bytes(answer.value)
-                self.ledger.count("gradient_down", times.down_bytes, client)
-            elif isinstance(answer.value, Weights):
-                times.down_bytes = answer.value.bytes
-                self.ledger.count("auxiliary_down", times.down_bytes, client)
-            self.log.add(client, body.kind, times)
-            self.log.add_round_trip(client, body.kind, sent, there)
-            return answer.value
+        For what is sent once or off the clock: tensors may pass through host memory, and come back there.
+        """
 
-        started, sent = clock(), device_clock(self.carrier)
-        self._submit(request, arrived)
-        self.log.add(client, body.kind, RequestTimes(send_seconds=clock() - started))
+    @abstractmethod
+    def echo(self, payload: Tensor, down_bytes: int) -> None:
+        """Carry a tensor on the carrier to the server's rank, and one of so many bytes back, as those of
+        requests and answers; return when it is there.
+        """
 
-    def deposit_average(self, weights: Weights) -> None:
-        """Give the server the averaged client model, to evaluate it and keep it."""
-        self.ledger.count("evaluation", weights.bytes)
-        self._deposit_average(weights)
+    @abstractmethod
+    def barrier(self) -> None:
+        """Collective: wait for all ranks, on the host."""
 
-    def deposit_auxiliary(self, weights: Weights) -> None:
-        """Give the server the averaged auxiliary model, which it fits from here on: after a warm start."""
-        self.ledger.count("weights_allreduce", weights.bytes)
-        self._deposit_auxiliary(weights)
+    @abstractmethod
+    def client_barrier(self) -> None:
+        """Collective among the client ranks: wait for them, on the host."""
 
-    def predict_last(self, z: Tensor) -> Tensor:
-        """Of a finished model's server: logits `[B, classes]` at the last position of smashed data z."""
-        logits = self._predict_last(z)
-        self.ledger.count("evaluation", _bytes(z) + _bytes(logits))
-        return logits
+    @abstractmethod
+    def gather(self, value: Any) -> list[Any] | None:
+        """Collective: every rank's value, which can be pickled, by rank, on rank 0; None elsewhere."""
 
+    @abstractmethod
+    def broadcast(self, value: Any) -> Any:
+        """Collective: rank 0's value, which can be pickled, everywhere."""
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    @abstractmethod
+    def all_reduce(self, weights: Weights) -> int:
+        """Collective among the client ranks, in place: sums of floats, maxima of integers, the same bits on
+        all. No request is under way, and the device has done what was queued.
+
+        Returns:
+            The bytes that this rank sends in a ring: see `ring_share`.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The way that all this takes, for `environment.json`: the keys that `LocalTransport` has."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Collective: leave in order, when no request is under way; nothing is left open or running."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Leave at once, without a word to the others, dead or alive; nothing is left open or running."""

@@ -1,161 +1,136 @@
-"""The two ends of a client rank's calls to the server, by torch RPC.
+"""The real transport: requests by torch RPC to the server on rank 0, weights by collectives of Gloo or NCCL.
 
 The tensors of a request and of its answer go from GPU to GPU where the client rank has a device map to the
 server's, and through host memory elsewhere. What is sent once or off the clock, the initial and the averaged
 weights, always goes through host memory.
+
+CUDA calls in flight together with an NCCL collective deadlock: the round loop lets all calls end, waits for
+the device and then, on the CPU, for the other client ranks, before it averages.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed import rpc
+import torch.distributed as dist
+from torch.distributed import autograd, rpc
 from torch.futures import Future
 
-from fslsage_rpc.device.clock import clock, device_clock, synchronise, synchronise_stream
+from fslsage_rpc.config.schema import Comm
+from fslsage_rpc.device.clock import device_clock, synchronise
+from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.errors import ConnectionLost
-from fslsage_rpc.measure.requests import RequestLog
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.parties.predictor import FinishedServer
-from fslsage_rpc.parties.requests import Announced, Answer, Request
-from fslsage_rpc.parties.server import Server
-from fslsage_rpc.transport.base import CPU, OnAnswer, ServerLink
-from fslsage_rpc.transport.wire_ledger import WireLedger
+from fslsage_rpc.parties.requests import Answer, Request
+from fslsage_rpc.transport import choices
+from fslsage_rpc.transport.base import CPU, OnAnswer, Transport
+from fslsage_rpc.transport.endpoint import ServerEndpoint
+from fslsage_rpc.transport.wire_ledger import ring_share
 
-NO_TIMEOUT = 0  # a call waits for a slow rank while it lives; signs of life tell of the dead
+NO_TIMEOUT = 0  # a call waits for a slow rank while it lives: signs of life tell of the dead
+FOREVER = timedelta(days=365)  # and so does a collective
 SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "timed out", "unreachable")
 SERVER = "server"
 """the name of its RPC worker"""
 
-
-class ServerEndpoint:
-    """The server as its remote callers see it. Handlers never block a thread of the RPC pool."""
-
-    def __init__(self, server: Server | FinishedServer, device: torch.device):
-        self._server: Any = server
-        self._device = device
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
-        return object, ()
-
-    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
-        """See `Server.announce`."""
-        self._server.announce(round, plans, ranking)
-
-    def clock(self) -> float:
-        """The server's clock, in seconds."""
-        return clock()
-
-    def echo(self, payload: torch.Tensor, down_bytes: int) -> torch.Tensor:
-        """Bytes up, bytes down: what a link's speed is measured with."""
-        return torch.zeros(down_bytes, dtype=torch.uint8, device=payload.device)
-
-    def initial(self) -> tuple[Weights, Weights | None]:
-        """See `Server.initial`."""
-        weights, auxiliary = self._server.initial
-        return weights.to(CPU), auxiliary.to(CPU) if auxiliary else None
-
-    def submit(self, request: Request, device_map: bool) -> Future[Answer]:
-        """See `Server.submit`; the future is the answer, its tensors on the GPU if the caller has a device
-        map.
-
-        It is completed on the stream that computes the answer, whose place in it the future keeps.
-        """
-        future: Future[Answer] = Future(devices=[self._device] if device_map else None)
-        self._server.submit(
-            request, lambda answer: future.set_result(_on_gpu(answer) if device_map else answer.to(CPU))
-        )
-        return future
-
-    def deposit_average(self, weights: Weights) -> None:
-        """Take the averaged client model."""
-        self._server.averaged_weights.load(weights)
-        synchronise_stream(self._device)  # this thread's stream is not the one that evaluates
-
-    def deposit_auxiliary(self, weights: Weights) -> None:
-        """See `Server.take_auxiliary`."""
-        self._server.take_auxiliary(weights)
-        synchronise_stream(self._device)
-
-    def predict_last(self, z: torch.Tensor) -> torch.Tensor:
-        """See `FinishedServer.predict_last`; by way of host memory."""
-        logits: torch.Tensor = self._server.predict_last(z)
-        return logits.to(CPU)
-
-
 _offered: ServerEndpoint | None = None  # on rank 0
 
 
-def offer(endpoint: ServerEndpoint | None) -> None:
-    """On rank 0: have calls from now on go to this server."""
-    global _offered
-    _offered = endpoint
-
-
-def reference() -> rpc.RRef:
-    """On rank 0, called from the others: the server that is offered."""
-    assert _offered is not None
-    return rpc.RRef(_offered)
-
-
-class NamedServer:
-    """Stands for the RRef where ranks may be lost and come: torch keeps a process's first RPC agent for all
-    RRefs that it ever has, so that after a loss it could not use one.
-    """
-
-    def owner(self) -> str:
-        """See `rpc.RRef.owner`."""
-        return SERVER
-
-    def local_value(self) -> ServerEndpoint:
-        """See `rpc.RRef.local_value`."""
-        assert _offered is not None
-        return _offered
-
-
-class RpcLink(ServerLink):
-    """Calls the server on rank 0.
+class RpcTransport(Transport):
+    """torch has one RPC agent and one set of process groups in a process, so there is one of these at a time.
 
     Args:
-        server: a reference to its `ServerEndpoint`.
-        device: of the clients.
-        device_map: there is one from this device to the server's.
+        store: in which the ranks find each other, its keys for nobody else.
+        devices, places, workers: by rank, where each is, and the name of its RPC worker; rank 0's is SERVER.
+        number: where ranks may be lost and come, by which this process is known for all its life, whatever
+            its rank; else None.
+
+    Raises:
+        InputError: the ranks cannot be joined as configured.
     """
 
     def __init__(
         self,
-        server: rpc.RRef | NamedServer,
-        ledger: WireLedger,
-        log: RequestLog,
-        device: torch.device,
-        device_map: bool,
+        store: dist.Store,
+        rank: int,
+        keys: Comm,
+        devices: Sequence[torch.device],
+        places: Sequence[GpuPlace],
+        workers: Sequence[str],
+        number: int | None = None,
     ):
-        super().__init__(ledger, log, carrier=device if device_map else CPU)
-        self._server = server
-        self._device = device
-        self._device_map = device_map
-        self.staged = device.type == "cuda" and not device_map
+        maps = choices.device_maps(devices, keys.device_maps)
+        super().__init__(rank, len(workers), devices[rank], devices[rank] if rank in maps else CPU)
+        self._maps, self.workers, self._number = maps, workers, number
+        self._interface = choices.bind_interface(keys)
+        self._transports = keys.transports or choices.default_transports()
+        self._averaging = choices.choose_averaging(keys.averaging, places[1:], dist.is_nccl_available())
+        chosen = choices.choose_channels(keys.channels, places, maps)
+        self._channels = list(filter(choices.has_channel, chosen))  # not every build of torch has all
+        self._server: rpc.RRef | None = None
+        self._owner: Any = SERVER
+        self._clients: Any = None
+        self._averaging_group: Any = None
+        clients = list(range(1, self.size))
+        try:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=self.size, timeout=FOREVER)
+            self._start_agent(store, keys)
+            # new_group is called by all ranks, also by rank 0, which is in neither group.
+            self._clients = self._averaging_group = dist.new_group(clients, timeout=FOREVER, backend="gloo")
+            if self._averaging == "nccl":
+                self._averaging_group = dist.new_group(clients, timeout=FOREVER, backend="nccl")
+        except BaseException:
+            self.abandon()
+            raise
 
-    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
-        self._call("announce", round, plans, ranking)
+    def _start_agent(self, store: dist.Store, keys: Comm) -> None:
+        options = rpc.TensorPipeRpcBackendOptions(
+            rpc_timeout=keys.timeout_seconds,
+            _transports=self._transports,
+            _channels=self._channels,
+        )
+        if self.rank in self._maps:  # answers take the same way back; torch tells the server
+            options.set_device_map(SERVER, dict([self._maps[self.rank]]))
+        name, number = self.workers[self.rank], self._number
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You are using a Backend")  # torch's own doing
+            if number is None:
+                rpc.init_rpc(name, rank=self.rank, world_size=self.size, rpc_backend_options=options)
+                return
+            # What init_rpc does, but that a process may have another rank than before (distributed autograd,
+            # of no use here, would refuse that), and that a newcomer finds the others' keys in the store.
+            autograd._init(number)
+            own = dist.PrefixStore("rpc", store)
+            own.set_timeout(timedelta(seconds=keys.timeout_seconds))
+            rpc._init_rpc_backend(
+                rpc.BackendType.TENSORPIPE,  # type: ignore[attr-defined]  # a member that torch adds at run time
+                store=own,
+                name=name,
+                rank=self.rank,
+                world_size=self.size,
+                rpc_backend_options=options,
+            )
 
-    def server_clock(self) -> float:
-        seconds: float = self._call("clock")
-        return seconds
+    def serve(self, endpoint: ServerEndpoint | None) -> None:
+        self.barrier()  # nobody still uses the last one
+        synchronise(self.device)  # calls have streams of their own: what they find must be there
+        if self.rank == 0:
+            offer(endpoint)
+        self.barrier()
+        # Calls go to its owner and do not carry it: each time would cost a fork and an acknowledgement. Where
+        # ranks may be lost the worker's name will do. torch keeps a process's first RPC agent for all RRefs
+        # that it ever has, so that after a loss it could not use one.
+        if self.rank and self._number is None:
+            with peers_may_be_lost():
+                self._server = rpc.rpc_sync(SERVER, _reference)
+                self._owner = self._server.owner()
 
-    def _echo(self, payload: torch.Tensor, down_bytes: int) -> None:
-        self._call("echo", payload, down_bytes)
-        synchronise(self.carrier)
-
-    def _initial_weights(self) -> tuple[Weights, Weights | None]:
-        initial: tuple[Weights, Weights | None] = self._call("initial")
-        return initial
-
-    def _submit(self, request: Request, on_answer: OnAnswer) -> None:
+    def submit(self, request: Request, on_answer: OnAnswer) -> None:
         travelling = replace(request, body=request.body.to(self.carrier))
 
         def deliver(answered: Future[Any]) -> None:
@@ -170,31 +145,91 @@ class RpcLink(ServerLink):
 
         # Not by the RRef's own rpc_async: its future is made without devices, so nobody would wait for the
         # answer's tensors, and it may send from a stream that has not waited for the request's.
-        arguments = (self._server, travelling, self._device_map)
+        arguments = (travelling, self.rank in self._maps)
         with peers_may_be_lost():
-            call = rpc.rpc_async(self._server.owner(), _submit, args=arguments, timeout=NO_TIMEOUT)
+            call = rpc.rpc_async(self._owner, _submit, args=arguments, timeout=NO_TIMEOUT)
             call.add_done_callback(deliver)
 
     def _take(self, answered: Future[Any]) -> Answer:
         with peers_may_be_lost():
             answer: Answer = answered.wait()
-        return answer.to(self._device)
+        return answer.to(self.device)
 
-    def _deposit_average(self, weights: Weights) -> None:
-        self._call("deposit_average", weights.to(CPU))
-
-    def _deposit_auxiliary(self, weights: Weights) -> None:
-        self._call("deposit_auxiliary", weights.to(CPU))
-
-    def _predict_last(self, z: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._call("predict_last", z.to(CPU))
-        return logits
-
-    def _call(self, method: str, *arguments: Any) -> Any:
-        """Call the server and wait for its answer."""
-        arguments = (self._server, method, *arguments)
+    def call(self, method: str, *arguments: Any) -> Any:
         with peers_may_be_lost():
-            return rpc.rpc_sync(self._server.owner(), _answer, args=arguments, timeout=NO_TIMEOUT)
+            travelling = (method, *_in_host_memory(arguments))
+            return rpc.rpc_sync(self._owner, _answer, args=travelling, timeout=NO_TIMEOUT)
+
+    def echo(self, payload: torch.Tensor, down_bytes: int) -> None:
+        with peers_may_be_lost():
+            rpc.rpc_sync(self._owner, _echo, args=(payload, down_bytes), timeout=NO_TIMEOUT)
+        synchronise(self.carrier)
+
+    def barrier(self) -> None:
+        with peers_may_be_lost():
+            dist.barrier()
+
+    def client_barrier(self) -> None:
+        with peers_may_be_lost():
+            dist.barrier(self._clients)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        values = [None] * self.size if self.rank == 0 else None
+        with peers_may_be_lost():
+            dist.gather_object(value, values)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        box = [value]
+        with peers_may_be_lost():
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def all_reduce(self, weights: Weights) -> int:
+        assert self.client_rank is not None
+        if self.client_ranks == 1:
+            return 0
+        travelling = weights if self._averaging == "nccl" else weights.to(CPU)
+        with peers_may_be_lost():
+            dist.all_reduce(travelling.floats, dist.ReduceOp.SUM, self._averaging_group)
+            if weights.integers.numel():
+                dist.all_reduce(travelling.integers, dist.ReduceOp.MAX, self._averaging_group)
+        if travelling is not weights:
+            weights.load(travelling)
+        return ring_share(weights.bytes, self.client_ranks, self.client_rank)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "transport": "rpc",
+            "averaging": self._averaging,
+            "rpc_transports": self._transports or "TensorPipe's own choice",
+            "rpc_channels": self._channels,
+            "request_tensors": {
+                worker: "{} to the server's {} and back, by device map".format(*self._maps[rank])
+                if rank in self._maps
+                else "through host memory"
+                for rank, worker in enumerate(self.workers)
+                if rank
+            },
+            "interface": self._interface or "the libraries' own choice",
+        }
+
+    def close(self) -> None:
+        self._server = None
+        with peers_may_be_lost():
+            self.barrier()
+            rpc.shutdown()
+            self.barrier()  # the rank that hosts the store leaves it only when no thread needs it
+        self.abandon()
+
+    def abandon(self) -> None:
+        self._server = None
+        offer(None)
+        with suppress(RuntimeError):  # there is no agent, or no more
+            rpc.shutdown(graceful=False)
+        with suppress(RuntimeError, ValueError, AssertionError):
+            dist.destroy_process_group()
+        self._clients = self._averaging_group = None
 
 
 @contextmanager
@@ -203,29 +238,51 @@ def peers_may_be_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        named = _named(error)
-        if named is error:
+        text = str(error)
+        if isinstance(error, ConnectionLost) or not any(sign in text.lower() for sign in SIGNS_OF_LOSS):
             raise
-        raise named from error
+        raise ConnectionLost(text.partition("\n")[0]) from error
 
 
-def _named(error: Exception) -> Exception:
-    """ConnectionLost where the text of torch's error says that a peer is gone; else the error as it is."""
-    text = str(error)
-    if isinstance(error, ConnectionLost) or not any(sign in text.lower() for sign in SIGNS_OF_LOSS):
-        return error
-    return ConnectionLost(text.partition("\n")[0])
+def offer(endpoint: ServerEndpoint | None) -> None:
+    """On rank 0: have calls go to this server from now on."""
+    global _offered
+    _offered = endpoint
 
 
-def _answer(server: rpc.RRef | NamedServer, method: str, *arguments: Any) -> Any:
-    """On the server's rank."""
-    return getattr(server.local_value(), method)(*arguments)
+def offered() -> ServerEndpoint | None:
+    """On rank 0, on any thread: what calls go to."""
+    return _offered
+
+
+# On the server's rank. What is called there never blocks a thread of the RPC pool.
+
+
+def _reference() -> rpc.RRef:
+    return rpc.RRef(_offered)
+
+
+def _answer(method: str, *arguments: Any) -> Any:
+    return _in_host_memory(getattr(_offered, method)(*arguments))
+
+
+def _echo(payload: torch.Tensor, down_bytes: int) -> torch.Tensor:
+    """Bytes up, bytes down: what a link's speed is measured with."""
+    return torch.zeros(down_bytes, dtype=torch.uint8, device=payload.device)
 
 
 @rpc.functions.async_execution
-def _submit(server: rpc.RRef | NamedServer, request: Request, device_map: bool) -> Future[Answer]:
-    """On the server's rank."""
-    return server.local_value().submit(request, device_map)
+def _submit(request: Request, device_map: bool) -> Future[Answer]:
+    """The future is the answer, its tensors on the GPU if the caller has a device map.
+
+    It is completed on the stream that computes the answer, whose place in it the future keeps.
+    """
+    assert _offered is not None
+    future: Future[Answer] = Future(devices=[_offered.device] if device_map else None)
+    _offered.submit(
+        request, lambda answer: future.set_result(_on_gpu(answer) if device_map else answer.to(CPU))
+    )
+    return future
 
 
 def _on_gpu(answer: Answer) -> Answer:
@@ -234,3 +291,10 @@ def _on_gpu(answer: Answer) -> Answer:
     if isinstance(weights, Weights) and not weights.integers.numel():
         return replace(answer, value=Weights(weights.floats, weights.integers.to(CPU)))
     return answer
+
+
+def _in_host_memory(value: Any) -> Any:
+    """What a call sends or returns: tensors, weights and tuples of them from whatever device they are on."""
+    if isinstance(value, tuple):
+        return tuple(map(_in_host_memory, value))
+    return value.to(CPU) if isinstance(value, torch.Tensor | Weights) else value

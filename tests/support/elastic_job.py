@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from fslsage_rpc.config.loading import from_tree
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
 from support import elastic_rank

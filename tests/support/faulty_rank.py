@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc import cli  # first: it sets what torch logs
-from fslsage_rpc.job.rpc import RpcWorld
 from fslsage_rpc.job.signs_of_life import SignsOfLife
+from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import Align, Push
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.runs.checkpoint_files import MANIFEST
 from fslsage_rpc.training.trainer import Trainer
-from fslsage_rpc.transport.rpc import RpcLink
+from fslsage_rpc.transport.rpc import RpcTransport
 
 WAITING_SECONDS = 60.0
 FOLDER = Path(os.environ["FAULT_FOLDER"])
@@ -141,7 +141,7 @@ def train_round(self: Trainer, number: int) -> float:
     return true_train_round(self, number)
 
 
-def submit(self: RpcLink, request: Any, on_answer: Any) -> None:
+def submit(self: RpcTransport, request: Any, on_answer: Any) -> None:
     """Uploading and waiting for an alignment: the request is on its way when the fault happens."""
     where = {Push: "uploading", Align: "alignment"}.get(type(request.body), "")
     if due(where):
@@ -150,7 +150,7 @@ def submit(self: RpcLink, request: Any, on_answer: Any) -> None:
     happen(where, wait=False)
 
 
-def all_reduce(self: RpcWorld, *arguments: Any) -> None:
+def all_reduce(self: RpcTransport, weights: Weights) -> int:
     """In the all-reduce: the others come to it only after the fault."""
     if now == int(round) and place == "all-reduce":
         wait_until(manifest.exists)
@@ -158,7 +158,7 @@ def all_reduce(self: RpcWorld, *arguments: Any) -> None:
             threading.Thread(target=happen, args=["all-reduce"]).start()
         else:
             wait_until(moment.exists)
-    true_all_reduce(self, *arguments)
+    return true_all_reduce(self, weights)
 
 
 def replace(source: str | Path, target: str | Path) -> None:
@@ -179,8 +179,8 @@ if mine and fault == "absent":
     time.sleep(3600)
 true_beat, SignsOfLife._beat = SignsOfLife._beat, beat  # type: ignore[method-assign]
 true_train_round, Trainer.train_round = Trainer.train_round, train_round  # type: ignore[method-assign]
-true_submit, RpcLink._submit = RpcLink._submit, submit  # type: ignore[method-assign]
-true_all_reduce, RpcWorld.all_reduce = RpcWorld.all_reduce, all_reduce  # type: ignore[method-assign]
+true_submit, RpcTransport.submit = RpcTransport.submit, submit  # type: ignore[method-assign]
+true_all_reduce, RpcTransport.all_reduce = RpcTransport.all_reduce, all_reduce  # type: ignore[method-assign]
 true_replace, os.replace = os.replace, replace
 before(Client, "backward", "computing")
 before(Server, "submit", "serving")

@@ -19,7 +19,7 @@ RankProcess = multiprocessing.context.ForkServerProcess
 LOOPBACK = "127.0.0.1"
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(  # the command line first: it sets what torch logs
-    ["fslsage_rpc.cli", "torch._dynamo", "fslsage_rpc.training.run", "fslsage_rpc.job.rpc"]
+    ["fslsage_rpc.cli", "torch._dynamo", "fslsage_rpc.training.run", "fslsage_rpc.job.rpc_world"]
 )
 
 

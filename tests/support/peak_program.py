@@ -12,7 +12,7 @@ from fslsage_rpc.check.machine import Machine
 from fslsage_rpc.check.run import examine
 from fslsage_rpc.cli import main
 from fslsage_rpc.config.loading import load
-from fslsage_rpc.job.world import choose_device
+from fslsage_rpc.device.placement import choose_device
 
 
 def write_peak(folder: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fslsage_rpc.config.loading import from_tree
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.runs.checkpoint_files import RankState

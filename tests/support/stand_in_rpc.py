@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +21,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fslsage_rpc.config.schema import Config
-from fslsage_rpc.device.placement import device_maps
+from fslsage_rpc.config.schema import Comm, Config
+from fslsage_rpc.device.placement import GpuPlace, open_device
 from fslsage_rpc.device.workers import Workers
-from fslsage_rpc.job import rpc as production
-from fslsage_rpc.job.world import open_device
+from fslsage_rpc.job.rpc_world import RpcWorld
 from fslsage_rpc.training.experiment import Experiment
-from fslsage_rpc.transport import rpc as rpc_link
+from fslsage_rpc.transport import rpc as production
 from support.rank_program import Outcome, train
 from support.stand_in_cuda import Block, Cuda, HostQueue, Process, Stream, Times, bare, merged
 
@@ -173,6 +172,13 @@ class Inbox:
                 self._job.fail(error)
 
 
+@dataclass
+class Raised:
+    """An error in place of an answer."""
+
+    error: Exception
+
+
 class Future:
     """A `torch.futures.Future`: its tensors are waited for by streams, where it has devices."""
 
@@ -228,6 +234,8 @@ class Future:
         with self._changed:
             pass  # what was done before it was completed is known
         self._synchronise()
+        if isinstance(self._value, Raised):
+            raise self._value.error
         return self._value
 
     def _synchronise(self) -> None:
@@ -328,7 +336,10 @@ class Job:
     def _serve(self, func: Callable[..., Any], request: Message, caller: Process, future: Future) -> None:
         """On a thread of the server's."""
         with self.cuda.use(self.cuda.stream()):
-            result = func(*request.receive())
+            try:
+                result = func(*request.receive())
+            except Exception as error:
+                result = Raised(error)
             if isinstance(result, Future):
                 result.add_done_callback(lambda done: self._send(done.wait(), caller, future))
             else:
@@ -406,27 +417,59 @@ class WaitingQueue(HostQueue):
         return super().get()
 
 
-class ThreadsWorld(production.RpcWorld):
+def stand_in(job: Job, patch: pytest.MonkeyPatch) -> None:
+    """Have the real transport call this in place of torch."""
+
+    class OfJob(Future):
+        def __init__(self, devices: Any = None):
+            super().__init__(job, devices)
+
+    def nothing(*arguments: Any, **keywords: Any) -> None:
+        pass
+
+    distributed = SimpleNamespace(
+        init_process_group=nothing,
+        destroy_process_group=nothing,
+        is_nccl_available=lambda: False,
+        new_group=lambda *_, **__: "clients",
+        PrefixStore=lambda *_: SimpleNamespace(set_timeout=nothing),
+        barrier=job.barrier,
+        gather_object=job.gather_object,
+        broadcast_object_list=job.broadcast_object_list,
+        all_reduce=job.all_reduce,
+        ReduceOp=torch.distributed.ReduceOp,
+    )
+    patch.setattr(production, "dist", distributed)
+    patch.setattr(production, "Future", OfJob)
+    patch.setattr(production.choices, "bind_interface", nothing)
+    patch.setattr(production.autograd, "_init", nothing)
+    patch.setattr(production.rpc, "_init_rpc_backend", nothing)
+    patch.setattr(production.rpc, "shutdown", nothing)
+    patch.setattr(production.rpc, "rpc_async", job.rpc_async)
+    patch.setattr(production.rpc, "rpc_sync", job.rpc_sync)
+
+
+def transport_between_threads(
+    job: Job, rank: int, device: torch.device, keys: Comm
+) -> production.RpcTransport:
+    """The real one, of a rank that is a thread; without an RRef, which would need agents of torch."""
+    ranks = len(job.processes)
+    workers = [production.SERVER, *(f"clients{number}" for number in range(1, ranks))]
+    devices, places, store = [device] * ranks, [GpuPlace("here", None)] * ranks, SimpleNamespace()
+    keys = replace(keys, transports=["uv"])
+    return production.RpcTransport(store, rank, keys, devices, places, workers, rank)  # type: ignore[arg-type]
+
+
+class ThreadsWorld(RpcWorld):
     """An `RpcWorld` whose ranks are threads."""
 
     def __init__(self, config: Config, job: Job, rank: int):
-        ranks = len(job.processes)
-        self.number, self.homes = rank, ranks - 1
+        self.number, self.homes = rank, len(job.processes) - 1
         self.home = rank - 1 if rank else None
-        self._take_place(rank, ranks)
         self.device = open_device(config, 0)
         self._workers = Workers(self.device)
-        self._transports, self._interface, self._averaging = None, None, "gloo"
-        self._clients = self._averaging_group = "clients"
-        maps = device_maps([self.device] * ranks, config.comm.device_maps)
-        self._device_maps = maps
-
-    def _reference(self) -> rpc_link.NamedServer:
-        return rpc_link.NamedServer()
-
-    def close(self) -> None:
-        self.barrier()
-        self._workers.dissolve()
+        self._signs = None
+        self.transport = transport_between_threads(job, rank, self.device, config.comm)
 
 
 def train_on_threads(
@@ -444,23 +487,7 @@ def train_on_threads(
     """
     job = Job(cuda, ranks, config.comm.device_maps != "never", seed)
 
-    class OfJob(Future):
-        def __init__(self, devices: Any = None):
-            super().__init__(job, devices)
-
-    patch.setattr(rpc_link, "Future", OfJob)
-    patch.setattr(rpc_link.rpc, "rpc_async", job.rpc_async)
-    patch.setattr(rpc_link.rpc, "rpc_sync", job.rpc_sync)
-    distributed = SimpleNamespace(
-        barrier=job.barrier,
-        gather_object=job.gather_object,
-        broadcast_object_list=job.broadcast_object_list,
-        all_reduce=job.all_reduce,
-        ReduceOp=torch.distributed.ReduceOp,
-    )
-    patch.setattr(production, "dist", distributed)
-    # One module for all ranks, of which the server's offers.
-    patch.setattr(production, "offer", lambda server: rpc_link.offer(server) if server else None)
+    stand_in(job, patch)
     patch.setattr(
         "fslsage_rpc.parties.scheduler.queue", SimpleNamespace(SimpleQueue=lambda: WaitingQueue(job))
     )

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed import autograd, rpc
+from torch.distributed import rpc
 from torch.futures import Future
 
 from fslsage_rpc.config.schema import Config
@@ -22,15 +22,10 @@ from fslsage_rpc.errors import ConnectionLost, InputError, RankRefused, RunOver,
 from fslsage_rpc.job.connections import open_sockets
 from fslsage_rpc.job.regroup import NEWS_SECONDS, Generation, Regroup, cut
 from fslsage_rpc.job.roll_call import Presence, await_all
-from fslsage_rpc.job.rpc import POLL_SECONDS, RpcWorld, first_line
+from fslsage_rpc.job.rpc_world import POLL_SECONDS, RpcWorld, first_line
 from fslsage_rpc.job.signs_of_life import GRACE_SECONDS, leave
 from fslsage_rpc.job.world import Change
-from fslsage_rpc.measure.requests import RequestLog
-from fslsage_rpc.parties.predictor import FinishedServer
-from fslsage_rpc.parties.server import Server
-from fslsage_rpc.transport.base import ServerLink
-from fslsage_rpc.transport.rpc import SERVER, NamedServer, offer
-from fslsage_rpc.transport.wire_ledger import WireLedger
+from fslsage_rpc.transport.rpc import offer, offered
 
 MEETING_SECONDS = 30.0
 """how long a member may give no sign of life while ranks form a generation: nothing else tells of its end"""
@@ -48,37 +43,23 @@ class ElasticWorld(RpcWorld):
     started anew with its number is let in between two rounds. Rank 0's death ends the job.
     """
 
+    _meets_anew = True
+
     def _start(self, config: Config) -> None:
         timeout = timedelta(seconds=config.comm.timeout_seconds)
         self._store = self._job = store = self._find_store(timeout)
         self._side_store = store.clone()
         self._config = config
-        self._transports = ["uv"]  # the one whose connections can be cut
         self._timeout_seconds = config.comm.timeout_seconds
-        self._server: Server | None = None
         self.generation = -1
-        self._generations = Regroup(self.size, self._cut, self._too_few)
+        self._generations = Regroup(self._started, self._cut, self._too_few)
         self._signs = self._signs_of_life(config, self._generations)
         self._spared = open_sockets().keys()
         self._signs.start()
         if self.number == 0:
-            await_all(store, [f"here/{number}" for number in range(self.size)], timeout)
+            await_all(store, [f"here/{number}" for number in range(self._started)], timeout)
             self._generations.first()
         self._enter_next()
-
-    def clients_of(self, number: int) -> range:
-        """The clients of the process with that number."""
-        count = self._config.clients.count
-        return range(number - 1, count, self.homes) if number else range(0)
-
-    def connect(
-        self, server: Server | FinishedServer | None, ledger: WireLedger, log: RequestLog
-    ) -> ServerLink | None:
-        self._server = server if isinstance(server, Server) else None
-        return super().connect(server, ledger, log)
-
-    def _reference(self) -> NamedServer:
-        return NamedServer()
 
     def admit(self, before: Callable[[], None]) -> None:
         if self.rank == 0:
@@ -104,14 +85,11 @@ class ElasticWorld(RpcWorld):
         seconds = self._formed - self._generations.began
         return [Change(rank, reason, seconds) for rank, reason in self._generations.take_changes()]
 
-    def gather_beside(self, name: str, value: Any) -> list[Any] | None:
+    def _never(self) -> Callable[[int], bool]:
         members, numbers, own = self._members, self._numbers, self._beside
-
-        def never(rank: int) -> bool:
-            lost = not self._generations.has(numbers[rank], members[numbers[rank]])
-            return lost or own.check([f"left/{rank}"])
-
-        return self._gather_in_store(own, name, value, never)
+        return lambda rank: (
+            not self._generations.has(numbers[rank], members[numbers[rank]]) or own.check([f"left/{rank}"])
+        )
 
     def fail(self, error: BaseException) -> NoReturn:
         if isinstance(error, RunOver):
@@ -149,28 +127,22 @@ class ElasticWorld(RpcWorld):
         self._leave()
 
     def _too_few(self, numbers: list[int]) -> str | None:
-        left = sum(len(self.clients_of(number)) for number in numbers)
-        minimum = self._config.clients.minimum
+        count, minimum = self._config.clients.count, self._config.clients.minimum
+        left = sum(len(range(number - 1, count, self.homes)) for number in numbers if number)
         why = f"{left} clients are left, fewer than clients.minimum ({minimum}): the run ends"
         return why if left < minimum else None
 
     def _cut(self) -> None:
         """End the generation: on the thread of the signs of life, or rank 0's main one."""
         cut(self._spared, int(os.environ["MASTER_PORT"]))
-        if self._server:
-            self._server.fail(ConnectionLost("a rank was lost or joins"))
+        if server := offered():
+            server.fail(ConnectionLost("a rank was lost or joins"))
 
     def _leave(self) -> None:
         """Leave the generation, without a word to the others."""
-        self._server = None
         offer(None)
         self._workers.dissolve()  # first: what they still run answers calls, and without RPC torch crashes
-        with suppress(RuntimeError):  # it was half formed
-            rpc.shutdown(graceful=False)
-        with suppress(RuntimeError, ValueError, AssertionError):
-            dist.destroy_process_group()
-        self._clients = self._averaging_group = None
-        _staying.clear()
+        self.transport.abandon()
 
     def _enter_next(self) -> None:
         """Form the newest generation that this process is in; or the one after, where one is lost meanwhile.
@@ -197,20 +169,18 @@ class ElasticWorld(RpcWorld):
                     followed = self._generations.await_next(self.generation, patience)
                     if not followed or self.generation == 0:  # nothing is trained that would be lost
                         raise ConnectionLost(first_line(error)) from error
-                    self._leave()
                 else:
                     self._formed = time.monotonic()
                     return
 
     def _form(self, generation: Generation) -> None:
-        self._members = generation.members
-        self._numbers = sorted(generation.members)
-        self._beside = dist.PrefixStore(f"beside/{generation.number}", self._side_store)
-        self._take_place(self._numbers.index(self.number), len(self._numbers))
+        _staying.clear()
+        numbers = sorted(generation.members)
+        rank = numbers.index(self.number)
         # A connection of its own, to be cut with the others: forming groups waits on it for a rank that dies.
         store = dist.PrefixStore(f"generation/{generation.number}", self._job.clone())
-        store.set(f"here/{self.rank}", self._here.written())
-        keys = [f"here/{rank}" for rank in range(self.size)]
+        store.set(f"here/{rank}", self._here.written())
+        keys = [f"here/{each}" for each in range(len(numbers))]
         while not store.check(keys):
             if self._generations.is_over(generation.number) or self._generations.run_over():
                 raise ConnectionLost("a rank was lost while the ranks met")
@@ -218,35 +188,23 @@ class ElasticWorld(RpcWorld):
         ranks = [Presence.read(store.get(key)) for key in keys]
         patience = self._timeout_seconds + GRACE_SECONDS  # a rank that is silent is lost before
         with self._generations.signs.expects_connections(patience):
-            self._join(store, replace(self._config.comm, averaging="gloo"), ranks)  # which can be cut, too
-        if self.rank == 0:
-            for rank in range(1, self.size):
-                self._watch_process(rank, self._numbers[rank], generation.number)
+            comm = replace(self._config.comm, transports=["uv"], averaging="gloo")  # which can be cut
+            self._open_transport(store, comm, ranks)
+        self._members, self._numbers = generation.members, numbers
+        self._beside = dist.PrefixStore(f"beside/{generation.number}", self._side_store)
+        if rank == 0:
+            for worker, number in zip(self.transport.workers[1:], numbers[1:], strict=True):
+                self._watch_process(worker, number, generation.number)
 
-    def _init_rpc(self, store: dist.Store, options: rpc.TensorPipeRpcBackendOptions) -> None:
-        # What init_rpc does, but that a process may have another rank than before (distributed autograd, of
-        # no use here, would refuse that), and that a newcomer finds the others' keys in the store.
-        autograd._init(self.number)
-        own = dist.PrefixStore("rpc", store)
-        own.set_timeout(timedelta(seconds=self._timeout_seconds))
-        rpc._init_rpc_backend(
-            rpc.BackendType.TENSORPIPE,  # type: ignore[attr-defined]  # a member that torch adds at run time
-            store=own,
-            name=self._worker(self.rank),
-            rank=self.rank,
-            world_size=self.size,
-            rpc_backend_options=options,
-        )
-
-    def _worker(self, rank: int) -> str:
-        # Names of its own in each generation: torch counts what workers of the same names have gathered.
-        return SERVER if rank == 0 else f"clients{self._numbers[rank]}-{self.generation}"
-
-    def _watch_process(self, rank: int, number: int, generation: int) -> None:
+    def _watch_process(self, worker: str, number: int, generation: int) -> None:
         def lost(call: Future[None]) -> None:
             self._generations.lose(number, generation, "its process has died, or its connection to rank 0")
 
-        rpc.rpc_async(self._worker(rank), _stay, timeout=0).add_done_callback(lost)
+        try:
+            rpc.rpc_async(worker, _stay, timeout=0).add_done_callback(lost)
+        except RuntimeError:
+            self.transport.abandon()
+            raise
 
 
 @rpc.functions.async_execution
