@@ -110,6 +110,6 @@ class LocalLink(ServerLink):
     def _deposit_auxiliary(self, weights: Weights) -> None:
         self._server.take_auxiliary(weights)
 
-    def _predict_last(self, z: Tensor) -> Tensor:
-        logits: Tensor = self._server.predict_last(z)
+    def _predict(self, z: Tensor) -> Tensor:
+        logits: Tensor = self._server.predict(z)
         return logits

@@ -24,7 +24,7 @@ from fslsage_rpc.models.tracing import (
     segment,
     trace,
 )
-from fslsage_rpc.models.zoo import Entry
+from fslsage_rpc.models.zoo import ModelEntry
 
 
 class AuxiliaryModel(Segment):
@@ -91,7 +91,7 @@ class AuxiliaryModel(Segment):
 def build_auxiliary(
     keys: Auxiliary,
     cut: str,
-    entry: Entry,
+    entry: ModelEntry,
     model: nn.Module,
     fresh: Callable[[], nn.Module],
     sample_shape: Sequence[int],
@@ -143,7 +143,7 @@ def build_auxiliary(
         if not trainable(auxiliary):
             raise InputError(
                 "model.auxiliary.kind: got 'linear', the model's head, whose weights are frozen; "
-                "expected copy, or model.lora.frozen: false"
+                "expected copy"
             )
         entry.for_alignment(auxiliary)
         return auxiliary

@@ -69,7 +69,7 @@ class ServerLink(ABC):
     def _deposit_auxiliary(self, weights: Weights) -> None: ...
 
     @abstractmethod
-    def _predict_last(self, z: Tensor) -> Tensor: ...
+    def _predict(self, z: Tensor) -> Tensor: ...
 
     def initial_weights(self, client: int) -> tuple[Weights, Weights | None]:
         """The client and auxiliary weights that this client starts from."""
@@ -156,9 +156,9 @@ class ServerLink(ABC):
         self.ledger.count("weights_allreduce", weights.bytes)
         self._deposit_auxiliary(weights)
 
-    def predict_last(self, z: Tensor) -> Tensor:
-        """Of a finished model's server: logits `[B, classes]` at the last position of smashed data z."""
-        logits = self._predict_last(z)
+    def predict(self, z: Tensor) -> Tensor:
+        """Of a finished model's server: what it gives for smashed data z."""
+        logits = self._predict(z)
         self.ledger.count("evaluation", _bytes(z) + _bytes(logits))
         return logits
 

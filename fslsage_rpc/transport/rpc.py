@@ -81,9 +81,9 @@ class ServerEndpoint:
         self._server.take_auxiliary(weights)
         synchronise_stream(self._device)
 
-    def predict_last(self, z: torch.Tensor) -> torch.Tensor:
-        """See `FinishedServer.predict_last`; by way of host memory."""
-        logits: torch.Tensor = self._server.predict_last(z)
+    def predict(self, z: torch.Tensor) -> torch.Tensor:
+        """See `FinishedServer.predict`; by way of host memory."""
+        logits: torch.Tensor = self._server.predict(z)
         return logits.to(CPU)
 
 
@@ -186,8 +186,8 @@ class RpcLink(ServerLink):
     def _deposit_auxiliary(self, weights: Weights) -> None:
         self._call("deposit_auxiliary", weights.to(CPU))
 
-    def _predict_last(self, z: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._call("predict_last", z.to(CPU))
+    def _predict(self, z: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._call("predict", z.to(CPU))
         return logits
 
     def _call(self, method: str, *arguments: Any) -> Any:
