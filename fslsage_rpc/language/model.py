@@ -5,7 +5,7 @@ Both libraries are in the `llm` extra, and are imported when a model is made.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated, Any
 
 import torch
@@ -20,24 +20,6 @@ from fslsage_rpc.models.zoo import ModelEntry
 DIFFERENTIABLE_ATTENTION = "twice_differentiable"
 ADAPTED = r".*\.c_attn\.(q|v)"
 """the projections that get adapters"""
-Layers = Annotated[int, Bounds(minimum=1, maximum=1_000)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank adapters (arXiv 2106.09685) on the query and value projections.
-
-    Attributes:
-        rank: None for no adapters; all weights train then.
-        alpha: adapters are scaled by alpha / rank.
-        dropout: of what goes into the adapters.
-        frozen: only the adapters train; else all weights do.
-    """
-
-    rank: Count | None = None
-    alpha: Positive = 32.0
-    dropout: Fraction = 0.0
-    frozen: bool = True
 
 
 class Embedding(nn.Module):
@@ -102,7 +84,7 @@ def make(
     num_classes: int,
     sample_shape: Sequence[int],
     width: Count | None = None,
-    layers: Layers | None = None,
+    layers: Annotated[int, Bounds(minimum=1, maximum=1_000)] | None = None,
     heads: Count | None = None,
     dropout: Fraction = 0.0,
     pretrained: str | None = None,
@@ -117,13 +99,12 @@ def make(
         heads: of attention; None: 12.
         dropout: behind the embeddings and at the end of each residual branch.
         pretrained: weights and sizes: a folder, or a name on the Hugging Face hub; None: random weights.
-        lora: see `Lora`.
+        lora: arguments of `adapt`.
 
     Raises:
         InputError: the sizes do not fit, the weights are not to be had, or the extra is not installed.
     """
     transformers = import_extra("transformers")
-    adapters = Lora(**checked_arguments("model.arguments.lora", "lora", Lora, lora or {}))
     (length,) = sample_shape
     if pretrained is None:
         config = transformers.GPT2Config(
@@ -159,8 +140,7 @@ def make(
         model = Gpt2(transformers.GPT2Model(config))
     else:
         model = Gpt2(_load(_weights_of, pretrained, config=config))
-    if adapters.rank is not None:
-        _adapt(model, config.n_embd, adapters)
+    adapt(model, **checked_arguments("model.arguments.lora", "lora", adapt, lora or {}, first=1))
     return model
 
 
@@ -200,17 +180,32 @@ def _load(load: Callable[..., Any], name: str, **keys: Any) -> Any:
         ) from None
 
 
-def _adapt(model: Gpt2, width: int, lora: Lora) -> None:
-    """Add adapters to the query and value projections; with `frozen` nothing else trains."""
+def adapt(
+    model: Gpt2,
+    rank: Count | None = None,
+    alpha: Positive = 32.0,
+    dropout: Fraction = 0.0,
+    frozen: bool = True,
+) -> None:
+    """Add low-rank adapters (arXiv 2106.09685) to the query and value projections.
+
+    Args:
+        rank: of the adapters; None for none of them.
+        alpha: adapters are scaled by alpha / rank.
+        dropout: of what goes into the adapters.
+        frozen: nothing else trains.
+    """
+    if rank is None:
+        return
     peft = import_extra("peft")
     for block in model.h:
-        block.attn.c_attn = QueryKeyValue(block.attn.c_attn, width)
+        block.attn.c_attn = QueryKeyValue(block.attn.c_attn, model.lm_head.in_features)
     keys = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=ADAPTED, bias="none"
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=ADAPTED, bias="none"
     )
     peft.inject_adapter_in_model(keys, model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or not lora.frozen
+        parameter.requires_grad = "lora_" in name or not frozen
 
 
 def third_block_behind(cut: str) -> str | None:
@@ -251,10 +246,8 @@ def import_extra(name: str) -> Any:
     Raises:
         InputError: it is not installed.
     """
-    import importlib
-
     try:
-        return importlib.import_module(name)
+        return import_module(name)
     except ImportError:
         raise InputError(f"model.name: GPT-2 needs {name}: pip install 'fslsage_rpc[llm]'") from None
 

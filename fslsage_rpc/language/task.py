@@ -14,8 +14,6 @@ from fslsage_rpc.models.tracing import TokenShape
 from fslsage_rpc.tasks.base import Score, Task
 from fslsage_rpc.tasks.tensors import TensorBatches, TensorSamples
 
-Length = Annotated[int, Bounds(minimum=1, maximum=100_000)]
-
 
 class LanguageTask(Task):
     """Tokens `[B, T]` to logits `[B, T, classes]` of the token that follows each, trained on the
@@ -35,7 +33,7 @@ class LanguageTask(Task):
         self,
         config: Config,
         tokenizer: str = "gpt2",
-        tokens: Length = 512,
+        tokens: Annotated[int, Bounds(minimum=1, maximum=100_000)] = 512,
         vocabulary: Literal["full", "occurring"] = "full",
     ):
         super().__init__(config)
@@ -54,8 +52,7 @@ class LanguageTask(Task):
         self.load(train=False)
 
     def load(self, train: bool) -> TensorSamples:
-        (longest,) = self.sample_shape
-        return e2e.tokenize(self.config.data, self.vocabulary, longest, train)
+        return e2e.tokenize(self.config.data, self.vocabulary, self.label_shape[0], train)
 
     def batches(self, samples: TensorSamples, batch_size: int, device: torch.device) -> TensorBatches:
         return TensorBatches(samples, batch_size, device, self.precision.weights)

@@ -17,11 +17,17 @@ from support.job_processes import outer_environment
 GROUP = "fslsage_rpc.commands"
 
 
+def entries_of(setup: str) -> dict[str, str]:
+    """The entry points of commands in the text of a setup.cfg."""
+    parser = configparser.ConfigParser()
+    parser.read_string(setup)
+    lines = parser["options.entry_points"][GROUP].strip().splitlines()
+    return dict(line.split(" = ") for line in lines)
+
+
 def offer_commands(monkeypatch: pytest.MonkeyPatch, **others: str) -> None:
     """Have the entry points of commands be those of setup.cfg and these others, whatever is installed."""
-    setup = configparser.ConfigParser()
-    setup.read(Path(__file__).parents[2] / "setup.cfg")
-    own = dict(line.split(" = ") for line in setup["options.entry_points"][GROUP].split("\n") if line)
+    own = entries_of((Path(__file__).parents[2] / "setup.cfg").read_text())
     offered = [EntryPoint(name, value, GROUP) for name, value in {**own, **others}.items()]
     installed = importlib.metadata.entry_points
 
