@@ -194,8 +194,8 @@ def make(keys: Model, classes: int, sample_shape: Sequence[int]) -> nn.Module:
         )
     try:
         names = {each.name for one in parameters(entry.make) for each in one}
-        given = {shape: sample_shape for shape in ("image_shape", "sample_shape") if shape in names}
-        given |= {"num_classes": classes}
+        given: dict[str, Any] = {"num_classes": classes}
+        given |= {shape: sample_shape for shape in ("image_shape", "sample_shape") if shape in names}
         more = checked_arguments("model.arguments", keys.name, entry.make, keys.arguments, given=given)
         with nullcontext() if entry.on_meta else torch.device("cpu"):
             model = entry.make(**given, **more)
