@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     tokenizer = options.tokenizer or f"{options.data}/gpt2_tokenizer"
-    keys = [f"data.root={options.data}", f"data.tokenizer={tokenizer}", *options.overrides]
+    keys = [f"data.root={options.data}", f"data.arguments.tokenizer={tokenizer}", *options.overrides]
     lines = [
         f"Unigram entropy of the training texts: {unigram_entropy(keys):.2f} nats a token.",
         "",

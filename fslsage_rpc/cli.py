@@ -6,9 +6,9 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from fslsage_rpc.commands import count, needs_ranks
 from fslsage_rpc.config.loading import from_tree, load
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.errors import FIRST_WORD_SECONDS, Diverged, HostError, InputError
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Options, overrides and folders in any order: argparse itself takes none of those behind an option."""
-    parser = _parser()
+    parser = _parser(arguments)
     options, rest = parser.parse_known_args(arguments)
     words = next((vars(options)[name] for name in ("overrides", "folders") if name in options), None)
     if rest and (words is None or any(word.startswith("-") for word in rest)):
@@ -75,7 +75,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="fslsage", description="Federated split learning over torch.distributed, measured."
     )
@@ -121,26 +121,30 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
     evaluate = commands.add_parser("evaluate", help="evaluate the finished model of a run folder again")
     evaluate.add_argument("run", help="run folder")
-    evaluate.add_argument(
-        "--bleu",
-        nargs="?",
-        const="all",
-        metavar="N",
-        help="of a language model: also write texts for the test set's first N meaning representations (all)",
-    )
-    evaluate.add_argument("--beams", default="10", metavar="N", help="of the beam search")
     evaluate.set_defaults(command=_evaluate)
-    generate = commands.add_parser("generate", help="write texts with the finished language model of a run")
-    generate.add_argument("run", help="run folder")
-    generate.add_argument("meanings", nargs="+", metavar="TEXT", help="as 'name[Aromi], eatType[pub]'")
-    generate.add_argument("--beams", default="10", metavar="N", help="of the beam search")
-    generate.set_defaults(command=_generate)
+    if not arguments or arguments[0] not in commands.choices:
+        _add_commands_of_packages(commands)
     return parser
+
+
+def _add_commands_of_packages(commands: Any) -> None:
+    """Add the commands of this and other packages that entry points name; one that fails is left out."""
+    from importlib.metadata import entry_points
+
+    from fslsage_rpc.config.own import first_line
+
+    for entry in entry_points(group="fslsage_rpc.commands"):
+        try:
+            entry.load()(commands)
+        except (Exception, SystemExit) as error:  # a stranger's may raise anything
+            if "RANK" not in os.environ:
+                what = f"the entry point {entry.name}: {entry.value} of fslsage_rpc.commands"
+                print(f"fslsage_rpc: {what} is left out ({first_line(error)})", file=sys.stderr)
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
-    if _needs_ranks(config):
+    if needs_ranks(config):
         return _launch(config, arguments)
     with uninterrupted():
         from fslsage_rpc.job.world import is_first_rank
@@ -154,7 +158,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
-    if _needs_ranks(config):
+    if needs_ranks(config):
         return _launch(config, arguments)
     with uninterrupted():
         from fslsage_rpc.bench.progress import BenchScreen
@@ -167,8 +171,8 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
 def _plan(options: argparse.Namespace, arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     clients = _counts("--clients", options.clients or str(config.clients.count))
-    ranks = _count("--client-ranks", options.client_ranks) if options.client_ranks else None
-    cores = _count("--shared-cores", options.shared_cores) if options.shared_cores else None
+    ranks = count("--client-ranks", options.client_ranks) if options.client_ranks else None
+    cores = count("--shared-cores", options.shared_cores) if options.shared_cores else None
     with uninterrupted():
         from fslsage_rpc.plan.run import plan
 
@@ -181,17 +185,6 @@ def _counts(option: str, text: str) -> list[int]:
     if min(counts) < 1:
         raise InputError(f"{option}: got {text!r}, expected whole numbers from 1 on, as 10,100")
     return counts
-
-
-def _count(option: str, text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{option}: got {text!r}, expected a whole number from 1 on")
-    return int(text)
-
-
-def _needs_ranks(config: Config) -> bool:
-    """Is this neither one rank of a job nor a run in one process?"""
-    return config.transport == "rpc" and "RANK" not in os.environ
 
 
 def _launch(config: Config, arguments: list[str]) -> int:
@@ -230,7 +223,7 @@ def _check(options: argparse.Namespace, arguments: list[str]) -> int:
         config = load(options.config, options.overrides)
     else:  # the ranks that there are, or this process alone
         config = from_tree({} if int(os.environ.get("WORLD_SIZE", 1)) > 1 else {"transport": "local"})
-    if _needs_ranks(config):
+    if needs_ranks(config):
         return _launch(config, arguments)
     with uninterrupted():
         from fslsage_rpc.check.display import CheckScreen
@@ -258,35 +251,9 @@ def _evaluate(options: argparse.Namespace, arguments: list[str]) -> int:
     with uninterrupted():
         from fslsage_rpc.training.evaluation import evaluate_run
 
-    beams = _count("--beams", options.beams)
-    limit = None if options.bleu in (None, "all") else _count("--bleu", options.bleu)
     score = evaluate_run(options.run)
     metrics = "".join(f"  test {name} {value:.4f}" for name, value in score.metrics.items())
     print(f"test accuracy {score.accuracy:.4f}  test loss {score.loss:.4f}{metrics}")
-    if options.bleu is not None:
-        with uninterrupted():
-            from fslsage_rpc.language.generation import bleu
-
-        scored = bleu(options.run, limit, beams)
-        print(f"BLEU {scored.score:.2f} on {scored.meanings} meaning representations, {beams} beams")
-    return 0
-
-
-def _generate(options: argparse.Namespace, arguments: list[str]) -> int:
-    with uninterrupted():
-        from fslsage_rpc.language.generation import generate, language_run
-
-    beams = _count("--beams", options.beams)
-    if _needs_ranks(load(Path(options.run) / "config.yaml")):
-        language_run(options.run)
-        from fslsage_rpc.job.launching import launch
-
-        return launch(2, arguments)  # one for each half of the model
-    written = generate(options.run, options.meanings, beams)
-    if written:
-        print(*written.texts, sep="\n")
-        if written.wire_bytes:
-            print(f"{written.wire_bytes:,} bytes between the two halves", file=sys.stderr)
     return 0
 
 

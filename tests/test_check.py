@@ -174,7 +174,7 @@ def test_no_checkpoints_take_no_memory_and_no_disk(tmp_path: Path) -> None:
 def test_checkpoints_and_paper_bytes_are_those_of_the_run(tmp_path: Path, name: str) -> None:
     keys = {
         "algorithm": {"name": name},
-        "model": {"name": "resnet56", "width": 4},
+        "model": {"name": "resnet56", "arguments": {"width": 4}},
         "data": {"partition": "iid", "train_limit": 60},
     }
     config = tree(tmp_path, keys, rounds=2, name=name)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fslsage_rpc.config.loading import changed_keys, from_tree, load, read_yaml, to_tree, to_yaml
 from fslsage_rpc.config.schema import Config
-from support.user_input import leaves, write
+from support.user_input import leaves, mistake, write
 
 
 def changes(config: Config) -> dict[str, Any]:
@@ -49,6 +49,78 @@ def test_a_configuration_survives_its_tree_and_yaml(tmp_path: Path) -> None:
     path = write(tmp_path, yaml.safe_dump(to_tree(config)))
     assert load(path) == config
     assert read_yaml(path) == to_tree(config)
+
+
+# Keys of older versions
+
+
+OLD_KEYS = {
+    "": "name seed rounds ranks transport device precision tf32 graphs output resume base trace",
+    "clients.": "count participation local_epochs batch_size on_loss minimum",
+    "data.": "name arguments root download partition alpha shards partition_file train_limit test_limit"
+    " augment tokenizer tokens vocabulary",
+    "model.": "name arguments cut width layers heads dropout pretrained memory_format",
+    "model.lora.": "rank alpha dropout frozen",
+    "model.auxiliary.": "kind arguments until width width_multiplier",
+    "algorithm.": "name arguments upload_every align_every average_auxiliary warm_start measure_drift",
+    "algorithm.alignment.": "epochs batch_size buffer_size tolerance solver",
+    "optimizer.client.": "name lr weight_decay",
+    "optimizer.client.scheduler.": "name arguments per",
+    "optimizer.server.": "name lr weight_decay",
+    "optimizer.server.scheduler.": "name arguments per",
+    "optimizer.auxiliary.": "name lr weight_decay",
+    "optimizer.auxiliary.scheduler.": "name arguments per",
+    "loss.": "label_smoothing",
+    "server.": "order",
+    "comm.": "averaging upload_window interface transports channels device_maps timeout_seconds",
+    "checkpoint.": "every keep",
+    "evaluation.": "every batch_size",
+    "stop.": "paper_gib accuracy diverged",
+    "bench.": "variants reference repeats warmup_rounds target_accuracy",
+}
+NOW_ARGUMENTS: dict[str, Any] = {
+    "data": {"tokenizer": "gpt2", "tokens": 512, "vocabulary": "full"},
+    "model": {
+        **dict.fromkeys(("width", "layers", "heads", "pretrained")),
+        "dropout": 0.0,
+        "lora": {"rank": None, "alpha": 32.0, "dropout": 0.0, "frozen": True},
+    },
+}
+"""as the folder of an old run has them"""
+
+
+def test_every_key_of_older_versions_is_read_or_its_new_name_is_told() -> None:
+    old = {section + key for section, keys in OLD_KEYS.items() for key in keys.split()}
+    gone = old - {*leaves(to_tree(Config())), "base"}
+    assert gone == set(leaves(NOW_ARGUMENTS))
+    for key in gone:
+        section, argument, *_ = key.split(".")
+        said = mistake(from_tree, {}, [f"{key}=77"])
+        assert said.startswith(f"{section}.{argument}: got ")
+        assert said.endswith(f"expected none: it is {section}.arguments.{argument} now")
+
+
+def test_the_folder_of_an_old_run_is_read(tmp_path: Path) -> None:
+    assert load(write(tmp_path, yaml.safe_dump(NOW_ARGUMENTS))) == Config()
+    assert from_tree({"model": {"lora": {"alpha": 32}}}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("data.name", "e2e", "fslsage_rpc.language.task:LanguageTask"),
+        ("model.name", "gpt2", "fslsage_rpc.language.model:gpt2"),
+    ],
+)
+def test_a_value_of_older_versions_is_told_its_new_name(key: str, old: str, new: str) -> None:
+    said = mistake(from_tree, {}, [f"{key}={old}"])
+    assert said == f"{key}: got {old!r}, expected {new}, as it is called now"
+
+
+@pytest.mark.parametrize("value", ["3", "null", "{rank: [1]}", "{ranks: 2}"])
+def test_a_wrong_value_of_an_old_key_is_told_its_new_name(value: str) -> None:
+    said = mistake(from_tree, {}, [f"model.lora={value}"])
+    assert said == f"model.lora: got {value}, expected none: it is model.arguments.lora now"
 
 
 @pytest.mark.gate

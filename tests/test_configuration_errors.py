@@ -21,7 +21,7 @@ SEED = "an integer >= 0 and <= 4294967295"
 TRANSPORTS = "a list, each one of uv, shm, ibv or null"
 FOLDER = "a folder name of letters, digits, '.', '_' and '-'"
 ARGUMENTS = "a mapping of names to numbers, texts or lists of numbers"
-DATASETS = "digits, synthetic, cifar10, cifar100, mnist, fashion_mnist, e2e"
+DATASETS = "digits, synthetic, cifar10, cifar100, mnist, fashion_mnist"
 OWN = "package.module:function"
 ALGORITHMS = "fsl_sage, splitfed_v1, splitfed_v2, cse_fsl, fedavg"
 WRONG_VALUES = [  # in YAML, just as the message shows them

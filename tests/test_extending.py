@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from fslsage_rpc.config.schema import Config, Data
 from fslsage_rpc.data.datasets import load as load_images
 from fslsage_rpc.data.datasets import spec_of
 from fslsage_rpc.data.participation import Federation
+from fslsage_rpc.models.splitting import build
+from fslsage_rpc.models.zoo import ModelEntry
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.parties.requests import ClientStep
 from fslsage_rpc.plan.costs import Costs
@@ -33,7 +35,7 @@ from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.tasks import Task, open_task
 from fslsage_rpc.tasks.images import ImageTask
 from fslsage_rpc.training.experiment import Experiment, check
-from support.commands import fslsage
+from support.commands import entries_of, fslsage, offer_commands
 from support.report_folders import write_run
 from support.user_input import mistake
 
@@ -82,13 +84,15 @@ def listings() -> dict[str, Listing]:
     found = {}
     for section in DOCUMENT.read_text(encoding="utf-8").split("\n## ")[1:]:
         (code,), (keys,) = (
-            re.findall(rf"```{language}\n(.*?)```", section, re.S) for language in ("python", "yaml")
+            re.findall(rf"```{language}\n(.*?)```", section, re.S) for language in ("python", "(?:yaml|ini)")
         )
         found[section.splitlines()[0]] = Listing(code.splitlines()[0].removeprefix("# "), code, keys)
     return found
 
 
 LISTINGS = listings()
+COMMAND = "A command"
+TRAINED = [title for title in LISTINGS if title != COMMAND]
 
 
 @pytest.fixture
@@ -111,19 +115,20 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_there_is_one_of_each_and_each_is_short() -> None:
     algorithms = ["An algorithm", "An algorithm that asks by values"]
-    assert list(LISTINGS) == ["A model", "A dataset", *algorithms, "An auxiliary model", "A task"]
+    models = ["A model", "A model with defaults"]
+    assert [*models, "A dataset", *algorithms, "An auxiliary model", "A task"] == TRAINED
     for listing in LISTINGS.values():
         lines = [*listing.code.splitlines(), *listing.keys.splitlines()]
         assert len(lines) < 40
         assert all(len(line) <= 110 for line in lines)
 
 
-@pytest.mark.parametrize("title", LISTINGS)
+@pytest.mark.parametrize("title", TRAINED)
 def test_a_listing_trains_goes_on_and_is_evaluated(
     title: str, working_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = LISTINGS[title].configuration()
-    if title == "A model":  # it has more to learn than these few steps would do
+    if title.startswith("A model"):  # it has more to learn than these few steps would do
         keys = merged({"optimizer": {party: {"lr": 0.01} for party in ("client", "server")}}, keys)
     Path("run.yaml").write_text(yaml.safe_dump(tree(keys)))
     assert main(["train", "run.yaml"]) == 0
@@ -140,6 +145,57 @@ def test_a_listing_trains_goes_on_and_is_evaluated(
     assert main(["evaluate", "runs/run"]) == 0
     accuracy, loss = lines[-1]["test_accuracy"], lines[-1]["test_loss"]
     assert capsys.readouterr().out == f"test accuracy {accuracy:.4f}  test loss {loss:.4f}\n"
+
+
+def test_a_command_is_there_once_its_package_names_it(
+    working_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(working_directory)
+    offer_commands(monkeypatch, **entries_of(LISTINGS[COMMAND].keys))
+    lines = [{"round": 1, "round_seconds": 0.5}, {"round": 2, "round_seconds": 1.25}]
+    Path("metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["slowest", "."]) == 0
+    assert capsys.readouterr().out == "round 2: 1.25 s\n"
+
+
+def test_an_entry_has_its_defaults_and_its_arguments(working_directory: Path) -> None:
+    keys = from_tree(LISTINGS["A model with defaults"].configuration()).model
+    split = build(keys, 10, (1, 8, 8), 0, torch.float32)
+    assert split.smashed_shape == (8, 8, 8)
+    assert [name for name, _ in split.auxiliary.named_children()] == ["2", "3", "fc"]
+    said = mistake(build, replace(keys, arguments={"wide": 1}), 10, (1, 8, 8), 0, torch.float32)
+    unknown = "model.arguments.wide: unknown argument of small:net"
+    assert said == f"{unknown}; did you mean model.arguments.width?"
+
+
+def two_layers(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    features = torch.Size(image_shape).numel()
+    return nn.Sequential(nn.Flatten(), nn.Linear(features, 8), nn.ReLU(), nn.Linear(8, num_classes))
+
+
+def no_auxiliary(cut: str) -> str:
+    raise KeyError(cut)
+
+
+for_texts = ModelEntry(two_layers, samples="texts")
+cut_nowhere = ModelEntry(two_layers, default_cut="9")
+unsure = ModelEntry(two_layers, default_cut="1", auxiliary=no_auxiliary)
+headless = ModelEntry(two_layers, default_cut="1", head=("9",))
+made_by_none = ModelEntry(None, default_cut="1")  # type: ignore[arg-type]
+WRONG_ENTRIES = {
+    "for_texts": "model.name: got {}, a model for texts, expected one for images, as data.name has them",
+    "cut_nowhere": "model.cut: got '9', expected a module of the model, as 1, 2 (",
+    "unsure": "model.name: got {}, of which no auxiliary model can be made (KeyError: '1')",
+    "headless": "model.name: got {}, of which no auxiliary model can be made (AttributeError: ",
+    "made_by_none": "model.name: got {}, which fails on images of 1x8x8 (TypeError: ",
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ENTRIES)
+def test_an_entry_that_is_wrong_is_refused_in_one_line(name: str) -> None:
+    own = f"{HERE}:{name}"
+    keys = {"transport": "local", "model": {"name": own, "cut": "1" if name == "for_texts" else None}}
+    assert mistake(check, from_tree(keys), 1).startswith(WRONG_ENTRIES[name].format(repr(own)))
 
 
 def test_a_task_may_give_labels_in_another_type_than_it_says(working_directory: Path) -> None:

@@ -18,7 +18,7 @@ from fslsage_rpc.language import data as e2e
 from fslsage_rpc.language import generation as texts
 from fslsage_rpc.language.beam_search import write_on
 from fslsage_rpc.language.generation import bleu, generate, language_run, prompts
-from support.commands import fslsage
+from support.commands import fslsage, offer_commands
 from support.toy_language import pairs, toy_tree
 from support.user_input import mistake
 
@@ -29,21 +29,26 @@ MEANINGS = list(dict.fromkeys(meaning for meaning, _ in pairs()["test"]))
 ROWS = [Counter(meaning for meaning, _ in pairs()["test"])[meaning] for meaning in MEANINGS]
 
 
+@pytest.fixture(autouse=True)
+def commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer_commands(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def finished(toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has learned something."""
     output = tmp_path_factory.mktemp("runs")
-    learning = {"algorithm": {"name": "splitfed_v2"}, "model": {"lora": {"rank": None}}}
+    learning = {"algorithm": {"name": "splitfed_v2"}, "model": {"arguments": {"lora": {"rank": None}}}}
     keys = {"rounds": 4, "precision": "fp32", "name": "finished", "output": str(output), **learning}
     run = fslsage_rpc.train(toy_tree(toy_root, keys, {"evaluation": {"every": 4}}))
-    assert run.rounds[-1]["test_loss"] < 0.8 * math.log(language_run(run.folder).task.classes)
+    assert run.rounds[-1]["test_loss"] < 0.8 * math.log(language_run(run.folder)[1].classes)
     return run.folder
 
 
 def whole_model_writes(folder: Path, meanings: Sequence[str], beams: int) -> list[str]:
-    run = language_run(folder)
+    run, task = language_run(folder)
     model = run.split.whole().eval()
-    return texts._write(run.task, lambda tokens: model(tokens)[:, -1], meanings, beams)  # type: ignore[arg-type]
+    return texts._write(task, lambda tokens: model(tokens)[:, -1], meanings, beams)
 
 
 # Beam search
@@ -79,10 +84,10 @@ def test_texts_end_at_the_longest_and_each_for_itself(beams: int) -> None:
 
 
 def test_greed_takes_the_likeliest_token_each_time(finished: Path) -> None:
-    run = language_run(finished)
-    model, words = run.split.whole().eval(), run.task.vocabulary  # type: ignore[attr-defined]
+    run, task = language_run(finished)
+    model, words = run.split.whole().eval(), task.vocabulary
     expected = []
-    for tokens in prompts(run.task, MEANINGS):  # type: ignore[arg-type]
+    for tokens in prompts(task, MEANINGS):
         new: list[int] = []
         while len(tokens) + len(new) < 48:
             with torch.no_grad():
@@ -126,12 +131,14 @@ def test_two_ranks_write_it_too(finished: Path, tmp_path: Path) -> None:
 def test_the_commands_write_and_score(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", str(finished), *MEANINGS[:2], "--beams", "1"]) == 0
     assert capsys.readouterr().out.splitlines() == whole_model_writes(finished, MEANINGS[:2], 1)
-    assert cli.main(["evaluate", str(finished), "--bleu", "2", "--beams", "1"]) == 0
-    scored, bleu_line = capsys.readouterr().out.splitlines()
+    assert cli.main(["evaluate", str(finished)]) == 0
+    (scored,) = capsys.readouterr().out.splitlines()
     assert scored.startswith("test accuracy 0.")
     assert "test perplexity " in scored
-    assert bleu_line.startswith("BLEU ")
-    assert bleu_line.endswith("on 2 meaning representations, 1 beams")
+    assert cli.main(["bleu", str(finished), "2", "--beams", "1"]) == 0
+    (scored,) = capsys.readouterr().out.splitlines()
+    assert scored.startswith("BLEU ")
+    assert scored.endswith("on 2 meaning representations, 1 beams")
 
 
 # What is refused
@@ -141,7 +148,7 @@ def test_a_meaning_that_leaves_no_room_is_refused(finished: Path, capsys: pytest
     long = ", ".join(f"food[{number}]" for number in range(30))
     said = mistake(generate, finished, [MEANINGS[0], long], 1)
     assert said.startswith(repr(long))
-    assert said.endswith("tokens, expected less than data.tokens, 48")
+    assert said.endswith("tokens, expected less than data.arguments.tokens, 48")
     assert cli.main(["generate", str(finished), long]) == 2
     assert capsys.readouterr().err.startswith(f"fslsage_rpc: {long!r}: got ")
 
@@ -157,10 +164,11 @@ def test_an_empty_text_is_refused(finished: Path, capsys: pytest.CaptureFixture[
     "arguments",
     [
         ["generate", "nowhere", "name[A]"],
-        ["evaluate", "nowhere", "--bleu"],
+        ["bleu", "nowhere"],
         ["generate", "RUN", "name[A]", "--beams", "0"],
-        ["evaluate", "RUN", "--bleu", "some"],
-        ["evaluate", "RUN", "--bleu", "0"],
+        ["generate", "RUN", "name[A]", "--beams", "5,10"],
+        ["bleu", "RUN", "some"],
+        ["bleu", "RUN", "0"],
         ["generate", "RUN"],
     ],
     ids=" ".join,
@@ -171,6 +179,7 @@ def test_other_mistakes_are_one_line(
     assert cli.main([str(finished) if word == "RUN" else word for word in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fslsage_rpc: ")
+    assert "invalid choice" not in line
 
 
 def test_a_run_on_images_writes_nothing(tmp_path: Path) -> None:

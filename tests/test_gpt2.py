@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fslsage_rpc.config.loading
+from fslsage_rpc.config.loading import from_tree, load
 from fslsage_rpc.language.data import IGNORED
 from fslsage_rpc.models.cuts import list_cuts
 from fslsage_rpc.models.flat import copy_of, flatten, module_bytes, trainable
@@ -25,17 +25,19 @@ from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.tasks import Task, open_task
 from fslsage_rpc.training.experiment import check
 from support.commands import fslsage
-from support.toy_language import Tree, toy_config, toy_tree
+from support.toy_language import data_arguments, model_arguments, toy_config, toy_tree
+from support.trees import Tree
 from support.user_input import mistake
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 LAYERS = 4
+GPT2 = "fslsage_rpc.language.model:gpt2"
 FP32: Tree = {"precision": "fp32"}
-NO_LORA: Tree = {"model": {"lora": {"rank": None}}}
-ALL_TRAIN: Tree = {"model": {"lora": {"frozen": False}}}
-PRETRAINED_SIZES: Tree = {"model": {"width": None, "layers": None, "heads": None}}
+NO_LORA = model_arguments(lora={"rank": None})
+ALL_TRAIN = model_arguments(lora={"frozen": False})
+PRETRAINED_SIZES = model_arguments(width=None, layers=None, heads=None)
 
 
 def built(root: Path, *changes: Tree) -> tuple[Task, SplitModel]:
@@ -102,8 +104,8 @@ def test_weights_and_tokenizer_are_found_by_their_names_on_the_hub(
         shutil.copy(file, snapshot)
     (toy_hub / "refs").mkdir()
     (toy_hub / "refs" / "main").write_text(snapshot.name)
-    names: Tree = {"data": {"tokenizer": "somebody/toy"}, "model": {"pretrained": "somebody/toy"}}
-    tree = toy_tree(toy_root, PRETRAINED_SIZES, names, FP32)
+    names = [data_arguments(tokenizer="somebody/toy"), model_arguments(pretrained="somebody/toy")]
+    tree = toy_tree(toy_root, PRETRAINED_SIZES, *names, FP32)
     tree |= {"name": "hub", "output": str(tmp_path / "runs")}
     config = tmp_path / "config.json"  # which is YAML
     config.write_text(json.dumps(tree))
@@ -119,7 +121,7 @@ def test_a_pretrained_model_gives_the_librarys_own_logits(
     toy_root: Path, pretrained: tuple[Path, Any], changes: list[Tree]
 ) -> None:
     folder, theirs = pretrained
-    loaded = {"model": {"pretrained": str(folder)}}
+    loaded = model_arguments(pretrained=str(folder))
     task, split = built(toy_root, FP32, PRETRAINED_SIZES, loaded, *changes)
     x, _ = batch(task)
     with torch.no_grad():
@@ -140,7 +142,7 @@ def test_without_its_tied_head_the_model_has_the_librarys_weights(
     toy_root: Path, pretrained: tuple[Path, Any]
 ) -> None:
     folder, theirs = pretrained
-    _, split = built(toy_root, FP32, PRETRAINED_SIZES, NO_LORA, {"model": {"pretrained": str(folder)}})
+    _, split = built(toy_root, FP32, PRETRAINED_SIZES, NO_LORA, model_arguments(pretrained=str(folder)))
     ours = split.whole().state_dict()
     expected = {
         re.sub(r"^transformer\.(wte|wpe)", r"embedding.\1", name).removeprefix("transformer."): weight
@@ -271,14 +273,15 @@ def test_every_adapter_of_every_part_gets_a_gradient_and_nothing_else_does(toy_r
 
 def test_the_medium_configuration_splits_all_24_blocks_and_adapts_them() -> None:
     """On the meta device, where nothing is allocated; the sizes are those of its pretrained weights."""
-    keys = fslsage_rpc.config.loading.load(Path(__file__).parents[1] / "configs" / "e2e_gpt2_medium.yaml", [])
-    sizes: Any = {"pretrained": None, "width": 1024, "layers": 24, "heads": 16}
+    keys = load(Path(__file__).parents[1] / "configs" / "e2e_gpt2_medium.yaml", [])
+    sizes = {"pretrained": None, "width": 1024, "layers": 24, "heads": 16}
+    length = keys.data.arguments["tokens"]
     with torch.device("meta"):
-        model = dataclasses.replace(keys.model, **sizes)
-        split = build(model, 50_257, TokenShape((keys.data.tokens,)), 0, torch.float32)
-        tokens = torch.zeros(1, keys.data.tokens, dtype=torch.int64)
+        model = dataclasses.replace(keys.model, arguments=keys.model.arguments | sizes)
+        split = build(model, 50_257, TokenShape((length,)), 0, torch.float32)
+        tokens = torch.zeros(1, length, dtype=torch.int64)
         for half in (split.server, split.auxiliary):
-            assert half(split.client(tokens)).shape == (1, keys.data.tokens, 50_257)
+            assert half(split.client(tokens)).shape == (1, length, 50_257)
     held = {name: [int(number) for number, _ in blocks(part)] for name, part in parts(split).items()}
     assert held == {"client": [0], "server": list(range(1, 24)), "auxiliary": [1, 2, 3]}
     assert {name: len(adapters(part)) for name, part in parts(split).items()} == {
@@ -341,15 +344,19 @@ def test_no_cut_layer_gradient_is_at_padding_nor_depends_on_what_is_there(toy_ro
 
 
 WRONG: dict[str, tuple[list[Tree], str]] = {
-    "gpt2 on images": (
-        [{"data": {"name": "digits"}}],
-        r"model\.name: got 'gpt2', expected a model for images, as data\.name has them: simple_conv, .*",
+    "heads": ([model_arguments(heads=3)], r"model\.arguments\.heads: got 3, expected a divisor of 16"),
+    "blocks": (
+        [model_arguments(layers=0)],
+        r"model\.arguments\.layers: got 0, expected an integer >= 1 .* or null",
     ),
-    "images' model on texts": (
-        [PRETRAINED_SIZES, NO_LORA, {"model": {"name": "simple_conv", "cut": None, "lora": {"alpha": 32.0}}}],
-        r"model\.name: got 'simple_conv', expected a model for texts, as data\.name has them: gpt2, or .*",
+    "an unknown key of adapters": (
+        [model_arguments(lora={"ranks": 2})],
+        r"model\.arguments\.lora\.ranks: unknown argument of lora; did you mean .*\.rank\?",
     ),
-    "heads": ([{"model": {"heads": 3}}], r"model\.heads: got 3, expected a divisor of 16"),
+    "adapters of no rank": (
+        [model_arguments(lora={"rank": 0})],
+        r"model\.arguments\.lora\.rank: got 0, expected an integer >= 1 .* or null",
+    ),
     "mlp": (
         [{"model": {"auxiliary": {"kind": "mlp", "width": 8}}}],
         r"model\.auxiliary\.kind: got 'mlp', expected copy or linear: .*",
@@ -367,7 +374,7 @@ WRONG: dict[str, tuple[list[Tree], str]] = {
         r"model\.cut: got 'h\.1\.attn', .*nearest that work: h\.0.*h\.1.*",
     ),
     "between the embeddings": (
-        [{"model": {"cut": "embedding.wte", "lora": {"frozen": False}}}],
+        [ALL_TRAIN, {"model": {"cut": "embedding.wte"}}],
         r"model\.cut: got 'embedding\.wte', where more than one tensor crosses; nearest that work: .*",
     ),
     "nothing trains before the cut": (
@@ -384,7 +391,7 @@ WRONG: dict[str, tuple[list[Tree], str]] = {
     ),
     "a frozen auxiliary": (
         [{"model": {"auxiliary": {"kind": "linear"}}}],
-        r"model\.auxiliary\.kind: got 'linear', .*frozen; expected copy, or model\.lora\.frozen: false",
+        r"model\.auxiliary\.kind: got 'linear', .*frozen; expected copy",
     ),
     "auxiliary before the cut": (
         [{"model": {"cut": "h.1", "auxiliary": {"until": "h.0"}}}],
@@ -394,13 +401,9 @@ WRONG: dict[str, tuple[list[Tree], str]] = {
         [{"model": {"cut": "h.2"}}],
         r"model\.auxiliary\.until: got 'h\.5', expected a module of the model, as h\..*",
     ),
-    "lora of an images' model": (
-        [PRETRAINED_SIZES, {"model": {"name": "resnet18", "cut": None}, "data": {"name": "digits"}}],
-        r"model\.lora\.rank: got 2, expected null: resnet18 has no choice",
-    ),
     "not there": (
-        [PRETRAINED_SIZES, {"model": {"pretrained": "no/such/folder"}}],
-        r"model\.pretrained: got 'no/such/folder', which cannot be loaded .*",
+        [PRETRAINED_SIZES, model_arguments(pretrained="no/such/folder")],
+        r"model\.arguments\.pretrained: got 'no/such/folder', which cannot be loaded .*",
     ),
 }
 
@@ -411,6 +414,21 @@ def test_what_cannot_be_is_refused_in_one_line(toy_root: Path, changes: list[Tre
     assert re.fullmatch(expected, said), said
 
 
+@pytest.mark.parametrize(
+    ("section", "keys", "expected"),
+    [
+        ("data", {"name": "digits"}, f"got {GPT2!r}, a model for texts, expected one for images"),
+        ("model", {"name": "simple_conv"}, "got 'simple_conv', a model for images, expected one for texts"),
+    ],
+)
+def test_a_model_for_other_samples_is_refused(
+    toy_root: Path, section: str, keys: Tree, expected: str
+) -> None:
+    config = from_tree({**toy_tree(toy_root), section: keys})
+    said = mistake(lambda: open_task(config).build())
+    assert said == f"model.name: {expected}, as data.name has them"
+
+
 def test_a_check_before_training_finds_it_too(toy_root: Path) -> None:
     said = mistake(check, toy_config(toy_root, {"model": {"cut": "embedding"}}), 1)
     assert said.startswith("model.cut: got 'embedding'")
@@ -418,20 +436,25 @@ def test_a_check_before_training_finds_it_too(toy_root: Path) -> None:
 
 @pytest.mark.parametrize("key", ["width", "layers", "heads"])
 def test_a_pretrained_model_has_its_own_sizes(toy_root: Path, pretrained: tuple[Path, Any], key: str) -> None:
-    keys = {"model": {"pretrained": str(pretrained[0]), key: 4}}
+    keys = model_arguments(**{"pretrained": str(pretrained[0]), key: 4})
     said = mistake(built, toy_root, PRETRAINED_SIZES, keys)
-    assert said == f"model.{key}: got 4, expected null, as model.pretrained has its own"
+    assert said == f"model.arguments.{key}: got 4, expected null: the pretrained model has its own"
 
 
 @pytest.mark.parametrize("keys", [{"tokens": 65}, {"vocabulary": "full"}], ids=["tokens", "vocabulary"])
 def test_a_pretrained_model_of_other_sizes_is_refused(
     toy_root: Path, pretrained: tuple[Path, Any], keys: Tree
 ) -> None:
-    loaded = {"model": {"pretrained": str(pretrained[0])}, "data": keys}
-    said = mistake(built, toy_root, PRETRAINED_SIZES, loaded)
-    assert said.startswith(f"model.pretrained: got {str(pretrained[0])!r}, for ")
-    assert "(data.vocabulary)" in said
-    assert "(data.tokens)" in said
+    said = mistake(
+        built,
+        toy_root,
+        PRETRAINED_SIZES,
+        model_arguments(pretrained=str(pretrained[0])),
+        data_arguments(**keys),
+    )
+    assert said.startswith(f"model.arguments.pretrained: got {str(pretrained[0])!r}, for ")
+    assert "(data.arguments.vocabulary)" in said
+    assert "(data.arguments.tokens)" in said
 
 
 @pytest.mark.parametrize(
@@ -454,8 +477,8 @@ def test_a_pretrained_folder_that_is_damaged_is_refused(
             (tmp_path / file.name).write_bytes(file.read_bytes())
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    said = mistake(built, toy_root, PRETRAINED_SIZES, {"model": {"pretrained": str(tmp_path)}})
-    assert said.startswith(f"model.pretrained: got {str(tmp_path)!r}"), said
+    said = mistake(built, toy_root, PRETRAINED_SIZES, model_arguments(pretrained=str(tmp_path)))
+    assert said.startswith(f"model.arguments.pretrained: got {str(tmp_path)!r}"), said
 
 
 def test_weights_that_a_pretrained_folder_lacks_are_not_made_up(
@@ -469,17 +492,17 @@ def test_weights_that_a_pretrained_folder_lacks_are_not_made_up(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config.save_pretrained(tmp_path)
     assert transformers.GPT2Config.from_pretrained(tmp_path).n_layer == LAYERS + 2
-    said = mistake(built, toy_root, PRETRAINED_SIZES, {"model": {"pretrained": str(tmp_path)}})
-    assert said.startswith(f"model.pretrained: got {str(tmp_path)!r}"), said
+    said = mistake(built, toy_root, PRETRAINED_SIZES, model_arguments(pretrained=str(tmp_path)))
+    assert said.startswith(f"model.arguments.pretrained: got {str(tmp_path)!r}"), said
 
 
 def test_cuts_with_adapters_are_listed_where_both_sides_train(toy_root: Path) -> None:
-    task = open_task(toy_config(toy_root, {"model": {"layers": 2}}))
+    task = open_task(toy_config(toy_root, model_arguments(layers=2)))
     with torch.device("meta"):
         cuts = [cut.name for cut in list_cuts(task.config.model, task.classes, task.sample_shape)]
     assert [name for name in cuts if name.count(".") < 2] == ["h.0"]
     # Without them: `embedding`, and `h.1` and `ln_f` too.
-    task = open_task(toy_config(toy_root, NO_LORA, {"model": {"layers": 1}}))
+    task = open_task(toy_config(toy_root, NO_LORA, model_arguments(layers=1)))
     with torch.device("meta"):
         cuts = [cut.name for cut in list_cuts(task.config.model, task.classes, task.sample_shape)]
     assert [name for name in cuts if name.count(".") < 2] == ["embedding", "h.0", "ln_f"]

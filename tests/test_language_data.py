@@ -17,7 +17,8 @@ from fslsage_rpc.language.data import IGNORED
 from fslsage_rpc.language.task import LanguageTask
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import Experiment, check
-from support.toy_language import NAMES, Tree, pairs, toy_config, write_csv, write_data
+from support.toy_language import NAMES, data_arguments, pairs, toy_config, write_csv, write_data
+from support.trees import Tree
 from support.user_input import mistake, one_line
 
 pytest.importorskip("transformers")
@@ -49,7 +50,7 @@ def whole(task: LanguageTask, train: bool = True) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("vocabulary", ["full", "occurring"])
 def test_what_is_predicted_is_the_text_and_its_end_and_nothing_else(toy_root: Path, vocabulary: str) -> None:
-    task = toy_task(toy_root, {"data": {"vocabulary": vocabulary}})
+    task = toy_task(toy_root, data_arguments(vocabulary=vocabulary))
     words = task.vocabulary
     x, y = whole(task)
     assert x.dtype == y.dtype == torch.int64
@@ -72,7 +73,7 @@ def test_labels_are_the_tokens_one_step_ahead(toy_root: Path) -> None:
 
 
 def test_a_long_text_is_cut_and_its_end_is_then_not_predicted(toy_root: Path) -> None:
-    task, cut = toy_task(toy_root), toy_task(toy_root, {"data": {"tokens": 26}})
+    task, cut = toy_task(toy_root), toy_task(toy_root, data_arguments(tokens=26))
     (x, y), (short_x, short_y) = whole(task), whole(cut)
     assert torch.equal(short_x, x[:, :26])
     assert torch.equal(short_y, y[:, :26])
@@ -106,7 +107,7 @@ def test_a_client_draws_each_of_its_texts_once_and_always_in_the_same_order(toy_
 
 @pytest.mark.parametrize("vocabulary", ["full", "occurring"])
 def test_every_text_of_the_three_files_comes_back(toy_root: Path, vocabulary: str) -> None:
-    words = toy_task(toy_root, {"data": {"vocabulary": vocabulary}}).vocabulary
+    words = toy_task(toy_root, data_arguments(vocabulary=vocabulary)).vocabulary
     texts = [text for rows in pairs().values() for row in rows for text in (row[0] + " ||", " " + row[1])]
     assert any(not text.isascii() for text in texts)
     for numbers, text in zip(words.encode(texts), texts, strict=True):
@@ -116,7 +117,7 @@ def test_every_text_of_the_three_files_comes_back(toy_root: Path, vocabulary: st
 
 def test_only_what_occurs_has_a_number_and_anything_else_counts_as_the_end(toy_root: Path) -> None:
     full, words = (
-        toy_task(toy_root, {"data": {"vocabulary": vocabulary}}).vocabulary
+        toy_task(toy_root, data_arguments(vocabulary=vocabulary)).vocabulary
         for vocabulary in ("full", "occurring")
     )
     assert 50 < len(words) < len(full) <= 400
@@ -153,7 +154,7 @@ def test_texts_are_divided_by_restaurant(toy_root: Path, partition: str) -> None
     assert most > 0.6 if partition != "iid" else most < 0.6
     for part in experiment.parts:
         mine = experiment.prepared[0].subset(part)
-        assert len(mine.tokens) == len(mine.labels) == len(part)
+        assert len(mine.x) == len(mine.labels) == len(part)
 
 
 # What is wrong with the data, in one line
@@ -185,7 +186,7 @@ GARBAGE = {
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_a_damaged_file_is_named(split: str, content: bytes, toy_root: Path, tmp_path: Path) -> None:
     damaged(tmp_path, **{f"{split}set": content})
-    tokenizer = {"data": {"tokenizer": str(toy_root / "tokenizer"), "vocabulary": "full"}}
+    tokenizer = data_arguments(tokenizer=str(toy_root / "tokenizer"), vocabulary="full")
     said = mistake(opened, toy_config(tmp_path, tokenizer))
     assert said.startswith(f"data.root: got {tmp_path}, where {split}set.csv of e2e is missing or damaged")
     assert all(name in said for name in e2e.FILES.values())
@@ -193,7 +194,7 @@ def test_a_damaged_file_is_named(split: str, content: bytes, toy_root: Path, tmp
 
 @pytest.mark.parametrize("vocabulary", ["full", "occurring"])
 def test_a_missing_folder_is_named(toy_root: Path, tmp_path: Path, vocabulary: str) -> None:
-    keys = {"data": {"root": str(tmp_path / "nowhere"), "vocabulary": vocabulary}}
+    keys = {"data": {"root": str(tmp_path / "nowhere"), "arguments": {"vocabulary": vocabulary}}}
     assert mistake(check, toy_config(toy_root, keys), 1).startswith("data.root: got ")
 
 
@@ -245,22 +246,22 @@ def broken_tokenizer(root: Path, folder: Path, change: str) -> Path:
 )
 def test_a_broken_tokenizer_is_named(toy_root: Path, tmp_path: Path, change: str) -> None:
     folder = broken_tokenizer(toy_root, tmp_path / "tokenizer", change)
-    said = mistake(opened, toy_config(toy_root, {"data": {"tokenizer": str(folder)}}))
-    assert said.startswith(f"data.tokenizer: got {str(folder)!r}"), said
+    said = mistake(opened, toy_config(toy_root, data_arguments(tokenizer=str(folder))))
+    assert said.startswith(f"data.arguments.tokenizer: got {str(folder)!r}"), said
     assert "vocab.json and merges.txt" in said
 
 
 def test_a_tokenizer_that_is_not_there_is_named(toy_root: Path) -> None:
-    said = mistake(opened, toy_config(toy_root, {"data": {"tokenizer": "no/such/folder"}}))
-    assert said.startswith("data.tokenizer: got 'no/such/folder'")
+    said = mistake(opened, toy_config(toy_root, data_arguments(tokenizer="no/such/folder")))
+    assert said.startswith("data.arguments.tokenizer: got 'no/such/folder'")
 
 
 def test_texts_need_room_behind_their_meanings_and_the_message_says_how_much(toy_root: Path) -> None:
-    said = mistake(Experiment.prepare, toy_config(toy_root, {"data": {"tokens": 8}}))
-    assert said.startswith("data.tokens: got 8, expected at least ")
-    needed = int(said.removeprefix("data.tokens: got 8, expected at least ").split(",")[0])
-    mistake(Experiment.prepare, toy_config(toy_root, {"data": {"tokens": needed - 1}}))
-    _, y = whole(toy_task(toy_root, {"data": {"tokens": needed}}))
+    said = mistake(Experiment.prepare, toy_config(toy_root, data_arguments(tokens=8)))
+    assert said.startswith("data.arguments.tokens: got 8, expected at least ")
+    needed = int(said.removeprefix("data.arguments.tokens: got 8, expected at least ").split(",")[0])
+    mistake(Experiment.prepare, toy_config(toy_root, data_arguments(tokens=needed - 1)))
+    _, y = whole(toy_task(toy_root, data_arguments(tokens=needed)))
     assert (y != IGNORED).sum(1).min() == 1
 
 

@@ -159,7 +159,7 @@ def test_splitfed_v1_is_fedavg(local: dict[str, Outcome]) -> None:
 def test_two_rounds_and_two_more_are_four_to_the_last_bit(toy_root: Path, tmp_path: Path) -> None:
     schedule = {"name": "LinearWarmupDecay", "arguments": {"warmup": 4, "total": 20}, "per": "step"}
     keys = {
-        "model": {"layers": 2, "auxiliary": {"until": "h.1"}, "lora": {"frozen": False}},
+        "model": {"arguments": {"layers": 2, "lora": {"frozen": False}}, "auxiliary": {"until": "h.1"}},
         "optimizer": {party: {"scheduler": schedule} for party in ("client", "server", "auxiliary")},
         "evaluation": {"every": 2},
     }
@@ -244,9 +244,8 @@ def perceptron(num_classes: int) -> nn.Module:
     ids=str,
 )
 def test_an_auxiliary_model_says_something_at_every_token(toy_root: Path, auxiliary: Tree) -> None:
-    sizes = {"width": None, "layers": None, "heads": None, "lora": {"rank": None, "alpha": 32.0}}
-    model = {"name": "test_language_training:perceptron", "cut": "0", "auxiliary": auxiliary, **sizes}
-    tree = toy_tree(toy_root, FEW, {"model": model})
+    model = {"name": "test_language_training:perceptron", "cut": "0", "auxiliary": auxiliary}
+    tree = {**toy_tree(toy_root, FEW), "model": model}
     split = open_task(from_tree(tree)).build()
     tokens = torch.zeros(2, 48, dtype=torch.int64)
     z = split.client(tokens)
@@ -270,7 +269,7 @@ def test_a_small_model_learns_more_of_real_texts_than_how_frequent_tokens_are(
     config = Path(__file__).parent.parent / "configs" / "e2e_gpt2_tiny.yaml"
     keys = ["name=tiny", "ranks=3", f"output={tmp_path}", "device=cpu", "comm.transports=[uv]"]
     keys += ["data.test_limit=100"]
-    keys += [f"data.root={e2e_root}", f"data.tokenizer={e2e_root / 'gpt2_tokenizer'}"]
+    keys += [f"data.root={e2e_root}", f"data.arguments.tokenizer={e2e_root / 'gpt2_tokenizer'}"]
     done = fslsage("train", config, *keys, seconds=550, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]

@@ -27,7 +27,7 @@ CUTS = {
     "resnet110": ["layer1", "layer2"],
 }
 EVERY_CUT = [(name, cut) for name, cuts in CUTS.items() for cut in cuts]
-every_model = pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if not entry.tokens])
+every_model = pytest.mark.parametrize("name", list(ZOO))
 
 
 def fresh(name: str, cut: str | None = None, seed: int = 0) -> SplitModel:
@@ -142,7 +142,7 @@ def test_images_may_have_any_size_and_channels(name: str, cuts: list[str], shape
 
 @pytest.mark.parametrize(("depth", "blocks"), [(56, 9), (110, 18)])
 def test_cifar_resnets_have_the_documented_layers(depth: int, blocks: int) -> None:
-    model = ZOO[f"resnet{depth}"].make(10, CIFAR, width=16)
+    model = ZOO[f"resnet{depth}"](10, CIFAR)
     layers = OrderedDict(model.named_children())
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert len(convolutions) + 1 == depth  # and the classifier
@@ -166,14 +166,22 @@ def test_a_parameter_free_shortcut_keeps_every_second_pixel_and_adds_zeros() -> 
     ("width", "parameters"), [(4, [2_852, 51_434, 10_458]), (16, [42_512, 810_506, 162_762])]
 )
 def test_cifar_resnets_have_any_width(width: int, parameters: list[int]) -> None:
-    split = build(Model(name="resnet56", width=width), 10, CIFAR, 0, torch.float32)
+    split = build(Model(name="resnet56", arguments={"width": width}), 10, CIFAR, 0, torch.float32)
     assert [sum(parameter.numel() for parameter in part.parameters()) for part in parts(split)] == parameters
     assert split.smashed_shape == (width, 32, 32)
 
 
 def test_a_width_is_refused_where_there_is_but_one() -> None:
-    message = mistake(build, Model(name="resnet18", width=8), 10, CIFAR, 0, torch.float32)
-    assert message == "model.width: got 8, expected null: resnet18 has no choice"
+    keys = Model(name="resnet18", arguments={"width": 8})
+    message = mistake(build, keys, 10, CIFAR, 0, torch.float32)
+    unknown = "model.arguments.width: unknown argument of resnet18"
+    assert message == f"{unknown}; it takes none: set model.arguments={{}}"
+
+
+def test_a_resnet_has_the_depth_of_its_name() -> None:
+    keys = Model(name="resnet56", arguments={"depth": 20})
+    message = mistake(build, keys, 10, CIFAR, 0, torch.float32)
+    assert message.startswith("model.arguments.depth: unknown argument of resnet56; did you mean ")
 
 
 # Auxiliary models
@@ -256,7 +264,7 @@ def test_the_two_halves_are_the_uncut_model_whatever_the_cut(name: str, cut: str
     split = make(name, cut)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(0, "model"))
-        whole = ZOO[name].make(10, CIFAR, **dict.fromkeys(ZOO[name].reads))
+        whole = ZOO[name](10, CIFAR)
     assert same({**split.client.state_dict(), **split.server.state_dict()}, whole.state_dict())
     x = images(dtype=torch.float64)  # in fp32 halves may compute in another order
     with torch.no_grad():

@@ -603,7 +603,7 @@ def test_a_benchmark_calibrates_its_own_model_only(
     other = said(capsys, "plan", config, "model.name=resnet18", "--calibrate", folder)
     assert other.returncode == 2
     assert f"--calibrate: {folder} measured model.name=simple_conv, expected resnet18" in other.stderr
-    for key in ("algorithm.alignment.epochs", "data.tokens"):
+    for key in ("algorithm.alignment.epochs", "model.auxiliary.width"):
         other = said(capsys, "plan", config, f"{key}=77", "--calibrate", folder)
         assert (other.returncode, f"{key}=" in other.stderr, "expected 77" in other.stderr) == (2, True, True)
     many = said(capsys, "plan", config, "--calibrate", folder, "--clients", "97")

@@ -25,6 +25,7 @@ SMALL = {
 NUMBERS = st.integers(1, 40) | st.sampled_from([100, 1_000, 10_000, 100_000, 10**6, 10**9])
 WIDTHS = st.integers(1, 40) | st.just(10**9)  # what lies between takes its time and memory, rightly
 REALS = st.sampled_from([1e-300, 1e-9, 0.01, 0.1, 0.5, 0.99, 1.0]) | NUMBERS
+LANGUAGE, GPT2 = "fslsage_rpc.language.task:LanguageTask", "fslsage_rpc.language.model:gpt2"
 NAMES = st.sampled_from(
     ["", "nosuch", "nosuch:nosuch", "os:getcwd", "json:JSONDecoder", "a/b", "torchvision/nosuch"]
 )
@@ -38,31 +39,35 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     "clients.local_epochs": NUMBERS,
     "clients.batch_size": NUMBERS,
     "clients.minimum": NUMBERS,
-    "data.name": st.sampled_from(["digits", "synthetic", "cifar10", "e2e", "mnist"]) | NAMES,
+    "data.name": st.sampled_from(["digits", "synthetic", "cifar10", LANGUAGE, "mnist"]) | NAMES,
     "data.partition": st.sampled_from(["iid", "dirichlet", "shards", "file"]),
     "data.alpha": REALS,
     "data.shards": NUMBERS,
     "data.train_limit": NUMBERS | st.none(),
     "data.test_limit": NUMBERS | st.none(),
-    "data.tokens": NUMBERS,
+    "data.arguments": st.fixed_dictionaries({}, optional={"tokens": NUMBERS}),
     "model.name": st.sampled_from(
         [
             "simple_conv",
             "resnet18",
             "resnet56",
-            "gpt2",
+            GPT2,
             "torchvision/mobilenet_v3_small",
             "torchvision/alexnet",
         ]
     )
     | NAMES,
     "model.cut": st.sampled_from(["layer1", "layer2.0", "features.3", "nosuch", "", "fc", "relu"]),
-    "model.width": WIDTHS | st.none(),
-    "model.layers": NUMBERS,
-    "model.heads": NUMBERS,
-    "model.dropout": REALS,
-    "model.lora.rank": NUMBERS,
-    "model.lora.alpha": REALS,
+    "model.arguments": st.fixed_dictionaries(
+        {},
+        optional={
+            "width": WIDTHS | st.none(),
+            "layers": NUMBERS,
+            "heads": NUMBERS,
+            "dropout": REALS,
+            "lora": st.fixed_dictionaries({}, optional={"rank": NUMBERS, "alpha": REALS}),
+        },
+    ),
     "model.auxiliary.kind": st.sampled_from(["copy", "linear", "mlp"]) | NAMES,
     "model.auxiliary.until": st.sampled_from(["layer3", "layer3.0", "nosuch", "", "conv2"]),
     "model.auxiliary.width": WIDTHS,
@@ -126,7 +131,7 @@ def test_any_configuration_is_prepared_or_refused_in_one_line_and_soon(
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("model.name", {"model.name": "resnet56", "model.width": 1_000_000}),
+        ("model.name", {"model.name": "resnet56", "model.arguments": {"width": 1_000_000}}),
         ("model.auxiliary.kind", {"model.auxiliary.kind": "mlp", "model.auxiliary.width": 10**9}),
     ],
 )

@@ -34,6 +34,19 @@ EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
 """numbers that YAML 1.1 takes for texts, as 1e-3: they are texts in quotes only"""
 DEEPEST = 4
 """lists and mappings inside each other, in one of `arguments`"""
+ONCE: dict[str, dict[str, Any]] = {
+    "data.": {"tokenizer": "gpt2", "tokens": 512, "vocabulary": "full"},
+    "model.": {
+        **{"width": None, "layers": None, "heads": None, "dropout": 0.0, "pretrained": None},
+        "lora": {"rank": None, "alpha": 32.0, "dropout": 0.0, "frozen": True},
+    },
+}
+"""keys of older versions that are `arguments` now, and their defaults, which the folders of old runs have"""
+RENAMED = {
+    "data.name=e2e": "fslsage_rpc.language.task:LanguageTask",
+    "model.name=gpt2": "fslsage_rpc.language.model:gpt2",
+}
+"""values of older versions, and what they are called now"""
 
 
 class WrittenInt(int):
@@ -237,6 +250,14 @@ def _build(defaults: Any, tree: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(type(defaults), include_extras=True)
     given = {}
     for key, value in tree.items():
+        if key in ONCE.get(prefix, ()):
+            once, now = ONCE[prefix][key], f"{prefix}arguments.{key}"
+            all_keys = {**once, **value} if isinstance(once, dict) and isinstance(value, dict) else value
+            if all_keys != once:
+                raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {now} now")
+            continue
+        if isinstance(value, str) and (new := RENAMED.get(f"{prefix}{key}={value}")):
+            raise InputError(f"{prefix}{key}: got {show(value)}, expected {new}, as it is called now")
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
             known = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"

@@ -49,8 +49,6 @@ class OrOwn:
 Count = Annotated[int, Bounds(minimum=1, maximum=10**9)]
 Rounds = Annotated[int, Bounds(minimum=1, maximum=100_000)]
 Passes = Annotated[int, Bounds(minimum=1, maximum=10_000)]
-Layers = Annotated[int, Bounds(minimum=1, maximum=1_000)]
-Length = Annotated[int, Bounds(minimum=1, maximum=100_000)]
 NonNegative = Annotated[float, Bounds(minimum=0)]
 Positive = Annotated[float, Bounds(above=0)]
 Share = Annotated[float, Bounds(above=0, maximum=1)]
@@ -79,9 +77,9 @@ class Clients:
 class Data:
     """The dataset and how its training samples are divided among the clients."""
 
-    name: Annotated[
-        str, OrOwn(("digits", "synthetic", "cifar10", "cifar100", "mnist", "fashion_mnist", "e2e"))
-    ] = "digits"
+    name: Annotated[str, OrOwn(("digits", "synthetic", "cifar10", "cifar100", "mnist", "fashion_mnist"))] = (
+        "digits"
+    )
     """package.module:function of the user's own is called with root and train, a bool; package.module:Class
     may be their own subclass of `fslsage_rpc.tasks.Task`"""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +87,7 @@ class Data:
     root: str = "data"
     """the folder that holds (or will hold) the files; digits needs none"""
     download: bool = True
-    """fetch what is missing from `root`, and from what is stored here of the hub"""
+    """fetch what is missing from `root`"""
     partition: Literal["iid", "dirichlet", "shards", "file"] = "dirichlet"
     alpha: Positive = 1.0
     """concentration of the Dirichlet partition: small is skewed"""
@@ -103,12 +101,6 @@ class Data:
     """use only the first so many test samples"""
     augment: bool = True
     """random crops (and flips, where mirror images make sense) of the training images"""
-    tokenizer: str = "gpt2"
-    """of e2e: a folder with GPT-2's vocab.json and merges.txt, or a name on the Hugging Face hub"""
-    tokens: Length = 512
-    """of e2e, T: shorter texts are padded, longer ones cut"""
-    vocabulary: Literal["full", "occurring"] = "full"
-    """of e2e: the tokenizer's whole vocabulary, or only the tokens that occur in the dataset's three files"""
 
 
 @dataclass(kw_only=True)
@@ -130,43 +122,18 @@ class Auxiliary:
 
 
 @dataclass(kw_only=True)
-class Lora:
-    """Low-rank adapters (arXiv 2106.09685) on gpt2's query and value projections."""
-
-    rank: Count | None = None
-    """null: no adapters, all weights train"""
-    alpha: Positive = 32.0
-    """adapters are scaled by alpha / rank"""
-    dropout: Fraction = 0.0
-    """of what goes into the adapters"""
-    frozen: bool = True
-    """only the adapters train; false: all weights do"""
-
-
-@dataclass(kw_only=True)
 class Model:
     """The model, the layer it is cut at, and the auxiliary model."""
 
     name: str = "simple_conv"
-    """simple_conv, resnet18, resnet56, resnet110, torchvision/MODEL (a classifier of torchvision), gpt2 (for
-    text), or package.module:function (of the user's own, called with num_classes and perhaps image_shape)"""
+    """simple_conv, resnet18, resnet56, resnet110, torchvision/MODEL (a classifier of torchvision), or
+    package.module:function (of the user's own, called with num_classes and perhaps image_shape)"""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """further arguments of the user's own function"""
+    """further arguments of the function: of resnet56 and resnet110 width, the channels of the first stage"""
     cut: str | None = None
     """the module whose output is the smashed data; null takes the default of a built-in model"""
-    width: Count | None = None
-    """channels of the first stage of resnet56 and resnet110, null: 16; of gpt2's hidden states, null: 768"""
-    layers: Layers | None = None
-    """blocks of gpt2; null: 12"""
-    heads: Count | None = None
-    """of gpt2's attention; null: 12"""
-    dropout: Fraction = 0.0
-    """of gpt2, behind the embeddings and at the end of each residual branch"""
-    pretrained: str | None = None
-    """gpt2's weights and sizes: a folder, or a name on the Hugging Face hub; null: randomly initialised"""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     """of images inside; channels_last: a pixel's channels together; auto: so on a CPU where it pays"""
-    lora: Lora = field(default_factory=Lora)
     auxiliary: Auxiliary = field(default_factory=Auxiliary)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fslsage_rpc.config.own import first_line
 from fslsage_rpc.config.schema import Data
 from fslsage_rpc.errors import HostError, InputError
+from fslsage_rpc.tasks.tensors import TensorSamples
 
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
 SEPARATOR = " ||"
@@ -32,27 +32,6 @@ class Pair:
     def group(self) -> str:
         """The restaurant: what partitions divide by."""
         return self.meaning.partition("]")[0].partition("[")[2]
-
-
-@dataclass(frozen=True)
-class TokenizedTexts:
-    """`tokens` `[N, T + 1]` of int32, padded; the text itself is at positions `starts` `[N]` to `ends` `[N]`
-    of them, behind its meaning representation. `labels` `[N]` numbers the restaurants of training texts.
-    """
-
-    tokens: Tensor
-    starts: Tensor
-    ends: Tensor
-    labels: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held, each with the samples in front."""
-        return self.tokens, self.starts, self.ends, self.labels
-
-    def subset(self, indices: Any) -> "TokenizedTexts":
-        """The samples at these indices, copied."""
-        return TokenizedTexts(*(tensor[indices] for tensor in self.tensors))
 
 
 class Vocabulary:
@@ -114,16 +93,16 @@ def read(root: str, split: str, limit: int | None = None) -> list[Pair]:
     return pairs[:limit]
 
 
-def vocabulary(keys: Data) -> Vocabulary:
-    """The tokenizer's vocabulary, or what of it occurs in the dataset.
+def vocabulary(keys: Data, name: str, occurring: bool) -> Vocabulary:
+    """The vocabulary of the tokenizer of that name, or what of it occurs in the dataset.
 
     Raises:
         InputError: the tokenizer, or a file of the dataset, is missing or damaged.
     """
-    tokenizer = _tokenizer(keys.tokenizer, keys.download)
-    if keys.vocabulary == "full":
-        return Vocabulary(tokenizer, range(len(tokenizer)))
-    return Vocabulary(tokenizer, _occurring(keys.root, keys.tokenizer, keys.download))
+    tokenizer = _tokenizer(name, keys.download)
+    if occurring:
+        return Vocabulary(tokenizer, _occurring(keys.root, name, keys.download))
+    return Vocabulary(tokenizer, range(len(tokenizer)))
 
 
 def prompt(meaning: str) -> str:
@@ -131,30 +110,33 @@ def prompt(meaning: str) -> str:
     return meaning + SEPARATOR
 
 
-def tokenize(keys: Data, words: Vocabulary, train: bool) -> TokenizedTexts:
+def tokenize(keys: Data, words: Vocabulary, longest: int, train: bool) -> TensorSamples:
     """The training or the development pairs, cut to `train_limit` or `test_limit`.
+
+    Returns:
+        Tokens x `[N, longest]`, padded, and y `[N, longest]`, the token that follows each, or IGNORED outside
+        the text proper, which is behind its meaning representation. Labels number the restaurants of training
+        texts.
 
     Raises:
         InputError: the file is missing or damaged.
     """
     pairs = read(keys.root, "train" if train else "dev", keys.train_limit if train else keys.test_limit)
-    length = keys.tokens + 1
     meanings = words.encode([prompt(pair.meaning) for pair in pairs])
     references = words.encode([" " + pair.reference for pair in pairs])
-    tokens = torch.full((len(pairs), length), words.end, dtype=torch.int32)
-    starts, ends = torch.zeros(2, len(pairs), dtype=torch.int32)
-    for i, (meaning, reference) in enumerate(zip(meanings, references, strict=True)):
-        whole = [*meaning, *reference, words.end][:length]
-        tokens[i, : len(whole)] = torch.tensor(whole, dtype=torch.int32)
-        starts[i], ends[i] = min(len(meaning), length), len(whole)
-    if (starts == length).any():  # nothing would be predicted of it
-        needed = max(map(len, meanings))
+    if (needed := max(map(len, meanings))) > longest:  # nothing would be predicted of it
         raise InputError(
-            f"data.tokens: got {keys.tokens}, expected at least {needed}, behind which a text begins"
+            f"data.arguments.tokens: got {longest}, expected at least {needed}, behind which a text begins"
         )
+    x = torch.full((len(pairs), longest), words.end)
+    y = torch.full((len(pairs), longest), IGNORED)
+    for i, (meaning, reference) in enumerate(zip(meanings, references, strict=True)):
+        whole = torch.tensor([*meaning, *reference, words.end][: longest + 1])
+        x[i, : len(whole)] = whole[:longest]
+        y[i, len(meaning) - 1 : len(whole) - 1] = whole[len(meaning) :]
     numbers = {name: number for number, name in enumerate(groups(keys.root))}
     labels = torch.tensor([numbers.get(pair.group, 0) if train else 0 for pair in pairs])
-    return TokenizedTexts(tokens, starts, ends, labels)
+    return TensorSamples(x, y, labels)
 
 
 @cache
@@ -182,8 +164,8 @@ def _tokenizer(name: str, download: bool) -> Any:
         raise
     except Exception as error:  # the hub, the file system, a file that is something else
         raise HostError(
-            f"data.tokenizer: got {name!r}, which cannot be loaded ({first_line(error)}); expected a folder "
-            "with GPT-2's vocab.json and merges.txt, or a name on the Hugging Face hub"
+            f"data.arguments.tokenizer: got {name!r}, which cannot be loaded ({first_line(error)}); expected "
+            "a folder with GPT-2's vocab.json and merges.txt, or a name on the Hugging Face hub"
         ) from None
 
 

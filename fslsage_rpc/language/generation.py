@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fslsage_rpc.device.placement import open_device
 from fslsage_rpc.errors import InputError
@@ -24,6 +24,14 @@ from fslsage_rpc.transport.wire_ledger import WireLedger
 MEANINGS_AT_ONCE = 16
 
 
+class LastPosition(nn.Module):
+    """Logits `[B, T, classes]` to those of the last position `[B, classes]`, which alone travel."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """See the class."""
+        return logits[:, -1].clone()  # a view would take all of them along
+
+
 class Written(NamedTuple):
     """Texts, and the bytes that went between the two halves for them: smashed data up, logits down."""
 
@@ -38,8 +46,8 @@ class Bleu(NamedTuple):
     meanings: int
 
 
-def language_run(folder: str | Path) -> FinishedRun:
-    """The finished run of a folder, of a language model.
+def language_run(folder: str | Path) -> tuple[FinishedRun, LanguageTask]:
+    """The finished run of a folder, of a language model, and its task.
 
     Raises:
         InputError: it is not one.
@@ -47,7 +55,7 @@ def language_run(folder: str | Path) -> FinishedRun:
     run = load_finished(folder)
     if not isinstance(run.task, LanguageTask):
         raise InputError(f"{folder}: got a run on {run.config.data.name}, expected one of a language model")
-    return run
+    return run, run.task
 
 
 def generate(folder: str | Path, meanings: Sequence[str], beams: int) -> Written | None:
@@ -59,22 +67,22 @@ def generate(folder: str | Path, meanings: Sequence[str], beams: int) -> Written
     Raises:
         InputError: the folder is not that of a finished language model, or a meaning is too long for it.
     """
-    run = language_run(folder)
-    assert isinstance(run.task, LanguageTask)
+    run, task = language_run(folder)
     clients = replace(run.config.clients, on_loss="fail")  # no rank can be spared here
-    prompts(run.task, meanings)  # too long ones are found before ranks meet
+    prompts(task, meanings)  # too long ones are found before ranks meet
     world = open_world(replace(run.config, clients=clients))
     try:
-        server = FinishedServer(run.split.server, world.device) if world.hosts_server else None
+        half = nn.Sequential(run.split.server, LastPosition())
+        server = FinishedServer(half, world.device) if world.hosts_server else None
         ledger, written = WireLedger(), None
         link = connect(world.transport, server, ledger, RequestLog())
         if link and world.transport.client_rank == 0:
             client = run.split.client.to(world.device).eval()
 
             def next_logits(tokens: Tensor) -> Tensor:
-                return link.predict_last(client(tokens.to(world.device))).cpu()
+                return link.predict(client(tokens.to(world.device))).cpu()
 
-            texts = _write(run.task, next_logits, meanings, beams)
+            texts = _write(task, next_logits, meanings, beams)
             wire_bytes = sum(sum(kinds.values()) for kinds in ledger.take().values())
             written = Written(texts, wire_bytes if world.transport.size > 1 else 0)
         world.transport.barrier()
@@ -90,19 +98,18 @@ def bleu(folder: str | Path, limit: int | None, beams: int) -> Bleu:
     Raises:
         InputError: the folder is not that of a finished language model, or sacrebleu is not installed.
     """
-    run = language_run(folder)
-    assert isinstance(run.task, LanguageTask)
+    run, task = language_run(folder)
     try:
         from sacrebleu import corpus_bleu
     except ImportError:
-        raise InputError("evaluate --bleu: needs sacrebleu: pip install 'fslsage_rpc[llm]'") from None
+        raise InputError("bleu: needs sacrebleu: pip install 'fslsage_rpc[llm]'") from None
     device = open_device(run.config, 0)
     model = run.split.whole().to(device).eval()
     references: dict[str, list[str]] = defaultdict(list)
     for pair in e2e.read(run.config.data.root, "test"):
         references[pair.meaning].append(pair.reference)
     meanings = list(references)[:limit]
-    texts = _write(run.task, lambda tokens: model(tokens.to(device))[:, -1].cpu(), meanings, beams)
+    texts = _write(task, lambda tokens: model(tokens.to(device))[:, -1].cpu(), meanings, beams)
     most = max(len(references[meaning]) for meaning in meanings)
     streams: list[list[Any]] = [  # None: no more; it is annotated to take texts alone
         [references[meaning][i] if i < len(references[meaning]) else None for meaning in meanings]
@@ -124,7 +131,7 @@ def prompts(task: LanguageTask, meanings: Sequence[str]) -> list[list[int]]:
     for meaning, tokens in zip(meanings, encoded, strict=True):
         if len(tokens) >= longest:
             raise InputError(
-                f"{meaning!r}: got {len(tokens)} tokens, expected less than data.tokens, {longest}"
+                f"{meaning!r}: got {len(tokens)} tokens, expected less than data.arguments.tokens, {longest}"
             )
     return encoded
 

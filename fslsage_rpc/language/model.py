@@ -5,15 +5,17 @@ Both libraries are in the `llm` extra, and are imported when a model is made.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from importlib import import_module
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from fslsage_rpc.config.own import first_line
-from fslsage_rpc.config.schema import Lora
+from fslsage_rpc.config.own import checked_arguments, first_line
+from fslsage_rpc.config.schema import Bounds, Count, Fraction, Positive
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.language import hub
+from fslsage_rpc.models.zoo import ModelEntry
 
 DIFFERENTIABLE_ATTENTION = "twice_differentiable"
 ADAPTED = r".*\.c_attn\.(q|v)"
@@ -79,16 +81,25 @@ class Gpt2(nn.Module):
 
 
 def make(
-    vocabulary: int,
+    num_classes: int,
     sample_shape: Sequence[int],
-    width: int | None,
-    layers: int | None,
-    heads: int | None,
-    dropout: float,
-    pretrained: str | None,
-    lora: Lora,
+    width: Count | None = None,
+    layers: Annotated[int, Bounds(minimum=1, maximum=1_000)] | None = None,
+    heads: Count | None = None,
+    dropout: Fraction = 0.0,
+    pretrained: str | None = None,
+    lora: dict[str, Any] | None = None,
 ) -> Gpt2:
     """A GPT-2, randomly initialised or pretrained, with adapters where `lora` asks for them.
+
+    Args:
+        num_classes: the size of the vocabulary.
+        width: of hidden states; None: 768.
+        layers: the number of blocks; None: 12.
+        heads: of attention; None: 12.
+        dropout: behind the embeddings and at the end of each residual branch.
+        pretrained: weights and sizes: a folder, or a name on the Hugging Face hub; None: random weights.
+        lora: arguments of `adapt`.
 
     Raises:
         InputError: the sizes do not fit, the weights are not to be had, or the extra is not installed.
@@ -97,7 +108,7 @@ def make(
     (length,) = sample_shape
     if pretrained is None:
         config = transformers.GPT2Config(
-            vocab_size=vocabulary,
+            vocab_size=num_classes,
             n_positions=length,
             n_embd=width or 768,
             n_layer=layers or 12,
@@ -106,16 +117,21 @@ def make(
             eos_token_id=None,
         )
         if config.n_embd % config.n_head:
-            raise InputError(f"model.heads: got {config.n_head}, expected a divisor of {config.n_embd}")
+            raise InputError(
+                f"model.arguments.heads: got {config.n_head}, expected a divisor of {config.n_embd}"
+            )
     else:
         for key, value in {"width": width, "layers": layers, "heads": heads}.items():
             if value is not None:
-                raise InputError(f"model.{key}: got {value}, expected null, as model.pretrained has its own")
+                raise InputError(
+                    f"model.arguments.{key}: got {value}, expected null: the pretrained model has its own"
+                )
         config = _load(transformers.GPT2Config.from_pretrained, pretrained)
-        if config.vocab_size != vocabulary or config.n_positions < length:
+        if config.vocab_size != num_classes or config.n_positions < length:
             raise InputError(
-                f"model.pretrained: got {pretrained!r}, for {config.vocab_size} tokens and texts of "
-                f"{config.n_positions}, expected {vocabulary} (data.vocabulary) and {length} (data.tokens)"
+                f"model.arguments.pretrained: got {pretrained!r}, for {config.vocab_size} tokens and texts "
+                f"of {config.n_positions}, expected {num_classes} (data.arguments.vocabulary) and {length} "
+                "(data.arguments.tokens)"
             )
     config.embd_pdrop = config.resid_pdrop = dropout
     config.attn_pdrop = 0.0
@@ -124,8 +140,7 @@ def make(
         model = Gpt2(transformers.GPT2Model(config))
     else:
         model = Gpt2(_load(_weights_of, pretrained, config=config))
-    if lora.rank is not None:
-        _adapt(model, config.n_embd, lora)
+    adapt(model, **checked_arguments("model.arguments.lora", "lora", adapt, lora or {}, first=1))
     return model
 
 
@@ -160,22 +175,37 @@ def _load(load: Callable[..., Any], name: str, **keys: Any) -> Any:
             return hub.load(load, name, **keys)
     except Exception as error:  # the hub, the file system, a file that is something else
         raise HostError(
-            f"model.pretrained: got {name!r}, which cannot be loaded ({first_line(error)}); expected a "
-            "folder with GPT-2's config.json and weights, or a name on the Hugging Face hub"
+            f"model.arguments.pretrained: got {name!r}, which cannot be loaded ({first_line(error)}); "
+            "expected a folder with GPT-2's config.json and weights, or a name on the Hugging Face hub"
         ) from None
 
 
-def _adapt(model: Gpt2, width: int, lora: Lora) -> None:
-    """Add adapters to the query and value projections; with `frozen` nothing else trains."""
+def adapt(
+    model: Gpt2,
+    rank: Count | None = None,
+    alpha: Positive = 32.0,
+    dropout: Fraction = 0.0,
+    frozen: bool = True,
+) -> None:
+    """Add low-rank adapters (arXiv 2106.09685) to the query and value projections.
+
+    Args:
+        rank: of the adapters; None for none of them.
+        alpha: adapters are scaled by alpha / rank.
+        dropout: of what goes into the adapters.
+        frozen: nothing else trains.
+    """
+    if rank is None:
+        return
     peft = import_extra("peft")
     for block in model.h:
-        block.attn.c_attn = QueryKeyValue(block.attn.c_attn, width)
+        block.attn.c_attn = QueryKeyValue(block.attn.c_attn, model.lm_head.in_features)
     keys = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=ADAPTED, bias="none"
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=ADAPTED, bias="none"
     )
     peft.inject_adapter_in_model(keys, model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or not lora.frozen
+        parameter.requires_grad = "lora_" in name or not frozen
 
 
 def third_block_behind(cut: str) -> str | None:
@@ -216,9 +246,19 @@ def import_extra(name: str) -> Any:
     Raises:
         InputError: it is not installed.
     """
-    import importlib
-
     try:
-        return importlib.import_module(name)
+        return import_module(name)
     except ImportError:
-        raise InputError(f"model.name: gpt2 needs {name}: pip install 'fslsage_rpc[llm]'") from None
+        raise InputError(f"model.name: GPT-2 needs {name}: pip install 'fslsage_rpc[llm]'") from None
+
+
+gpt2 = ModelEntry(
+    make,
+    default_cut="h.0",
+    auxiliary=third_block_behind,
+    samples="texts",
+    pools=False,
+    head=("ln_f", "lm_head"),
+    for_alignment=attend_in_single_steps,
+    on_meta=True,
+)

@@ -1,17 +1,18 @@
 """Language modelling: texts that say what a meaning representation states."""
 
 import math
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.schema import Bounds, Config
 from fslsage_rpc.language import data as e2e
-from fslsage_rpc.language.data import IGNORED, TokenizedTexts
-from fslsage_rpc.language.tokens import TokenBatches
+from fslsage_rpc.language.data import IGNORED
 from fslsage_rpc.models.tracing import TokenShape
 from fslsage_rpc.tasks.base import Score, Task
+from fslsage_rpc.tasks.tensors import TensorBatches, TensorSamples
 
 
 class LanguageTask(Task):
@@ -19,16 +20,27 @@ class LanguageTask(Task):
     cross-entropy at the positions of the text alone: neither its meaning representation nor padding.
 
     The test set of `load` is E2E's development set. A prediction is one token.
+
+    Args:
+        tokenizer: a folder with GPT-2's vocab.json and merges.txt, or a name on the Hugging Face hub.
+        tokens: T; shorter texts are padded, longer ones cut.
+        vocabulary: the tokenizer's whole one, or only the tokens that occur in the dataset's three files.
     """
 
     metrics = ("perplexity",)
 
-    def __init__(self, config: Config):
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: str = "gpt2",
+        tokens: Annotated[int, Bounds(minimum=1, maximum=100_000)] = 512,
+        vocabulary: Literal["full", "occurring"] = "full",
+    ):
         super().__init__(config)
-        self.vocabulary = e2e.vocabulary(config.data)
+        self.vocabulary = e2e.vocabulary(config.data, tokenizer, occurring=vocabulary == "occurring")
         self.classes = len(self.vocabulary)
-        self.sample_shape = TokenShape((config.data.tokens,))
-        self.label_shape = (config.data.tokens,)
+        self.sample_shape = TokenShape((tokens,))
+        self.label_shape = (tokens,)
         self.groups = len(e2e.groups(config.data.root))
 
     @property
@@ -39,11 +51,11 @@ class LanguageTask(Task):
     def prepare(self) -> None:
         self.load(train=False)
 
-    def load(self, train: bool) -> TokenizedTexts:
-        return e2e.tokenize(self.config.data, self.vocabulary, train)
+    def load(self, train: bool) -> TensorSamples:
+        return e2e.tokenize(self.config.data, self.vocabulary, self.label_shape[0], train)
 
-    def batches(self, samples: TokenizedTexts, batch_size: int, device: torch.device) -> TokenBatches:
-        return TokenBatches(samples, batch_size, device)
+    def batches(self, samples: TensorSamples, batch_size: int, device: torch.device) -> TensorBatches:
+        return TensorBatches(samples, batch_size, device, self.precision.weights)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         smoothing = self.config.loss.label_smoothing

@@ -24,7 +24,7 @@ from fslsage_rpc.models.tracing import (
     segment,
     trace,
 )
-from fslsage_rpc.models.zoo import Entry
+from fslsage_rpc.models.zoo import ModelEntry
 
 
 class AuxiliaryModel(Segment):
@@ -91,7 +91,7 @@ class AuxiliaryModel(Segment):
 def build_auxiliary(
     keys: Auxiliary,
     cut: str,
-    entry: Entry,
+    entry: ModelEntry,
     model: nn.Module,
     fresh: Callable[[], nn.Module],
     sample_shape: Sequence[int],
@@ -114,15 +114,12 @@ def build_auxiliary(
         assert smashed_shape is not None
         assert outputs_shape is not None
         return _users_own(keys.kind, keys.arguments, model, smashed_shape, outputs_shape, classes)
+    own = "the model has its own head"
     if entry.head and keys.kind == "mlp":
-        raise InputError(
-            "model.auxiliary.kind: got 'mlp', expected copy or linear: the model has its own head"
-        )
+        raise InputError(f"model.auxiliary.kind: got 'mlp', expected copy or linear: {own}")
     if entry.head and keys.width_multiplier is not None:
-        raise InputError(
-            f"model.auxiliary.width_multiplier: got {keys.width_multiplier}, expected null: the model has "
-            "its own head"
-        )
+        got = keys.width_multiplier
+        raise InputError(f"model.auxiliary.width_multiplier: got {got}, expected null: {own}")
     if until is not None or entry.head:
         model = fresh()
     traces = trace(model, opening(cut, until or cut), sample_shape)
@@ -141,10 +138,8 @@ def build_auxiliary(
         auxiliary = AuxiliaryModel(model, graphs)
         auxiliary.adopt_head(model, entry.head)
         if not trainable(auxiliary):
-            raise InputError(
-                "model.auxiliary.kind: got 'linear', the model's head, whose weights are frozen; "
-                "expected copy, or model.lora.frozen: false"
-            )
+            wrong = "model.auxiliary.kind: got 'linear', the model's head, whose weights are frozen"
+            raise InputError(f"{wrong}; expected copy")
         entry.for_alignment(auxiliary)
         return auxiliary
     images = Segment(model, {t: segment(model, traces[t], traces[t].input, end[t]) for t in traces})

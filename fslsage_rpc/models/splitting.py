@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fslsage_rpc.config.own import is_own
+from fslsage_rpc.config.own import first_line, is_own
 from fslsage_rpc.config.schema import Model
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.auxiliary import build_auxiliary
@@ -95,15 +96,15 @@ def build(
         model = make(keys, classes, sample_shape)
         halves, smashed_shape, outputs_shape = _halves(keys, cut, model, sample_shape, dtype)
         torch.manual_seed(keyed_seed(seed, "auxiliary"))
-        auxiliary = build_auxiliary(
-            keys.auxiliary,
-            cut,
-            entry,
-            model,
-            lambda: make(keys, classes, sample_shape),
-            sample_shape,
-            classes,
-        ).to(dtype)
+        fresh = partial(make, keys, classes, sample_shape)
+        try:
+            auxiliary = build_auxiliary(keys.auxiliary, cut, entry, model, fresh, sample_shape, classes)
+        except Exception as error:  # what the user's own entry says of its model need not be so
+            if isinstance(error, InputError) or not is_own(keys.name):
+                raise
+            wrong = f"model.name: got {keys.name!r}, of which no auxiliary model can be made"
+            raise InputError(f"{wrong} ({first_line(error)})") from None
+        auxiliary.to(dtype)
     client, server, uncut = halves
     if keys.memory_format == "channels_last":
         for part in (client, server, uncut, auxiliary):

@@ -11,8 +11,8 @@ class FinishedServer:
         self._model = model.to(device).eval()
         self._device = device
 
-    def predict_last(self, z: Tensor) -> Tensor:
-        """Logits `[B, classes]` at the last position, from smashed data z `[B, T, ...]`."""
+    def predict(self, z: Tensor) -> Tensor:
+        """The outputs `[B, ...]` for smashed data z `[B, ...]`."""
         with torch.no_grad():
-            logits: Tensor = self._model(z.to(self._device))
-            return logits[:, -1].clone()
+            outputs: Tensor = self._model(z.to(self._device))
+        return outputs

@@ -23,7 +23,7 @@ LARGEST = 1e18
 """seconds or bytes"""
 DEPENDS_ON_VALUES = "its requests depend on values"
 WORK = (
-    *("data.name", "data.arguments", "data.tokens", "data.vocabulary", "algorithm.arguments"),
+    *("data.name", "data.arguments", "algorithm.arguments"),
     *("model", "precision", "tf32", "graphs", "device"),
 )
 WORK_OF_ALIGNMENT = (

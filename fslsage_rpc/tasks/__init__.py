@@ -19,11 +19,7 @@ def open_task(config: Config) -> Task:
     name = config.data.name
     if not is_own(name):
         refuse_arguments("data.arguments", name, config.data.arguments)
-    if name == "e2e":
-        from fslsage_rpc.language.task import LanguageTask  # needs the `llm` extra
-
-        return LanguageTask(config)
-    if is_own(name):
+    else:
         kind = import_own("data.name", name, "a function that returns images and labels, or a Task")
         if isinstance(kind, type) and issubclass(kind, Task):
             return _open_own(kind, config)

@@ -55,10 +55,10 @@ class ServerEndpoint:
         self._server.take_auxiliary(weights)
         synchronise_stream(self.device)
 
-    def predict_last(self, z: Tensor) -> Tensor:
-        """Give logits for smashed data: `FinishedServer.predict_last`."""
-        logits: Tensor = self._server.predict_last(z)
-        return logits
+    def predict(self, z: Tensor) -> Tensor:
+        """Give outputs for smashed data: `FinishedServer.predict`."""
+        outputs: Tensor = self._server.predict(z)
+        return outputs
 
     def fail(self, error: BaseException) -> None:
         """End the round under way: `Server.fail`."""

@@ -152,11 +152,11 @@ class ServerLink:
         self.ledger.count("weights_allreduce", weights.bytes)
         self._transport.call("deposit_auxiliary", weights)
 
-    def predict_last(self, z: Tensor) -> Tensor:
-        """Ask a finished model's server for logits `[B, classes]` at the last position of smashed data z."""
-        logits: Tensor = self._transport.call("predict_last", z)
-        self.ledger.count("evaluation", _bytes(z) + _bytes(logits))
-        return logits
+    def predict(self, z: Tensor) -> Tensor:
+        """Ask a finished model's server for its outputs for smashed data z."""
+        outputs: Tensor = self._transport.call("predict", z)
+        self.ledger.count("evaluation", _bytes(z) + _bytes(outputs))
+        return outputs
 
 
 def _bytes(tensor: Tensor) -> int:

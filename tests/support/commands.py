@@ -1,14 +1,40 @@
 """The command line, run as tests need it: as a process, in this one, or on the ranks of a job."""
 
+import configparser
+import importlib.metadata
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fslsage_rpc.cli import main
 from support.forked_ranks import run_ranks
 from support.job_processes import outer_environment
+
+GROUP = "fslsage_rpc.commands"
+
+
+def entries_of(setup: str) -> dict[str, str]:
+    """The entry points of commands in the text of a setup.cfg."""
+    parser = configparser.ConfigParser()
+    parser.read_string(setup)
+    lines = parser["options.entry_points"][GROUP].strip().splitlines()
+    return dict(line.split(" = ") for line in lines)
+
+
+def offer_commands(monkeypatch: pytest.MonkeyPatch, **others: str) -> None:
+    """Have the entry points of commands be those of setup.cfg and these others, whatever is installed."""
+    own = entries_of((Path(__file__).parents[2] / "setup.cfg").read_text())
+    offered = [EntryPoint(name, value, GROUP) for name, value in {**own, **others}.items()]
+    installed = importlib.metadata.entry_points
+
+    def entry_points(group: str, **keys: Any) -> Any:
+        return offered if group == GROUP else installed(group=group, **keys)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
 
 def fslsage(

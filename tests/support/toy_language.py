@@ -3,6 +3,7 @@
 import csv
 import itertools
 from pathlib import Path
+from typing import Any
 
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config
@@ -72,20 +73,15 @@ def toy_tree(root: Path, *changes: Tree) -> Tree:
         "device": "cpu",
         "clients": {"count": 3, "batch_size": 8},
         "data": {
-            "name": "e2e",
+            "name": "fslsage_rpc.language.task:LanguageTask",
+            "arguments": {"tokenizer": str(root / "tokenizer"), "tokens": 48, "vocabulary": "occurring"},
             "root": str(root),
-            "tokenizer": str(root / "tokenizer"),
-            "tokens": 48,
-            "vocabulary": "occurring",
             "partition": "iid",
         },
         "model": {
-            "name": "gpt2",
-            "width": 16,
-            "layers": 4,
-            "heads": 2,
+            "name": "fslsage_rpc.language.model:gpt2",
+            "arguments": {"width": 16, "layers": 4, "heads": 2, "lora": {"rank": 2, "alpha": 8}},
             "cut": "h.0",
-            "lora": {"rank": 2, "alpha": 8},
         },
         "algorithm": {
             "upload_every": 2,
@@ -98,6 +94,16 @@ def toy_tree(root: Path, *changes: Tree) -> Tree:
     for change in changes:
         tree = merged(tree, change)
     return tree
+
+
+def data_arguments(**arguments: Any) -> Tree:
+    """Arguments of the dataset."""
+    return {"data": {"arguments": arguments}}
+
+
+def model_arguments(**arguments: Any) -> Tree:
+    """Arguments of the model."""
+    return {"model": {"arguments": arguments}}
 
 
 def toy_config(root: Path, *changes: Tree) -> Config:
