@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fslsage_rpc.device.memory import physical_memory
-from fslsage_rpc.device.placement import GpuPlace
+from fslsage_rpc.device.placement import GpuPlace, gpu_memory
 from fslsage_rpc.job.sockets import hostname_address, interface_addresses, listeners
 from fslsage_rpc.measure.host_load import usable_cores
 from fslsage_rpc.runs.environment import rank_environment, versions
@@ -43,11 +43,12 @@ class Machine:
     memory_bytes: int | None
     """what the host, or its control group, has left for this rank and others; None: the system does not
     tell"""
+    host_bytes: int | None
+    """of the host's memory in all"""
     resident_bytes: int | None
     """of this rank, once the data are loaded, the models built and the ranks connected"""
-    peak_bytes: int | None
-    """the most that this rank has had so far"""
-    gpu_free_bytes: int | None
+    gpu_bytes: tuple[int, int] | None
+    """of its GPU's memory, free and in all; None on a CPU"""
     shares_by_mps: bool
     """NVIDIA's MPS runs here, by which processes that share a GPU overlap"""
     versions: dict[str, str | None]
@@ -75,9 +76,9 @@ class Machine:
             core_ids=usable_cores(),
             threads=environment["threads"],
             memory_bytes=_available_memory(),
+            host_bytes=physical_memory(),
             resident_bytes=status_bytes("VmRSS"),
-            peak_bytes=status_bytes("VmHWM"),
-            gpu_free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+            gpu_bytes=gpu_memory(device),
             shares_by_mps=_mps_runs(),
             versions=versions(),
         )

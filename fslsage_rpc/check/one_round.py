@@ -1,0 +1,92 @@
+"""One round of a configuration, trained on the ranks as they are, and what it takes of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fslsage_rpc.check.machine import status_bytes
+from fslsage_rpc.device.placement import forget_peak, peak_device_bytes
+from fslsage_rpc.device.streams import current_place
+from fslsage_rpc.job.world import World
+from fslsage_rpc.parties.requests import Align
+from fslsage_rpc.runs.checkpoint_files import serialised
+from fslsage_rpc.runs.checkpoints import snapshot
+from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes that a round has taken of one rank's machine."""
+
+    peak: int | None
+    """of the host's memory, evaluation included; None: the system does not tell"""
+    gpu_peak: int | None
+    """of the GPU's; None of a rank on a CPU"""
+    checkpoint: int
+    """this rank's part of a checkpoint, once all clients have taken part; 0 where none is written"""
+
+
+def train_one_round(experiment: Experiment, world: World) -> tuple[Use, Mapping[str, Any] | None]:
+    """Collective: train and evaluate a round as `train` does, and write nothing.
+
+    Returns:
+        What it has taken of this rank's machine; on the server's rank, the round's metrics line.
+    """
+    number, lines = dearest_round(experiment), []
+    if world.hosts_server:
+        print(f"Trains round {number + 1} of {experiment.config.rounds}, to measure it ...", flush=True)
+    forget_peak(world.device)
+    trainer = Trainer(experiment, world)
+    fill_buffers(trainer, number)
+    trainer.complete_round(number, lambda line, _: lines.append(line), evaluate=True)
+    peaks = status_bytes("VmHWM"), peak_device_bytes(world.device)
+    written = experiment.config.checkpoint.every is not None
+    return Use(*peaks, _checkpoint_bytes(trainer) if written else 0), lines[0] if lines else None
+
+
+def dearest_round(experiment: Experiment) -> int:
+    """The round, from 0, with most alignments among the last ones of the run, which have the fullest buffers;
+    the first one where nothing is aligned, or nobody knows what.
+    """
+    rounds, algorithm = experiment.config.rounds, experiment.algorithm
+    if algorithm.auxiliary != "aligned" or algorithm.requests_depend_on_values:
+        return 0
+
+    def alignments(number: int) -> int:
+        clients = experiment.rehearsal.clients(number).values()
+        return sum(ask.kind == Align.kind for client in clients for ask in client.asks)
+
+    return max(range(max(0, rounds - algorithm.interval), rounds), key=alignments)
+
+
+def fill_buffers(trainer: Trainer, number: int) -> None:
+    """Give every client's alignment buffer as many samples as it has at the beginning of that round, or all
+    that it holds where nobody knows.
+
+    They are noise, as what an alignment takes depends on their number. (In the first round it is small.)
+    """
+    experiment, device = trainer.experiment, trainer.world.device
+    task, shape = experiment.task, experiment.split.smashed_shape
+    unknown = experiment.algorithm.requests_depend_on_values
+    for client, fit in trainer.server.fits.items() if trainer.server else ():
+        wanted = fit.buffer.size if unknown else experiment.rehearsal.buffered(client, number)
+        missing = max(0, wanted - len(fit.buffer))
+        with trainer.server.lanes[client].queue.after(current_place(device)):  # where the buffer grows
+            z = torch.randn(missing, *shape, dtype=task.precision.smashed, device=device)
+            fit.buffer.add(z, torch.zeros(missing, *task.label_shape, dtype=task.label_dtype, device=device))
+
+
+def _checkpoint_bytes(trainer: Trainer) -> int:
+    """The size of this rank's file, by writing it to memory. The parties cannot be used any more."""
+    optimizers = [client.optimizer for client in trainer.clients.values()]
+    optimizers += [client.own_auxiliary() for client in trainer.clients.values() if client.owns_auxiliary]
+    if trainer.server:
+        parties = (*trainer.server.lanes.values(), *trainer.server.fits.values())
+        optimizers += [party.optimizer for party in parties]
+    for optimizer in optimizers:
+        optimizer.step()  # without gradients: one that has made no step has nothing to be written
+    fill_buffers(trainer, trainer.experiment.config.rounds)
+    return len(serialised(vars(snapshot(trainer.state(1)))))
