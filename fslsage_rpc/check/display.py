@@ -1,4 +1,4 @@
-"""What `fslsage check` shows."""
+"""The screen of `fslsage check`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -59,9 +59,7 @@ class CheckScreen:
         if world["transport"] == "local":
             self._say("One process: no links, nothing to average over.")
             return
-        table = _table(
-            "server and client ranks, by RPC", "link", "round trip", "up", "down", "tensors", text=1
-        )
+        table = _table("server and client ranks, by RPC", "link", "round trip", "up", "down", "tensors")
         for client_rank, speed in sorted(findings.links.items()):
             rank = client_rank + 1
             table.add_row(
@@ -109,20 +107,22 @@ class CheckScreen:
             self._say(f"Alignment interval: {outlook.interval} rounds.")
 
     def _show_memory(self, findings: Findings) -> None:
-        gpu = ("GPU's peak", "GPU had free", "GPU has")
-        on_gpu = any(rank.machine.gpu_bytes for rank in findings.ranks)
-        table = _table(
-            "memory of one round, in MiB",
-            *("rank", "before", "peak", "part of a checkpoint", "host had left", "host has"),
-            *(gpu if on_gpu else ()),
-        )
+        headers = ["rank", "before", "peak", "part of a checkpoint", "host had left", "host has"]
+        if any(rank.machine.gpu_bytes for rank in findings.ranks):
+            headers += ["GPU's peak", "GPU had free", "GPU has"]
+        table = _table("memory of one round, in MiB", *headers)
         for number, rank in enumerate(findings.ranks):
             machine, use = rank.machine, rank.use
             assert use is not None
-            free, in_all = machine.gpu_bytes or (None, None)
-            numbers = (machine.resident_bytes, use.peak, use.checkpoint, machine.memory_bytes)
-            shown = (*numbers, machine.host_bytes, *((use.gpu_peak, free, in_all) if on_gpu else ()))
-            table.add_row(str(number), *map(_mib, shown))
+            of_host = (
+                machine.resident_bytes,
+                use.peak,
+                use.checkpoint,
+                machine.memory_bytes,
+                machine.host_bytes,
+            )
+            of_gpu = (use.gpu_peak, *(machine.gpu_bytes or (None, None)))
+            table.add_row(str(number), *map(_mib, (*of_host, *of_gpu)[: len(headers) - 1]))
         self._console.print(table)
         if findings.config.checkpoint.every is not None:
             self._say(

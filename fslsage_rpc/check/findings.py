@@ -1,4 +1,4 @@
-"""What `fslsage check` has found out, and what in it is worth a warning."""
+"""The findings of `fslsage check`, and what in them is worth a warning."""
 
 import math
 from collections import Counter, defaultdict
@@ -32,7 +32,7 @@ COPIES = 3
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank has to say."""
+    """All that one rank has to say."""
 
     machine: Machine
     disk: Disk
@@ -66,7 +66,7 @@ class Part:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Part":
-        """That of a model."""
+        """Count a model."""
         trained = module_bytes(model)
         frozen = sum(weights.nbytes for weights in model.parameters() if not weights.requires_grad)
         count, moving = (sum(w.numel() for w in some) for some in (model.parameters(), trainable(model)))
@@ -75,7 +75,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a configuration comes to."""
+    """All that a configuration comes to."""
 
     config: Config
     models: dict[str, Part]
@@ -92,7 +92,7 @@ class Outlook:
 
     @classmethod
     def of(cls, experiment: Experiment, line: Mapping[str, Any] | None) -> "Outlook":
-        """That of an experiment."""
+        """Look at an experiment, of which a round may have been trained."""
         config, split = experiment.config, experiment.split
         algorithms: dict[str, Algorithm] = {
             name: kind(config.algorithm, experiment.federation) for name, kind in ALGORITHMS.items()
@@ -111,20 +111,20 @@ class Outlook:
 
     @property
     def whole_bytes(self) -> int:
-        """Of the whole model."""
+        """The size of the whole model."""
         return self.models["client"].bytes + self.models["server"].bytes
 
     def run_seconds(self, aligned: int) -> float:
-        """Of all rounds and evaluations, estimated from the round that was trained.
+        """All rounds and evaluations, estimated from the round that was trained.
 
         Args:
-            aligned: the rounds that are taken to have alignments; the others are without the seconds in which
-                the server did nothing else.
+            aligned: how many rounds have alignments. Others lack the seconds in which it was alignment alone.
         """
         assert self.line is not None
         rounds, evaluations = self.config.rounds, math.ceil(self.config.rounds / self.config.evaluation.every)
         less = (rounds - aligned) * self.line["phases"]["server"]["alignment"]
-        return rounds * self.line["round_seconds"] + evaluations * self.line["evaluation_seconds"] - less
+        total: float = rounds * self.line["round_seconds"] + evaluations * self.line["evaluation_seconds"]
+        return total - less
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Findings:
 
     @property
     def disk_bytes(self) -> int | None:
-        """Of the run folder's checkpoints and model at their largest; None where no round was trained."""
+        """Size of the run folder's checkpoints and model at the most; None where no round was trained."""
         if self.outlook is None or self.outlook.line is None:
             return None
         checkpoint = sum(rank.use.checkpoint for rank in self.ranks if rank.use)

@@ -69,7 +69,7 @@ def _all_reduce_seconds(world: World, numbers: int) -> float:
 
 
 def _mean(world: World, mine: float) -> float:
-    """Of the client ranks' values: the same on all, so that all decide alike."""
+    """The mean of the client ranks' values: the same on all, so that all decide alike."""
     sums = _numbers(torch.tensor([mine]), world)
     world.all_reduce(sums, WireLedger())
     return float(sums.floats) / world.client_ranks

@@ -1,4 +1,4 @@
-"""What one rank knows of the machine that it runs on."""
+"""One rank's knowledge of the machine that it runs on."""
 
 import os
 import re
@@ -135,7 +135,7 @@ def _mps_runs() -> bool:
 
 
 def _available_memory() -> int | None:
-    """What the host can still give, or the control group of this process where it is less."""
+    """Bytes that the host can still give, or the control group of this process where that is less."""
     limits = [limit for limit in (_host_memory(), _group_memory()) if limit is not None]
     return min(limits, default=None)
 
@@ -157,13 +157,9 @@ def _group_memory() -> int | None:
             _, kinds, path = line.split(":", 2)
             if kinds not in ("", "memory"):
                 continue
-            version_2 = kinds == ""
-            top = root if version_2 else root / "memory"
-            names = (
-                ("memory.max", "memory.current")
-                if version_2
-                else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            )
+            top, names = root, ("memory.max", "memory.current")
+            if kinds:
+                top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
             group = Path(path.lstrip("/"))
             for folder in (top / group, *(top / above for above in group.parents), top):
                 with suppress(OSError, ValueError):  # no such file; "max" is no number

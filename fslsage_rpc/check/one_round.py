@@ -35,21 +35,25 @@ def train_one_round(experiment: Experiment, world: World) -> tuple[Use, Mapping[
     Returns:
         What it has taken of this rank's machine; on the server's rank, the round's metrics line.
     """
-    number, lines = dearest_round(experiment), []
+    number, config = dearest_round(experiment), experiment.config
+    lines: list[Mapping[str, Any]] = []
     if world.hosts_server:
-        print(f"Trains round {number + 1} of {experiment.config.rounds}, to measure it ...", flush=True)
+        clients = experiment.federation.participants(number)
+        steps = sum(map(experiment.federation.steps, clients))
+        what = f"round {number + 1} of {config.rounds}, {steps} local steps of {len(clients)} clients"
+        print(f"Trains and evaluates {what}, to measure it ...", flush=True)
     forget_peak(world.device)
     trainer = Trainer(experiment, world)
     fill_buffers(trainer, number)
     trainer.complete_round(number, lambda line, _: lines.append(line), evaluate=True)
     peaks = status_bytes("VmHWM"), peak_device_bytes(world.device)
-    written = experiment.config.checkpoint.every is not None
-    return Use(*peaks, _checkpoint_bytes(trainer) if written else 0), lines[0] if lines else None
+    checkpoint = 0 if config.checkpoint.every is None else _checkpoint_bytes(trainer)
+    return Use(*peaks, checkpoint), lines[0] if lines else None
 
 
 def dearest_round(experiment: Experiment) -> int:
-    """The round, from 0, with most alignments among the last ones of the run, which have the fullest buffers;
-    the first one where nothing is aligned, or nobody knows what.
+    """The round, from 0, with most alignments of the run's last interval: later ones have fuller buffers. The
+    first round where nothing is aligned, or nobody knows when.
     """
     rounds, algorithm = experiment.config.rounds, experiment.algorithm
     if algorithm.auxiliary != "aligned" or algorithm.requests_depend_on_values:
@@ -63,18 +67,20 @@ def dearest_round(experiment: Experiment) -> int:
 
 
 def fill_buffers(trainer: Trainer, number: int) -> None:
-    """Give every client's alignment buffer as many samples as it has at the beginning of that round, or all
-    that it holds where nobody knows.
+    """Give every client's alignment buffer as many samples as it has at the beginning of that round; all that
+    it holds where nobody knows.
 
-    They are noise, as what an alignment takes depends on their number. (In the first round it is small.)
+    They are noise: what an alignment takes depends on their number, which is small in the first round.
     """
     experiment, device = trainer.experiment, trainer.world.device
     task, shape = experiment.task, experiment.split.smashed_shape
     unknown = experiment.algorithm.requests_depend_on_values
-    for client, fit in trainer.server.fits.items() if trainer.server else ():
+    if (server := trainer.server) is None:
+        return
+    for client, fit in server.fits.items():
         wanted = fit.buffer.size if unknown else experiment.rehearsal.buffered(client, number)
         missing = max(0, wanted - len(fit.buffer))
-        with trainer.server.lanes[client].queue.after(current_place(device)):  # where the buffer grows
+        with server.lanes[client].queue.after(current_place(device)):  # where the buffer grows
             z = torch.randn(missing, *shape, dtype=task.precision.smashed, device=device)
             fit.buffer.add(z, torch.zeros(missing, *task.label_shape, dtype=task.label_dtype, device=device))
 
@@ -83,9 +89,9 @@ def _checkpoint_bytes(trainer: Trainer) -> int:
     """The size of this rank's file, by writing it to memory. The parties cannot be used any more."""
     optimizers = [client.optimizer for client in trainer.clients.values()]
     optimizers += [client.own_auxiliary() for client in trainer.clients.values() if client.owns_auxiliary]
-    if trainer.server:
-        parties = (*trainer.server.lanes.values(), *trainer.server.fits.values())
-        optimizers += [party.optimizer for party in parties]
+    if server := trainer.server:
+        optimizers += [lane.optimizer for lane in server.lanes.values()]
+        optimizers += [fit.optimizer for fit in server.fits.values()]
     for optimizer in optimizers:
         optimizer.step()  # without gradients: one that has made no step has nothing to be written
     fill_buffers(trainer, trainer.experiment.config.rounds)

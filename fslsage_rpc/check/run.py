@@ -16,14 +16,7 @@ from fslsage_rpc.check.machine import Disk, Machine, existing_folder
 from fslsage_rpc.check.one_round import train_one_round
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.job.sockets import hostname_address, interface_addresses
-from fslsage_rpc.job.world import (
-    World,
-    interfaces,
-    is_first_rank,
-    job_ranks,
-    on_one_host,
-    open_world,
-)
+from fslsage_rpc.job.world import World, interfaces, is_first_rank, job_ranks, on_one_host, open_world
 from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.runs.places import check_place
 from fslsage_rpc.training.experiment import Experiment, check
@@ -68,8 +61,8 @@ def _examine(config: Config, experiment: Experiment | None, world: World) -> Fin
     disk = Disk.of(config.output)
     seen = _sees_output(config, world, disk)
     wrong = world.broadcast(wrong_ranks(experiment, world)) if experiment else {}
-    trains = experiment is not None and not wrong  # else training would end here
-    use, line = train_one_round(experiment, world) if trains else (None, None)
+    # Where ranks are wrong, training would end here.
+    use, line = train_one_round(experiment, world) if experiment and not wrong else (None, None)
     links, averaging = measure_links(world), measure_averaging(world)
     ranks = world.gather(Rank(machine, disk, seen, use, idle))
     if ranks is None:
