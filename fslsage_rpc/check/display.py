@@ -42,14 +42,9 @@ class CheckScreen:
         table = _table("ranks", "rank", "host", "device", "listens on", "cores", "threads", text=4)
         for number, rank in enumerate(findings.ranks):
             machine = rank.machine
-            table.add_row(
-                _role(findings, number),
-                machine.host,
-                f"{machine.device} ({machine.device_name})",
-                _addresses(rank),
-                str(len(machine.core_ids)),
-                str(machine.threads),
-            )
+            device, cores = f"{machine.device} ({machine.device_name})", str(len(machine.core_ids))
+            places = (_role(findings, number), machine.host, device, _addresses(rank))
+            table.add_row(*places, cores, str(machine.threads))
         self._console.print(table)
         busy = (f"{host} {'-' if share is None else f'{share:.0%}'}" for host, share in findings.busy.items())
         self._say("Share of the cores that others had, over half a second: " + ", ".join(busy) + ".")
@@ -85,14 +80,8 @@ class CheckScreen:
         rounds = outlook.config.rounds
         table = _table("models", "part", "parameters", "size", "of the whole", "trained", "their size")
         for name, part in outlook.models.items():
-            table.add_row(
-                name,
-                f"{part.parameters:,}",
-                size(part.bytes),
-                f"{part.bytes / outlook.whole_bytes:.1%}",
-                f"{part.trained:,}",
-                size(part.trained_bytes),
-            )
+            of_all = (f"{part.parameters:,}", size(part.bytes), f"{part.bytes / outlook.whole_bytes:.1%}")
+            table.add_row(name, *of_all, f"{part.trained:,}", size(part.trained_bytes))
         self._console.print(table)
         self._say(f"Smashed data: {outlook.smashed_bytes:,} bytes per sample.")
         first = "the first " if outlook.rounds_counted < rounds else ""
@@ -146,7 +135,8 @@ class CheckScreen:
                 f" if all are like this one, {_duration(outlook.run_seconds(aligned))} if {aligned} are and "
                 "the others have no alignment"
             )
-        self._say(text + ".")
+        unknown = outlook.paper_bytes[outlook.config.algorithm.name] is None
+        self._say(text + (", though others may ask for more." if unknown else "."))
 
     def _show_disk(self, findings: Findings) -> None:
         disk = findings.ranks[0].disk
@@ -190,7 +180,10 @@ def _named(choice: str | Sequence[str]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _mib(bytes: int | None) -> str:

@@ -122,7 +122,7 @@ class Outlook:
         """
         assert self.line is not None
         rounds, evaluations = self.config.rounds, math.ceil(self.config.rounds / self.config.evaluation.every)
-        less = (rounds - aligned) * self.line["phases"]["server"]["alignment"]
+        less: float = (rounds - aligned) * self.line["phases"]["server"]["alignment"]
         total: float = rounds * self.line["round_seconds"] + evaluations * self.line["evaluation_seconds"]
         return total - less
 

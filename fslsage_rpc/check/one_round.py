@@ -78,17 +78,19 @@ def fill_buffers(trainer: Trainer, number: int) -> None:
     if (server := trainer.server) is None:
         return
     for client, fit in server.fits.items():
-        wanted = fit.buffer.size if unknown else experiment.rehearsal.buffered(client, number)
+        most = unknown and number > 0
+        wanted = fit.buffer.size if most else experiment.rehearsal.buffered(client, number)
         missing = max(0, wanted - len(fit.buffer))
-        with server.lanes[client].queue.after(current_place(device)):  # where the buffer grows
+        with server.lanes[client].context.queue.after(current_place(device)):  # where the buffer grows
             z = torch.randn(missing, *shape, dtype=task.precision.smashed, device=device)
             fit.buffer.add(z, torch.zeros(missing, *task.label_shape, dtype=task.label_dtype, device=device))
 
 
 def _checkpoint_bytes(trainer: Trainer) -> int:
     """The size of this rank's file, by writing it to memory. The parties cannot be used any more."""
-    optimizers = [client.optimizer for client in trainer.clients.values()]
-    optimizers += [client.own_auxiliary() for client in trainer.clients.values() if client.owns_auxiliary]
+    clients = trainer.clients.values()
+    optimizers = [client.optimizer for client in clients]
+    optimizers += [own for client in clients if client.owns_auxiliary and (own := client.auxiliary.optimizer)]
     if server := trainer.server:
         optimizers += [lane.optimizer for lane in server.lanes.values()]
         optimizers += [fit.optimizer for fit in server.fits.values()]

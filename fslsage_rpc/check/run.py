@@ -5,10 +5,10 @@ trained, and nothing is written into the run folder.
 import os
 import platform
 import sys
-import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from fslsage_rpc.check.findings import Findings, Outlook, Rank
 from fslsage_rpc.check.links import measure_averaging, measure_links
@@ -107,16 +107,9 @@ def risky(config: Config) -> list[str]:
 
 def _sees_output(config: Config, world: World, disk: Disk) -> bool:
     """Collective: does this rank see a file that rank 0 has put beside the run folder, for a moment?"""
-    if world.hosts_server and disk.problem is None:
-        with tempfile.NamedTemporaryFile(
-            prefix=".fslsage-check-", dir=existing_folder(config.output)
-        ) as file:
-            return _look(world, Path(disk.folder) / Path(file.name).name)
-    return _look(world, None)
-
-
-def _look(world: World, token: Path | None) -> bool:
-    token = world.broadcast(token)
-    seen = token is not None and token.exists()
-    world.barrier()
+    puts, folder = world.hosts_server and disk.problem is None, existing_folder(config.output)
+    with NamedTemporaryFile(prefix=".fslsage-check-", dir=folder) if puts else nullcontext() as file:
+        token: Path | None = world.broadcast(file and Path(disk.folder) / Path(file.name).name)
+        seen = token is not None and token.exists()
+        world.barrier()
     return seen
