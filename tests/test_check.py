@@ -328,7 +328,7 @@ BUSY = Outlook(Config(), {"client": HALF, "server": HALF}, 1, {}, 1, 1, {"host_b
         ),
         (
             warnings(rank(Use(5 * GIB, None, GIB)), rank(Use(2 * GIB, None, 0))),
-            ["want about 8.0 GiB more", "8.0 GiB were left"],
+            ["want about 8.0 GiB of memory more", "8.0 GiB were left"],
         ),
         (warnings(rank(Use(5 * GIB, None, GIB)), rank(Use(2 * GIB, None, 0), host="b")), []),
         (

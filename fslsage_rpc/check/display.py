@@ -115,8 +115,7 @@ class CheckScreen:
         self._console.print(table)
         if findings.config.checkpoint.every is not None:
             self._say(
-                "While a checkpoint is written, beside the next round, a rank holds its part up to "
-                f"{COPIES} times more."
+                f"Writing a checkpoint, beside the next round, takes up to {COPIES} times its part more."
             )
 
     def _show_seconds(self, outlook: Outlook, line: Mapping[str, Any]) -> None:

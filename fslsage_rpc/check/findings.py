@@ -270,9 +270,9 @@ class Findings:
             wanted = sum(self.ranks[rank].more_bytes for rank in ranks)
             known = [b for rank in ranks if (b := self.ranks[rank].machine.memory_bytes) is not None]
             if known and wanted > NEARLY * min(known):
+                left = f"and {size(min(known))} were left"
                 found.append(
-                    f"{host}: a round and its checkpoint want about {size(wanted)} more of its memory, and "
-                    f"{size(min(known))} were left"
+                    f"{host}: a round and its checkpoint want about {size(wanted)} of memory more, {left}"
                 )
         on_gpu: Counter[GpuPlace] = Counter()
         free: dict[GpuPlace, int] = {}

@@ -74,12 +74,11 @@ def fill_buffers(trainer: Trainer, number: int) -> None:
     """
     experiment, device = trainer.experiment, trainer.world.device
     task, shape = experiment.task, experiment.split.smashed_shape
-    unknown = experiment.algorithm.requests_depend_on_values
+    unknown = number > 0 and experiment.algorithm.requests_depend_on_values
     if (server := trainer.server) is None:
         return
     for client, fit in server.fits.items():
-        most = unknown and number > 0
-        wanted = fit.buffer.size if most else experiment.rehearsal.buffered(client, number)
+        wanted = fit.buffer.size if unknown else experiment.rehearsal.buffered(client, number)
         missing = max(0, wanted - len(fit.buffer))
         with server.lanes[client].context.queue.after(current_place(device)):  # where the buffer grows
             z = torch.randn(missing, *shape, dtype=task.precision.smashed, device=device)
