@@ -15,7 +15,7 @@ import torch
 import fslsage_rpc
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check import findings
-from fslsage_rpc.check.findings import COPIES, Findings, Outlook, Part, Rank, rounds_counted
+from fslsage_rpc.check.findings import COPIES, Findings, ModelSize, Outlook, Rank, rounds_counted
 from fslsage_rpc.check.machine import Disk, Machine, status_bytes
 from fslsage_rpc.check.one_round import Use, dearest_round, fill_buffers
 from fslsage_rpc.check.run import examine, risky
@@ -134,7 +134,7 @@ def test_a_part_of_a_model_is_counted_with_and_without_what_is_frozen() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     model[0].requires_grad_(False)
     buffers = 2 * 2 * 4 + 8  # mean, variance and the count of batches
-    assert Part.of(model) == Part(8 + 4, 12 * 4 + buffers, 4, 4 * 4 + buffers)
+    assert ModelSize.of(model) == ModelSize(8 + 4, 12 * 4 + buffers, 4, 4 * 4 + buffers)
 
 
 def test_no_checkpoints_take_no_memory_and_no_disk(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_bytes_of_many_steps_are_counted_in_the_first_rounds(monkeypatch: pytest
     assert rounds_counted(experiment) == 20  # whole intervals of 10
 
 
-HALF = Part(1, GIB // 2, 1, 1)
+HALF = ModelSize(1, GIB // 2, 1, 1)
 BUSY = Outlook(Config(), {"client": HALF, "server": HALF}, 1, {}, 1, 1, {"host_busy": 0.3})
 
 

@@ -54,7 +54,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelSize:
     """The client, server or auxiliary model: its parameters, and their bytes with the buffers."""
 
     parameters: int
@@ -65,7 +65,7 @@ class Part:
     """of those, with the buffers: what is averaged, sent and counted"""
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Part":
+    def of(cls, model: nn.Module) -> "ModelSize":
         """Count a model."""
         trained = module_bytes(model)
         frozen = sum(weights.nbytes for weights in model.parameters() if not weights.requires_grad)
@@ -78,7 +78,7 @@ class Outlook:
     """All that a configuration comes to."""
 
     config: Config
-    models: dict[str, Part]
+    models: dict[str, ModelSize]
     smashed_bytes: int
     """of one sample at the cut"""
     paper_bytes: dict[str, float | None]
@@ -101,7 +101,7 @@ class Outlook:
         halves = {"client": split.client, "server": split.server, "auxiliary": split.auxiliary}
         return cls(
             config=config,
-            models={name: Part.of(half) for name, half in halves.items()},
+            models={name: ModelSize.of(half) for name, half in halves.items()},
             smashed_bytes=experiment.sizes().smashed,
             paper_bytes={name: _paper_bytes(experiment, each) for name, each in algorithms.items()},
             rounds_counted=rounds_counted(experiment),
@@ -270,9 +270,9 @@ class Findings:
             wanted = sum(self.ranks[rank].more_bytes for rank in ranks)
             known = [b for rank in ranks if (b := self.ranks[rank].machine.memory_bytes) is not None]
             if known and wanted > NEARLY * min(known):
-                left = f"and {size(min(known))} were left"
                 found.append(
-                    f"{host}: a round and its checkpoint want about {size(wanted)} of memory more, {left}"
+                    f"{host}: a round and its checkpoint want about {size(wanted)} of memory more, and "
+                    f"{size(min(known))} were left"
                 )
         on_gpu: Counter[GpuPlace] = Counter()
         free: dict[GpuPlace, int] = {}

@@ -1,6 +1,4 @@
-"""`fslsage check`: what this machine is, what a configuration comes to on it, and what is wrong. One round is
-trained, and nothing is written into the run folder.
-"""
+"""`fslsage check`: the machines, their links, and one round of a run, of which nothing is written."""
 
 import os
 import platform
