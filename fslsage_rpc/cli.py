@@ -112,7 +112,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     report.add_argument("--format", default="png", metavar="FORMATS", help="of figures, as png,pdf,svg (png)")
     report.set_defaults(command=_compare)
-    check = commands.add_parser("check", help="what this machine is, and what a configuration would do on it")
+    check = commands.add_parser("check", help="what this machine is, and what one round of a run takes on it")
     check.add_argument("config", nargs="?", help="YAML configuration file; none: the machine alone")
     check.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
     check.add_argument(

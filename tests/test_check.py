@@ -1,4 +1,4 @@
-"""`fslsage check` sees what is there, says what training will do, and changes nothing."""
+"""`fslsage check` sees what is there, trains one round, says what training will take, and changes nothing."""
 
 import dataclasses
 import json
@@ -15,20 +15,19 @@ import torch
 import fslsage_rpc
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check import findings
-from fslsage_rpc.check.findings import Findings, Rank, Run, rounds_counted
-from fslsage_rpc.check.machine import Disk, Machine
-from fslsage_rpc.check.memory import CPU, Activations, Estimate, Memory, _saved_by
+from fslsage_rpc.check.findings import COPIES, Findings, ModelSize, Outlook, Rank, rounds_counted
+from fslsage_rpc.check.machine import Disk, Machine, status_bytes
+from fslsage_rpc.check.one_round import Use, dearest_round, fill_buffers
 from fslsage_rpc.check.run import examine, risky
 from fslsage_rpc.cli import main
 from fslsage_rpc.config import loading as configuration
 from fslsage_rpc.config.loading import from_tree, to_tree
 from fslsage_rpc.config.schema import Config
-from fslsage_rpc.data import datasets
 from fslsage_rpc.device.placement import GpuPlace
-from fslsage_rpc.models.flat import module_bytes
-from fslsage_rpc.parties.turns import MOST_OPEN_STEPS
+from fslsage_rpc.job.world import open_world
 from fslsage_rpc.runs.checkpoint_files import complete_folders
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.trainer import Trainer
 from support.commands import fslsage, fslsage_on_ranks
 from support.trees import tree
 from support.user_input import mistake
@@ -44,149 +43,136 @@ def nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fslsage_rpc.check.run.WAIT_SECONDS", 0.0)
 
 
-# What a run will take
+# One round, and what the run will take
 
 
-def estimate(tmp_path: Path, *changes: dict[str, Any], **keys: Any) -> tuple[Experiment, Estimate]:
-    experiment = Experiment.prepare(from_tree(tree(tmp_path, *changes, **keys)))
-    return experiment, Estimate(experiment)
+def examined(tmp_path: Path, *changes: dict[str, Any], **keys: Any) -> Findings:
+    found = examine(from_tree(tree(tmp_path, *changes, **keys)), configured=True)
+    assert found is not None
+    return found
 
 
-def test_a_server_that_shares_a_clients_gpu_is_not_in_the_way_of_nccl() -> None:
-    shared = next(line for line in warnings(on_gpu("a", "1"), on_gpu("a", "1")) if "share" in line)
-    assert shared == (
-        "ranks 0, 1 share one GPU of a: they take turns on it and never overlap; MPS would help, started "
-        "there by nvidia-cuda-mps-control -d"
+def outlook_of(found: Findings) -> tuple[Outlook, Any]:
+    assert found.outlook is not None
+    assert found.outlook.line is not None
+    return found.outlook, found.outlook.line
+
+
+def test_a_round_is_trained_and_evaluated_and_leaves_nothing(tmp_path: Path) -> None:
+    found = examined(tmp_path, rounds=5, name="run")
+    outlook, line = outlook_of(found)
+    assert line["round"] == 5  # aligned: 1, 3 and 5
+    assert line["round_seconds"] > 0
+    assert line["evaluation_seconds"] > 0
+    assert line["test_accuracy"] is not None
+    experiment = Experiment.prepare(outlook.config)
+    asked = [ask.kind for asks in experiment.rehearsal.course(4).asks.values() for ask in asks]
+    assert {kind: times["count"] for kind, times in line["requests"].items()} == {
+        kind: asked.count(kind) for kind in ("push", "align")
+    }
+    (rank,) = found.ranks
+    resident, peak = status_bytes("VmRSS"), rank.use and rank.use.peak
+    assert resident is None or (peak is not None and peak >= (rank.machine.resident_bytes or 0) > 0)
+    assert rank.use is not None
+    assert rank.more_bytes >= COPIES * rank.use.checkpoint > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    def contents() -> dict[Path, tuple[int, bytes]]:
+        files = (file for file in tmp_path.rglob("*") if file.is_file())
+        return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+
+    fslsage_rpc.train(tree(tmp_path, name="run", rounds=2))
+    before = contents()
+    examined(tmp_path, name="run", rounds=2)
+    assert contents() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({}, 4),  # aligned: 0, 2 and 4 of 6
+        ({"warm_start": True}, 5),  # 1, 3 and 5
+        ({"align_every": 100}, 0),
+        ({"name": "cse_fsl"}, 0),
+    ],
+)
+def test_the_round_is_the_last_one_with_alignments(
+    tmp_path: Path, changes: dict[str, Any], number: int
+) -> None:
+    experiment = Experiment.prepare(from_tree(tree(tmp_path, {"algorithm": changes})))
+    assert dearest_round(experiment) == number
+
+
+@pytest.mark.parametrize("samples", [60, 10**6])
+def test_alignment_buffers_are_as_full_as_in_that_round(tmp_path: Path, samples: int) -> None:
+    keys = {"algorithm": {"alignment": {"buffer_size": samples}}}
+    experiment = Experiment.prepare(from_tree(tree(tmp_path, keys)))
+    trainer, trained = (
+        Trainer(each, open_world(each.config)) for each in (experiment, Experiment.prepare(experiment.config))
     )
+    fill_buffers(trainer, 2)
+    trained.complete_round(0, lambda line, _: None)
+    trained.complete_round(1, lambda line, _: None)
+    assert trainer.server is not None
+    assert trained.server is not None
+    sizes = {client: len(fit.buffer) for client, fit in trainer.server.fits.items()}
+    assert sizes == {client: len(fit.buffer) for client, fit in trained.server.fits.items()}
+    assert min(sizes.values()) > 0
 
 
-def test_ranks_that_share_a_gpu_by_mps_take_no_turns() -> None:
-    by_mps = on_gpu("a", "1", shares_by_mps=True)
-    (shared,) = warnings(on_gpu("a", "2", shares_by_mps=True), by_mps, by_mps, averaging=None)
-    assert shared == "ranks 1, 2 share one GPU of a by MPS, and NCCL refuses that"
+def test_seconds_of_a_run_are_rounds_and_evaluations_of_the_one_measured() -> None:
+    config = from_tree({"rounds": 10, "evaluation": {"every": 4}})
+    line = {"round_seconds": 5.0, "evaluation_seconds": 1.0, "phases": {"server": {"alignment": 3.0}}}
+    outlook = Outlook(config, {}, 1, {}, 10, 2, line)
+    assert outlook.run_seconds(10) == 10 * 5.0 + 3 * 1.0  # evaluated: 4, 8 and 10
+    assert outlook.run_seconds(5) == 5 * 5.0 + 5 * (5.0 - 3.0) + 3 * 1.0
 
 
-@pytest.mark.parametrize("folder", [True, False])
-def test_mps_is_known_by_its_control_pipe(
-    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-    if folder:
-        os.mkfifo(tmp_path / "control")
-    assert Machine.here(CPU).shares_by_mps == folder
-
-
-def test_what_autograd_keeps_is_counted_once() -> None:
-    x = torch.ones(8, 3, dtype=torch.float32)
-    weights = torch.ones(3, 5, requires_grad=True)
-    assert sorted(_saved_by(lambda: (x @ weights).exp())) == [8 * 3 * 4, 8 * 5 * 4]
-    assert _saved_by(lambda: x.requires_grad_() * x) == [8 * 3 * 4]
-
-
-def test_activations_per_sample_leave_out_what_does_not_grow_with_the_batch(tmp_path: Path) -> None:
-    _, memory = estimate(tmp_path)
-    linear = torch.nn.Linear(64, 7).double()
-    found = memory._activations(lambda x, y: linear(x.flatten(1)).exp())
-    assert found == Activations(kept=8 * (64 + 7), largest=8 * 64)
-
-
-def test_activations_are_counted_where_larger_batches_have_another_order_in_memory(tmp_path: Path) -> None:
-    keys = {"data": {"name": "synthetic", "train_limit": 96}, "model": {"name": "resnet56", "cut": "layer2"}}
-    _, memory = estimate(tmp_path, keys, precision="fp32")
-    assert memory._whole.kept > memory._client.kept > 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "models", "moments"),
-    [
-        ({"algorithm": {"name": "fedavg"}}, lambda c, s, a: c + s, 2),
-        ({"algorithm": {"name": "splitfed_v1"}}, lambda c, s, a: c, 2),
-        ({"algorithm": {"name": "cse_fsl"}}, lambda c, s, a: c + a, 2),
-        (
-            {"algorithm": {"name": "fedavg"}, "optimizer": {"client": {"name": "sgd"}}},
-            lambda c, s, a: c + s,
-            0,
-        ),
-    ],
-)
-def test_a_client_ranks_models_and_optimizer_states(
-    tmp_path: Path, changes: dict[str, Any], models: Any, moments: int
-) -> None:
-    experiment, memory = estimate(tmp_path, changes)
-    split = experiment.split
-    one = models(*(module_bytes(half) for half in (split.client, split.server, split.auxiliary)))
-    two = memory.of_clients([0, 2])
-    assert two.models == 2 * one
-    assert two.optimizers == 2 * moments * one + one  # and one client's gradients
-    assert two.data == sum(len(experiment.parts[client]) for client in (0, 2)) * (64 + 8)
-
-
-def test_a_server_holds_a_replica_or_an_auxiliary_model_for_each_client(tmp_path: Path) -> None:
-    for name, copies, fits in (
-        ("splitfed_v1", 3, 0),
-        ("splitfed_v2", 1, 0),
-        ("fsl_sage", 2, 3),  # with the lane's snapshot
-        ("fedavg", 0, 0),
-    ):
-        experiment, memory = estimate(tmp_path, {"algorithm": {"name": name}})
-        client, server, auxiliary = (
-            module_bytes(half)
-            for half in (experiment.client_model(), experiment.split.server, experiment.split.auxiliary)
-        )
-        test = datasets.load(experiment.config.data, train=False)
-        found, on_gpu = (memory.of_server(2, 1, test, device) for device in (CPU, torch.device("cuda")))
-        start = auxiliary if fits else 0
-        assert found.models == 2 * client + start + copies * server + fits * auxiliary
-        assert bool(found.alignment) == bool(fits)
-        assert found.models - on_gpu.models == (server if fits else 0)  # no snapshot there
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "most"),
-    [
-        ({"name": "splitfed_v2"}, MOST_OPEN_STEPS),
-        ({"name": "fsl_sage"}, MOST_OPEN_STEPS),
-        ({"name": "fsl_sage", "align_every": None}, 1),
-        ({"name": "cse_fsl"}, 1),
-    ],
-)
-def test_a_rank_keeps_the_activations_of_the_steps_that_may_wait_at_once(
-    tmp_path: Path, algorithm: dict[str, Any], most: int
-) -> None:
-    experiment, memory = estimate(tmp_path, {"algorithm": algorithm}, clients={"count": MOST_OPEN_STEPS + 2})
-    one, some, all_of_them = (memory.of_clients(range(clients)) for clients in (1, most, MOST_OPEN_STEPS + 2))
-    batch = max(max(sizes) for sizes in experiment.federation.batch_sizes)
-    assert all_of_them.activations == some.activations
-    assert some.activations - one.activations == (most - 1) * batch * memory._client.kept
-    assert all_of_them.requests == MOST_OPEN_STEPS * batch * memory._sample
-    test = datasets.load(experiment.config.data, train=False)
-    assert memory.of_server(1, 1, test, CPU).requests == all_of_them.requests
+def test_a_part_of_a_model_is_counted_with_and_without_what_is_frozen() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    model[0].requires_grad_(False)
+    buffers = 2 * 2 * 4 + 8  # mean, variance and the count of batches
+    assert ModelSize.of(model) == ModelSize(8 + 4, 12 * 4 + buffers, 4, 4 * 4 + buffers)
 
 
 def test_no_checkpoints_take_no_memory_and_no_disk(tmp_path: Path) -> None:
-    experiment, memory = estimate(tmp_path, {"checkpoint": {"every": None}})
-    assert memory.of_clients([0]).checkpoint == 0
-    sizes = experiment.sizes()
-    assert Run.of(experiment, memory).disk_bytes == sizes.client + sizes.server
+    found = examined(tmp_path, {"checkpoint": {"every": None}}, rounds=1)
+    outlook, _ = outlook_of(found)
+    assert [rank.use and rank.use.checkpoint for rank in found.ranks] == [0]
+    assert found.disk_bytes == outlook.models["client"].bytes + outlook.models["server"].bytes
 
 
+@pytest.mark.parametrize("participation", [0.6, 1.0])
 @pytest.mark.parametrize("name", list(ALGORITHMS))
-def test_checkpoints_and_paper_bytes_are_those_of_the_run(tmp_path: Path, name: str) -> None:
+def test_checkpoints_and_paper_bytes_are_those_of_the_run(
+    tmp_path: Path, name: str, participation: float
+) -> None:
     keys = {
         "algorithm": {"name": name},
+        "clients": {"participation": participation},
         "model": {"name": "resnet56", "arguments": {"width": 4}},
         "data": {"partition": "iid", "train_limit": 60},
     }
-    config = tree(tmp_path, keys, rounds=2, name=name)
-    experiment = Experiment.prepare(from_tree(config))
-    memory = Estimate(experiment)
-    expected = Run.of(experiment, memory)
+    config = tree(tmp_path, keys, rounds=4 if participation < 1 else 2, name=name)
+    found = examined(tmp_path, config)
+    outlook, _ = outlook_of(found)
+    federation = Experiment.prepare(outlook.config).federation
+    assert {id for number in range(outlook.config.rounds) for id in federation.participants(number)} == {
+        0,
+        1,
+        2,
+    }
     run = fslsage_rpc.train(*as_arguments(tmp_path, config))
-    assert expected.paper_bytes[name] * 2 == run.summary["paper_bytes_total"]
+    mean = outlook.paper_bytes[name]
+    assert mean is not None
+    assert mean * outlook.config.rounds == pytest.approx(run.summary["paper_bytes_total"])
     folder = complete_folders(run.folder / "checkpoints")[0]
     written = sum(file.stat().st_size for file in folder.glob("*.pt"))
-    # What is written besides numbers: names, step counters, the archive's headers.
-    assert written * 0.75 < memory.states.checkpoint() <= written * 1.01
+    (rank,) = found.ranks
+    assert rank.use is not None
+    assert rank.use.checkpoint == pytest.approx(written, rel=0.01)
 
 
 def as_arguments(tmp_path: Path, config: dict[str, Any]) -> list[str]:
@@ -211,7 +197,7 @@ def as_arguments(tmp_path: Path, config: dict[str, Any]) -> list[str]:
         ],
     ],
 )
-def test_estimated_memory_is_near_the_measured_peak(tmp_path: Path, overrides: list[str]) -> None:
+def test_the_peak_of_one_round_is_near_that_of_a_run(tmp_path: Path, overrides: list[str]) -> None:
     keys = [QUICKSTART, *overrides, "name=run", f"output={tmp_path}", "comm.transports=[uv]", "device=cpu"]
     for command in ("train", "check"):
         job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
@@ -219,8 +205,8 @@ def test_estimated_memory_is_near_the_measured_peak(tmp_path: Path, overrides: l
         subprocess.run([*job, str(PEAKS), str(tmp_path), command, *keys], check=True, timeout=200)
     for rank in range(3):
         measured = json.loads((tmp_path / f"train-{rank}.json").read_text())
-        estimated = json.loads((tmp_path / "check.json").read_text())[rank]
-        assert 0.85 < estimated / measured < 1.25  # what it adds up need not meet in time
+        one_round, with_checkpoint = json.loads((tmp_path / "check.json").read_text())[rank]
+        assert 0.95 * one_round < measured < 1.05 * with_checkpoint
 
 
 # Warnings
@@ -240,9 +226,9 @@ def machine(**changes: Any) -> Machine:
             core_ids=frozenset(range(64)),
             threads=1,
             memory_bytes=8 * GIB,
+            host_bytes=16 * GIB,
             resident_bytes=GIB,
-            peak_bytes=GIB,
-            gpu_free_bytes=None,
+            gpu_bytes=None,
             shares_by_mps=False,
             versions={"torch": "2.15"},
         ),
@@ -250,21 +236,45 @@ def machine(**changes: Any) -> Machine:
     )
 
 
-def rank(memory: Memory | None = None, sees: bool = True, disk: Disk | None = None, **changes: Any) -> Rank:
-    return Rank(machine(**changes), disk or Disk("runs", 9 * GIB, None), sees, memory)
+def rank(use: Use | None = None, sees: bool = True, disk: Disk | None = None, **changes: Any) -> Rank:
+    return Rank(machine(**changes), disk or Disk("runs", 9 * GIB, None), sees, use)
 
 
 def warnings(
-    *ranks: Rank, averaging: str | None = "gloo", transports: Any = ("uv",), run: Run | None = None
+    *ranks: Rank, averaging: str | None = "gloo", transports: Any = ("uv",), outlook: Outlook | None = None
 ) -> list[str]:
     world = {"transport": "rpc", "averaging": averaging, "rpc_transports": transports}
-    return Findings(Config(), ranks, world, {}, None, run).warnings()
+    return Findings(Config(), ranks, world, {}, None, outlook).warnings()
 
 
 def on_gpu(host: str, gpu: str, *others: str, **changes: Any) -> Rank:
     """A rank of a host with three GPUs; where `others` are given, the rank sees these and its own alone."""
     visible = frozenset({gpu, *others} if others else "123")
-    return rank(host=host, gpu=GpuPlace(host, gpu, visible), gpu_free_bytes=GIB, **changes)
+    return rank(host=host, gpu=GpuPlace(host, gpu, visible), gpu_bytes=(GIB, 2 * GIB), **changes)
+
+
+def test_a_server_that_shares_a_clients_gpu_is_not_in_the_way_of_nccl() -> None:
+    shared = next(line for line in warnings(on_gpu("a", "1"), on_gpu("a", "1")) if "share" in line)
+    assert shared == (
+        "ranks 0, 1 share one GPU of a: they take turns on it and never overlap; MPS would help, started "
+        "there by nvidia-cuda-mps-control -d"
+    )
+
+
+def test_ranks_that_share_a_gpu_by_mps_take_no_turns() -> None:
+    by_mps = on_gpu("a", "1", shares_by_mps=True)
+    (shared,) = warnings(on_gpu("a", "2", shares_by_mps=True), by_mps, by_mps, averaging=None)
+    assert shared == "ranks 1, 2 share one GPU of a by MPS, and NCCL refuses that"
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_mps_is_known_by_its_control_pipe(
+    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    if folder:
+        os.mkfifo(tmp_path / "control")
+    assert Machine.here(torch.device("cpu")).shares_by_mps == folder
 
 
 def test_nothing_wrong_is_no_warning() -> None:
@@ -282,7 +292,8 @@ def test_bytes_of_many_steps_are_counted_in_the_first_rounds(monkeypatch: pytest
     assert rounds_counted(experiment) == 20  # whole intervals of 10
 
 
-FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB)
+HALF = ModelSize(1, GIB // 2, 1, 1)
+BUSY = Outlook(Config(), {"client": HALF, "server": HALF}, 1, {}, 1, 1, {"host_busy": 0.3})
 
 
 @pytest.mark.parametrize(
@@ -315,11 +326,20 @@ FULL = Run({}, {"client": 1, "server": 1}, {}, {}, 1, {}, 1, disk_bytes=10 * GIB
             ),
             ["8 threads", "OMP_NUM_THREADS=2"],
         ),
-        (warnings(rank(Memory(models=5 * GIB)), rank(Memory(data=5 * GIB))), ["10.0 GiB", "8.0 GiB"]),
-        (warnings(on_gpu("a", "1", memory=Memory(models=2 * GIB))), ["GPU 1", "2.0 GiB", "1.0 GiB free"]),
+        (
+            warnings(rank(Use(5 * GIB, None, GIB)), rank(Use(2 * GIB, None, 0))),
+            ["want about 8.0 GiB of memory more", "8.0 GiB were left"],
+        ),
+        (warnings(rank(Use(5 * GIB, None, GIB)), rank(Use(2 * GIB, None, 0), host="b")), []),
+        (
+            warnings(on_gpu("a", "1", use=Use(GIB, GIB, 0))),
+            ["taken 1.0 GiB of its GPU 1", "1.0 GiB were free"],
+        ),
+        (warnings(on_gpu("a", "1", use=Use(GIB, GIB // 2, 0))), []),
         (warnings(rank(), rank(sees=False)), ["rank 1 does not see", "all hosts share"]),
         (warnings(rank(disk=Disk("/runs", None, "Read-only file system"))), ["/runs", "Read-only"]),
-        (warnings(rank(), run=FULL), ["10.0 GiB", "9.0 GiB"]),
+        (warnings(rank(Use(GIB, None, 3 * GIB)), outlook=BUSY), ["about 10.0 GiB", "9.0 GiB are free"]),
+        (warnings(rank(), outlook=BUSY), ["others had 30% of a host's cores in the round"]),
         (warnings(rank(), rank(versions={"torch": "2.11"})), ["torch", "2.15 on rank 0; 2.11 on rank 1"]),
     ],
 )
@@ -349,12 +369,10 @@ def test_ranks_bound_to_cores_of_their_own_do_not_crowd_a_host() -> None:
     assert warnings(*bound) == []
 
 
-def test_memory_at_the_peak_counts_what_a_rank_lets_go() -> None:
-    holding = Rank(machine(resident_bytes=3 * GIB, peak_bytes=3 * GIB), Disk("", 1, None), True)
-    grows = dataclasses.replace(holding, memory=Memory(models=2 * GIB), released_bytes=GIB)
-    assert grows.resident_then_bytes == 4 * GIB
-    shrinks = dataclasses.replace(grows, released_bytes=3 * GIB)
-    assert shrinks.resident_then_bytes == 3 * GIB
+def test_memory_that_a_system_does_not_tell_is_not_guessed() -> None:
+    for untold in (rank(), rank(Use(None, None, GIB)), rank(Use(GIB, None, GIB), resident_bytes=None)):
+        assert untold.more_bytes == 0
+    assert rank(Use(2 * GIB, None, GIB)).more_bytes == 4 * GIB
 
 
 # The command
@@ -386,7 +404,13 @@ def test_with_a_configuration_it_shows_what_would_be_done_and_writes_nothing(
     assert re.search(r"fsl_sage +4\.0 MiB", shown)
     assert "fedavg (configured)" in shown
     assert "warning: algorithm.align_every is not used by fedavg" in shown
-    assert f"free in {tmp_path}; the run would fill" in " ".join(shown.split())
+    shown = " ".join(shown.split())
+    assert f"free in {tmp_path}; the run would fill" in shown
+    assert shown.startswith(
+        "Trains and evaluates round 1 of 50, 48 local steps of 4 clients, to measure it ..."
+    )
+    assert re.search(r"Round 1, without alignment: [\d.]+ s; evaluation [\d.]+ s\. Requests: none\.", shown)
+    assert re.search(r"Estimate for 50 rounds: [\d.]+ (s|min)\.", shown)
     assert listing(tmp_path) == []
 
 
@@ -428,6 +452,16 @@ def test_on_ranks_it_measures_their_links(tmp_path: Path, monkeypatch: pytest.Mo
     for number in (1, 2):
         assert re.search(rf"rank {number} - rank 0 +[\d.]+ ms .*MB/s", shown), shown
     assert "gloo (the client ranks compute on CPUs); an all-reduce over 2 client ranks takes" in shown
+    found = " ".join(shown.split())
+    assert re.search(r"Round 49, with alignment: [\d.]+ s, of which nothing but alignment [\d.]+ s", found)
+    assert "Requests: 24 push, 4 align." in found
+    assert re.search(r"50 rounds: \S+ \w+ if all are like this one, \S+ \w+ if 25 are and", found)
+    memory = re.findall(r"^ +([012])((?: +[\d,]+\.\d){5}) *$", shown, re.MULTILINE)
+    assert [number for number, _ in memory] == ["0", "1", "2"]
+    for _, columns in memory:
+        before, peak, part, left, in_all = (float(each.replace(",", "")) for each in columns.split())
+        assert 0 < part < before <= peak < in_all
+        assert left < in_all
     assert not (tmp_path / "runs").exists()
 
 

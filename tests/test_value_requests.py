@@ -441,6 +441,7 @@ def test_check_calls_unknown_what_depends_on_values(
     rows = [line for line in done.stdout.splitlines() if f"{kind} (configured)" in line]
     assert [len(re.findall(r"\bunknown\b", row)) for row in rows] == [0 if kind == "LeavesOut" else 2]
     assert len(re.findall(r"\bunknown\b", done.stdout)) == (0 if kind == "LeavesOut" else 2)
+    assert ("though others may ask for more" in done.stdout) == (kind != "LeavesOut")
 
 
 def test_a_benchmark_has_the_bounds_of_what_was_asked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `fslsage check --cuts` shows."""
+"""The table of `fslsage check --cuts`."""
 
 import torch
 

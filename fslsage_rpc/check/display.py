@@ -1,23 +1,17 @@
-"""What `fslsage check` shows."""
+"""The screen of `fslsage check`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from fslsage_rpc.check.findings import Findings, Rank, Run, size
+from fslsage_rpc.check.findings import COPIES, Findings, Outlook, Rank, size
+from fslsage_rpc.parties.requests import Align
 from fslsage_rpc.runs.screen import SteadyCursorConsole
-
-GROUPS = {
-    "models": ("models", "optimizers", "averaging"),
-    "data": ("data",),
-    "batches": ("activations", "requests", "libraries"),
-    "alignment": ("alignment",),
-    "checkpoint": ("checkpoint",),
-}
-"""the columns of the memory table, and the parts of `Memory` that each adds up"""
+from fslsage_rpc.units import MIB
 
 
 class CheckScreen:
@@ -30,9 +24,11 @@ class CheckScreen:
         """All of it."""
         self._show_ranks(findings)
         self._show_links(findings)
-        if findings.run:
-            self._show_memory(findings)
-            self._show_run(findings, findings.run)
+        if findings.outlook:
+            self._show_outlook(findings.outlook)
+            if findings.outlook.line:
+                self._show_memory(findings)
+                self._show_seconds(findings.outlook, findings.outlook.line)
         self._show_disk(findings)
         versions = findings.ranks[0].machine.versions
         self._say("Versions: " + ", ".join(f"{name} {version or '-'}" for name, version in versions.items()))
@@ -46,14 +42,9 @@ class CheckScreen:
         table = _table("ranks", "rank", "host", "device", "listens on", "cores", "threads", text=4)
         for number, rank in enumerate(findings.ranks):
             machine = rank.machine
-            table.add_row(
-                _role(findings, number),
-                machine.host,
-                f"{machine.device} ({machine.device_name})",
-                _addresses(rank),
-                str(len(machine.core_ids)),
-                str(machine.threads),
-            )
+            device, cores = f"{machine.device} ({machine.device_name})", str(len(machine.core_ids))
+            places = (_role(findings, number), machine.host, device, _addresses(rank))
+            table.add_row(*places, cores, str(machine.threads))
         self._console.print(table)
         busy = (f"{host} {'-' if share is None else f'{share:.0%}'}" for host, share in findings.busy.items())
         self._say("Share of the cores that others had, over half a second: " + ", ".join(busy) + ".")
@@ -63,9 +54,7 @@ class CheckScreen:
         if world["transport"] == "local":
             self._say("One process: no links, nothing to average over.")
             return
-        table = _table(
-            "server and client ranks, by RPC", "link", "round trip", "up", "down", "tensors", text=1
-        )
+        table = _table("server and client ranks, by RPC", "link", "round trip", "up", "down", "tensors")
         for client_rank, speed in sorted(findings.links.items()):
             rank = client_rank + 1
             table.add_row(
@@ -87,59 +76,74 @@ class CheckScreen:
             )
         self._say(text + ".")
 
-    def _show_memory(self, findings: Findings) -> None:
-        groups = {title: parts for title, parts in GROUPS.items() if _any(findings, parts)}
-        table = _table("memory in MiB, estimated", "rank", "now", *groups, "at the peak", "host has left")
-        for number, rank in enumerate(findings.ranks):
-            table.add_row(
-                str(number),
-                _mib(rank.machine.resident_bytes),
-                *(_mib(_sum(rank, parts)) for parts in groups.values()),
-                _mib(rank.resident_then_bytes),
-                _mib(rank.machine.memory_bytes),
-            )
-        self._console.print(table)
-        if any(rank.machine.gpu_free_bytes is not None for rank in findings.ranks):
-            self._say("Ranks with a GPU hold all but the checkpoint there; free: " + _gpus(findings) + ".")
-
-    def _show_run(self, findings: Findings, run: Run) -> None:
-        config = findings.config
-        whole = run.bytes["client"] + run.bytes["server"]
+    def _show_outlook(self, outlook: Outlook) -> None:
+        rounds = outlook.config.rounds
         table = _table("models", "part", "parameters", "size", "of the whole", "trained", "their size")
-        for name, bytes in run.bytes.items():
-            table.add_row(
-                name,
-                f"{run.parameters[name]:,}",
-                size(bytes),
-                f"{bytes / whole:.1%}",
-                f"{run.trained[name]:,}",
-                size(run.trained_bytes[name]),
-            )
+        for name, part in outlook.models.items():
+            of_all = (f"{part.parameters:,}", size(part.bytes), f"{part.bytes / outlook.whole_bytes:.1%}")
+            table.add_row(name, *of_all, f"{part.trained:,}", size(part.trained_bytes))
         self._console.print(table)
-        self._say(f"Smashed data: {run.smashed_bytes:,} bytes per sample.")
-        first = "the first " if run.rounds_counted < config.rounds else ""
-        table = _table(
-            f"paper ledger (modelled), mean of {first}{run.rounds_counted} rounds",
-            "algorithm",
-            "per round",
-            "all",
-            text=1,
-        )
-        for name, mean in run.paper_bytes.items():
-            chosen = " (configured)" if name == config.algorithm.name else ""
-            known = ("unknown", "unknown") if mean is None else (size(mean), size(mean * config.rounds))
+        self._say(f"Smashed data: {outlook.smashed_bytes:,} bytes per sample.")
+        first = "the first " if outlook.rounds_counted < rounds else ""
+        title = f"paper ledger (modelled), mean of {first}{outlook.rounds_counted} rounds"
+        table = _table(title, "algorithm", "per round", "all")
+        for name, mean in outlook.paper_bytes.items():
+            chosen = " (configured)" if name == outlook.config.algorithm.name else ""
+            known = ("unknown", "unknown") if mean is None else (size(mean), size(mean * rounds))
             table.add_row(name + chosen, *known)
         self._console.print(table)
-        if run.interval > 1:
-            self._say(f"Alignment interval: {run.interval} rounds.")
+        if outlook.interval > 1:
+            self._say(f"Alignment interval: {outlook.interval} rounds.")
+
+    def _show_memory(self, findings: Findings) -> None:
+        headers = ["rank", "before", "peak", "part of a checkpoint", "host had left", "host has"]
+        if any(rank.machine.gpu_bytes for rank in findings.ranks):
+            headers += ["GPU's peak", "GPU had free", "GPU has"]
+        table = _table("memory of one round, in MiB", *headers)
+        for number, rank in enumerate(findings.ranks):
+            machine, use = rank.machine, rank.use
+            assert use is not None
+            of_host = (
+                machine.resident_bytes,
+                use.peak,
+                use.checkpoint,
+                machine.memory_bytes,
+                machine.host_bytes,
+            )
+            of_gpu = (use.gpu_peak, *(machine.gpu_bytes or (None, None)))
+            table.add_row(str(number), *map(_mib, (*of_host, *of_gpu)[: len(headers) - 1]))
+        self._console.print(table)
+        if findings.config.checkpoint.every is not None:
+            self._say(
+                f"Writing a checkpoint, beside the next round, takes up to {COPIES} times its part more."
+            )
+
+    def _show_seconds(self, outlook: Outlook, line: Mapping[str, Any]) -> None:
+        rounds, alignment = outlook.config.rounds, line["phases"]["server"]["alignment"]
+        counts = ", ".join(f"{times['count']} {kind}" for kind, times in line["requests"].items())
+        aligns = Align.kind in line["requests"]
+        self._say(
+            f"Round {line['round']}, with{'' if aligns else 'out'} alignment: {line['round_seconds']:.2f} s"
+            + (f", of which nothing but alignment {alignment:.2f} s" if aligns else "")
+            + f"; evaluation {line['evaluation_seconds']:.2f} s. Requests: {counts or 'none'}."
+        )
+        text = f"Estimate for {rounds} rounds: {_duration(outlook.run_seconds(rounds))}"
+        if aligns and outlook.interval > 1:
+            aligned = math.ceil(rounds / outlook.interval)
+            text += (
+                f" if all are like this one, {_duration(outlook.run_seconds(aligned))} if {aligned} are and "
+                "the others have no alignment"
+            )
+        unknown = outlook.paper_bytes[outlook.config.algorithm.name] is None
+        self._say(text + (", though others may ask for more." if unknown else "."))
 
     def _show_disk(self, findings: Findings) -> None:
         disk = findings.ranks[0].disk
         if disk.free_bytes is None:
             return  # there is a warning
         text = f"Disk: {size(disk.free_bytes)} free in {Path(disk.folder).absolute()}"
-        if findings.run:
-            text += f"; the run would fill up to {size(findings.run.disk_bytes)}"
+        if (filled := findings.disk_bytes) is not None:
+            text += f"; the run would fill about {size(filled)}"
         self._say(text + ".")
 
     def _say(self, text: str) -> None:
@@ -170,29 +174,19 @@ def _addresses(rank: Rank) -> str:
     return text
 
 
-def _sum(rank: Rank, parts: Sequence[str]) -> int:
-    return sum(getattr(rank.memory, part) for part in parts)
-
-
 def _named(choice: str | Sequence[str]) -> str:
     return choice if isinstance(choice, str) else ", ".join(choice)
 
 
-def _any(findings: Findings, parts: Sequence[str]) -> bool:
-    return any(_sum(rank, parts) for rank in findings.ranks)
-
-
-def _gpus(findings: Findings) -> str:
-    shown = (
-        f"rank {number} {size(rank.machine.gpu_free_bytes)}"
-        for number, rank in enumerate(findings.ranks)
-        if rank.machine.gpu_free_bytes is not None
-    )
-    return ", ".join(shown)
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _mib(bytes: int | None) -> str:
-    return "-" if bytes is None else f"{bytes / 2**20:,.1f}"
+    return "-" if bytes is None else f"{bytes / MIB:,.1f}"
 
 
 def _rate(bytes_per_second: float) -> str:

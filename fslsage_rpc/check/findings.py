@@ -1,9 +1,12 @@
-"""What `fslsage check` has found out, and what in it is worth a warning."""
+"""The findings of `fslsage check`, and what in them is worth a warning."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
 from fslsage_rpc.algorithms.bound import LinkSpeed
@@ -11,107 +14,118 @@ from fslsage_rpc.algorithms.paper_ledger import paper_bytes
 from fslsage_rpc.algorithms.rehearsal import Rehearsal
 from fslsage_rpc.check.links import CollectiveSpeed
 from fslsage_rpc.check.machine import Disk, Machine
-from fslsage_rpc.check.memory import Estimate, Memory
+from fslsage_rpc.check.one_round import Use
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.measure.host_load import BUSY, CoreTimes, busy_by_host
 from fslsage_rpc.models.flat import module_bytes, trainable
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.transport.choices import SHM_CORES_PER_RANK, hidden_gpus
+from fslsage_rpc.units import GIB, MIB
 
-MIB, GIB = 2**20, 2**30
 MOST_REHEARSED = 100_000
 """local steps of an algorithm, from which its bytes are counted"""
+NEARLY = 0.9
+"""the share of what is left of a memory from which on it may not do for the whole run"""
+COPIES = 3
+"""the most that a rank holds of its part of a checkpoint while that is written, beside the next round"""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank has to say."""
+    """All that one rank has to say."""
 
     machine: Machine
     disk: Disk
     sees_output: bool
     """it sees a file that rank 0 has put into `output`"""
-    memory: Memory | None = None
-    """what it will need beside what it has; None without a configuration"""
-    released_bytes: int = 0
-    """of what it has, the training samples of all clients, which it will let go"""
+    use: Use | None = None
+    """what a round has taken; None where none was trained"""
     idle: CoreTimes | None = None
     """what its host's cores did while all ranks waited"""
 
     @property
-    def more_bytes(self) -> int | None:
-        """Bytes of the host's memory that it will want beside those that it has now, at the most."""
-        if self.memory is None:
-            return None
-        on_gpu = self.machine.gpu.gpu is not None
-        held = self.memory.of_host if on_gpu else self.memory.total
-        return max(self.memory.data, held - self.released_bytes)
-
-    @property
-    def resident_then_bytes(self) -> int | None:
-        """Its resident memory at the peak, estimated."""
-        machine, more = self.machine, self.more_bytes
-        if machine.resident_bytes is None or machine.peak_bytes is None or more is None:
-            return None
-        return max(machine.peak_bytes, machine.resident_bytes + more)
+    def more_bytes(self) -> int:
+        """Bytes of the host's memory that it wants beside those that it had before the round, at the most; 0
+        where that is not known.
+        """
+        if self.use is None or self.use.peak is None or self.machine.resident_bytes is None:
+            return 0
+        return self.use.peak - self.machine.resident_bytes + COPIES * self.use.checkpoint
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a configuration comes to."""
+class ModelSize:
+    """The client, server or auxiliary model: its parameters, and their bytes with the buffers."""
 
-    parameters: dict[str, int]
-    """of the client, server and auxiliary model"""
-    bytes: dict[str, int]
-    """of these, with the buffers"""
-    trained: dict[str, int]
+    parameters: int
+    bytes: int
+    trained: int
     """the parameters that are not frozen"""
-    trained_bytes: dict[str, int]
+    trained_bytes: int
     """of those, with the buffers: what is averaged, sent and counted"""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ModelSize":
+        """Count a model."""
+        trained = module_bytes(model)
+        frozen = sum(weights.nbytes for weights in model.parameters() if not weights.requires_grad)
+        count, moving = (sum(w.numel() for w in some) for some in (model.parameters(), trainable(model)))
+        return cls(count, trained + frozen, moving, trained)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """All that a configuration comes to."""
+
+    config: Config
+    models: dict[str, ModelSize]
     smashed_bytes: int
     """of one sample at the cut"""
     paper_bytes: dict[str, float | None]
     """by algorithm: the paper ledger's of one round, a mean; None where it depends on values"""
+    rounds_counted: int
+    """that the mean is over, from the first on"""
     interval: int
     """rounds of an alignment interval; 1 for an algorithm without alignments"""
-    disk_bytes: int
-    """of the run folder's checkpoints and model at their largest"""
-    rounds_counted: int = 0
-    """that the mean of `paper_bytes` is over, from the first on"""
-    frozen_bytes: dict[str, int] = field(default_factory=dict)
-    """of the frozen weights that a client's rank and the server's have, each once"""
+    line: Mapping[str, Any] | None
+    """the metrics line of the round that was trained; None where none was"""
 
     @classmethod
-    def of(cls, experiment: Experiment, estimate: Estimate) -> "Run":
-        """That of an experiment."""
-        config, split, sizes = experiment.config, experiment.split, experiment.sizes()
-        halves = {"client": split.client, "server": split.server, "auxiliary": split.auxiliary}
+    def of(cls, experiment: Experiment, line: Mapping[str, Any] | None) -> "Outlook":
+        """Look at an experiment, of which a round may have been trained."""
+        config, split = experiment.config, experiment.split
         algorithms: dict[str, Algorithm] = {
             name: kind(config.algorithm, experiment.federation) for name, kind in ALGORITHMS.items()
         }
         algorithms[config.algorithm.name] = experiment.algorithm  # which may be the user's own
-        paper = {name: _paper_bytes(experiment, algorithm) for name, algorithm in algorithms.items()}
-        kept = 0 if config.checkpoint.every is None else config.checkpoint.keep + 1  # one is being written
-        trained_bytes = {name: module_bytes(half) for name, half in halves.items()}
-        frozen_bytes = {
-            name: sum(p.nbytes for p in half.parameters() if not p.requires_grad)
-            for name, half in halves.items()
-        }
-        frozen = sum(frozen_bytes.values())
-        unseen = 0 if experiment.algorithm.client_holds_whole_model else frozen_bytes["server"]
-        whole_bytes = {name: trained_bytes[name] + frozen_bytes[name] for name in halves}
+        halves = {"client": split.client, "server": split.server, "auxiliary": split.auxiliary}
         return cls(
-            parameters={name: sum(p.numel() for p in half.parameters()) for name, half in halves.items()},
-            bytes=whole_bytes,
-            trained={name: sum(p.numel() for p in trainable(half)) for name, half in halves.items()},
-            trained_bytes=trained_bytes,
-            smashed_bytes=sizes.smashed,
-            paper_bytes=paper,
+            config=config,
+            models={name: ModelSize.of(half) for name, half in halves.items()},
+            smashed_bytes=experiment.sizes().smashed,
+            paper_bytes={name: _paper_bytes(experiment, each) for name, each in algorithms.items()},
             rounds_counted=rounds_counted(experiment),
             interval=experiment.algorithm.interval,
-            disk_bytes=kept * estimate.states.checkpoint() + whole_bytes["client"] + whole_bytes["server"],
-            frozen_bytes={"client": frozen - unseen, "server": frozen},
+            line=line,
         )
+
+    @property
+    def whole_bytes(self) -> int:
+        """The size of the whole model."""
+        return self.models["client"].bytes + self.models["server"].bytes
+
+    def run_seconds(self, aligned: int) -> float:
+        """All rounds and evaluations, estimated from the round that was trained.
+
+        Args:
+            aligned: how many rounds have alignments. Others lack the seconds in which it was alignment alone.
+        """
+        assert self.line is not None
+        rounds, evaluations = self.config.rounds, math.ceil(self.config.rounds / self.config.evaluation.every)
+        less: float = (rounds - aligned) * self.line["phases"]["server"]["alignment"]
+        total: float = rounds * self.line["round_seconds"] + evaluations * self.line["evaluation_seconds"]
+        return total - less
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ class Findings:
     links: Mapping[int, LinkSpeed]
     """by client rank"""
     averaging: CollectiveSpeed | None
-    run: "Run | None" = None
+    outlook: Outlook | None = None
     """what the configuration comes to, if there is one"""
     unused_keys: Sequence[str] = ()
     experiment_warnings: Sequence[str] = ()
@@ -150,6 +164,14 @@ class Findings:
         for rank, each in enumerate(self.ranks):
             found[each.machine.host].append(rank)
         return dict(found)
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Size of the run folder's checkpoints and model at the most; None where no round was trained."""
+        if self.outlook is None or self.outlook.line is None:
+            return None
+        checkpoint = sum(rank.use.checkpoint for rank in self.ranks if rank.use)
+        return self.outlook.whole_bytes + (self.config.checkpoint.keep + 1) * checkpoint  # one in the making
 
     @property
     def busy(self) -> dict[str, float | None]:
@@ -233,38 +255,37 @@ class Findings:
                     f"{host}: {len(ranks)} ranks compute on {threads} threads and have {cores} cores; set "
                     f"OMP_NUM_THREADS={cores // len(ranks)}"
                 )
-        return found + [
+        found += [
             f"{host}: others have {share:.0%} of its cores, so seconds measured now are not to be trusted"
             for host, share in self.busy.items()
             if share is not None and share > BUSY
         ]
+        share = self.outlook.line["host_busy"] if self.outlook and self.outlook.line else None
+        if share is not None and share > BUSY:
+            found.append(f"others had {share:.0%} of a host's cores in the round: do not trust its seconds")
+        return found
 
     def _about_memory(self) -> list[str]:
         found = []
         for host, ranks in self.hosts.items():
-            wanted = sum(self.ranks[rank].more_bytes or 0 for rank in ranks)
-            left = min(
-                (b for rank in ranks if (b := self.ranks[rank].machine.memory_bytes) is not None),
-                default=None,
-            )
-            if left is not None and wanted > left:
+            wanted = sum(self.ranks[rank].more_bytes for rank in ranks)
+            known = [b for rank in ranks if (b := self.ranks[rank].machine.memory_bytes) is not None]
+            if known and wanted > NEARLY * min(known):
                 found.append(
-                    f"{host}: its ranks would want about {size(wanted)} of memory more, and it has "
-                    f"{size(left)}"
+                    f"{host}: a round and its checkpoint want about {size(wanted)} of memory more, and "
+                    f"{size(min(known))} were left"
                 )
-        on_gpu: Counter[Any] = Counter()
-        free: dict[Any, int] = {}
-        for rank, each in enumerate(self.ranks):
-            if each.machine.gpu_free_bytes is not None and each.memory is not None:
-                own = each.memory.total - each.memory.of_host
-                frozen = self.run.frozen_bytes if self.run else {}
-                on_gpu[each.machine.gpu] += own + frozen.get("client" if rank else "server", 0)
-                free[each.machine.gpu] = each.machine.gpu_free_bytes
+        on_gpu: Counter[GpuPlace] = Counter()
+        free: dict[GpuPlace, int] = {}
+        for rank in self.ranks:
+            if rank.use and rank.use.gpu_peak is not None and rank.machine.gpu_bytes is not None:
+                on_gpu[rank.machine.gpu] += rank.use.gpu_peak
+                free[rank.machine.gpu] = rank.machine.gpu_bytes[0]
         return found + [
-            f"{place.host}: its GPU {place.gpu} would have to hold about {size(wanted)}, and it has "
-            f"{size(free[place])} free"
-            for place, wanted in on_gpu.items()
-            if wanted > free[place]
+            f"{place.host}: a round has taken {size(taken)} of its GPU {place.gpu}, and {size(free[place])} "
+            "were free"
+            for place, taken in on_gpu.items()
+            if taken > NEARLY * free[place]
         ]
 
     def _about_output(self) -> list[str]:
@@ -283,10 +304,9 @@ class Findings:
                 "checkpoints need a file system that all hosts share"
             )
         free = self.ranks[0].disk.free_bytes
-        if free is not None and self.run is not None and self.run.disk_bytes > free:
+        if free is not None and (filled := self.disk_bytes) is not None and filled > free:
             found.append(
-                f"output {output!r}: the run would fill about {size(self.run.disk_bytes)}, and {size(free)} "
-                "are free"
+                f"output {output!r}: the run would fill about {size(filled)}, and {size(free)} are free"
             )
         return found
 

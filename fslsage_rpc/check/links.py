@@ -71,7 +71,7 @@ def _all_reduce_seconds(world: World, numbers: int) -> float:
 
 
 def _mean(world: World, mine: float) -> float:
-    """Of the client ranks' values: the same on all, so that all decide alike."""
+    """The mean of the client ranks' values: the same on all, so that all decide alike."""
     sums = _numbers(torch.tensor([mine]), world)
     world.transport.all_reduce(sums)
     return float(sums.floats) / world.transport.client_ranks

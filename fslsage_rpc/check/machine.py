@@ -1,4 +1,4 @@
-"""What one rank knows of the machine that it runs on."""
+"""One rank's knowledge of the machine that it runs on."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import torch
 
 from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.device.memory import physical_memory
-from fslsage_rpc.device.placement import GpuPlace
+from fslsage_rpc.device.placement import GpuPlace, gpu_memory
 from fslsage_rpc.job.sockets import hostname_address, interface_addresses, listeners
 from fslsage_rpc.runs.environment import rank_environment, versions
 
@@ -43,11 +43,12 @@ class Machine:
     memory_bytes: int | None
     """what the host, or its control group, has left for this rank and others; None: the system does not
     tell"""
+    host_bytes: int | None
+    """of the host's memory in all"""
     resident_bytes: int | None
     """of this rank, once the data are loaded, the models built and the ranks connected"""
-    peak_bytes: int | None
-    """the most that this rank has had so far"""
-    gpu_free_bytes: int | None
+    gpu_bytes: tuple[int, int] | None
+    """of its GPU's memory, free and in all; None on a CPU"""
     shares_by_mps: bool
     """NVIDIA's MPS runs here, by which processes that share a GPU overlap"""
     versions: dict[str, str | None]
@@ -75,9 +76,9 @@ class Machine:
             core_ids=usable_cores(),
             threads=environment["threads"],
             memory_bytes=_available_memory(),
+            host_bytes=physical_memory(),
             resident_bytes=status_bytes("VmRSS"),
-            peak_bytes=status_bytes("VmHWM"),
-            gpu_free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+            gpu_bytes=gpu_memory(device),
             shares_by_mps=_mps_runs(),
             versions=versions(),
         )
@@ -134,7 +135,7 @@ def _mps_runs() -> bool:
 
 
 def _available_memory() -> int | None:
-    """What the host can still give, or the control group of this process where it is less."""
+    """Bytes that the host can still give, or the control group of this process where that is less."""
     limits = [limit for limit in (_host_memory(), _group_memory()) if limit is not None]
     return min(limits, default=None)
 
@@ -156,13 +157,9 @@ def _group_memory() -> int | None:
             _, kinds, path = line.split(":", 2)
             if kinds not in ("", "memory"):
                 continue
-            version_2 = kinds == ""
-            top = root if version_2 else root / "memory"
-            names = (
-                ("memory.max", "memory.current")
-                if version_2
-                else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            )
+            top, names = root, ("memory.max", "memory.current")
+            if kinds:
+                top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
             group = Path(path.lstrip("/"))
             for folder in (top / group, *(top / above for above in group.parents), top):
                 with suppress(OSError, ValueError):  # no such file; "max" is no number

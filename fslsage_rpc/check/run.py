@@ -1,27 +1,23 @@
-"""`fslsage check`: what this machine is, what a configuration would do on it, and what is wrong. Nothing is
-trained, and nothing is written into the run folder.
-"""
+"""`fslsage check`: the machines, their links, and one round of a run, of which nothing is written."""
 
 import os
 import platform
 import sys
-import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
-from fslsage_rpc.check.findings import Findings, Rank, Run
+from fslsage_rpc.check.findings import Findings, Outlook, Rank
 from fslsage_rpc.check.links import measure_averaging, measure_links
 from fslsage_rpc.check.machine import Disk, Machine, existing_folder
-from fslsage_rpc.check.memory import Estimate, Memory
+from fslsage_rpc.check.one_round import train_one_round
 from fslsage_rpc.config.schema import Config
-from fslsage_rpc.device.cores import server_workers
 from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.sockets import hostname_address, interface_addresses
 from fslsage_rpc.job.world import World, is_first_rank, job_ranks
 from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.runs.places import check_place
-from fslsage_rpc.training.assembly import hosted_clients
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.run import unused_keys
 from fslsage_rpc.training.sameness import wrong_ranks
@@ -48,7 +44,7 @@ def examine(config: Config, configured: bool) -> Findings | None:
             with suppress(OSError):  # a problem of the disk, which is said below
                 check_place(Path(config.output) / config.name)
         check(config, job_ranks(config))
-        experiment = Experiment.prepare(config)  # as training does, so that memory is what it is there
+        experiment = Experiment.prepare(config)
     for warning in [*unreachable(config), *risky(config)]:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     world = open_world(config)
@@ -64,20 +60,17 @@ def _examine(config: Config, experiment: Experiment | None, world: World) -> Fin
     machine, idle = Machine.here(world.device), _wait(world)
     disk = Disk.of(config.output)
     seen = _sees_output(config, world, disk)
-    rank, run = Rank(machine, disk, seen, idle=idle), None
-    if experiment is not None:
-        estimate = Estimate(experiment)
-        memory = _memory(estimate, world)
-        rank = Rank(machine, disk, seen, memory, estimate.training_data_bytes(), idle)
-        run = Run.of(experiment, estimate)
+    wrong = world.transport.broadcast(wrong_ranks(experiment, world)) if experiment else {}
+    # Where ranks are wrong, training would end here.
+    use, line = train_one_round(experiment, world) if experiment and not wrong else (None, None)
     links, averaging = measure_links(world), measure_averaging(world)
-    wrong = wrong_ranks(experiment, world) if experiment else {}
-    ranks = world.transport.gather(rank)
+    ranks = world.transport.gather(Rank(machine, disk, seen, use, idle))
     if ranks is None:
         return None
+    outlook = Outlook.of(experiment, line) if experiment else None
     unused = unused_keys(config.algorithm, experiment.algorithm.reads()) if experiment else []
     warnings = [*experiment.warnings, *wrong.values()] if experiment else []
-    return Findings(config, ranks, world.transport.describe(), links, averaging, run, unused, warnings)
+    return Findings(config, ranks, world.transport.describe(), links, averaging, outlook, unused, warnings)
 
 
 def _wait(world: World) -> CoreTimes:
@@ -112,28 +105,11 @@ def risky(config: Config) -> list[str]:
     return [warning] if asked and is_first_rank(config) else []
 
 
-def _memory(estimate: Estimate, world: World) -> Memory:
-    """What this rank will need."""
-    memory = estimate.of_clients(hosted_clients(estimate.experiment, world))
-    if world.hosts_server:
-        workers = server_workers(world.device) if world.works_beside else 1
-        test = estimate.experiment.task.load(train=False)
-        memory = memory.plus(estimate.of_server(workers, world.transport.client_ranks, test, world.device))
-    return memory
-
-
 def _sees_output(config: Config, world: World, disk: Disk) -> bool:
     """Collective: does this rank see a file that rank 0 has put beside the run folder, for a moment?"""
-    if world.hosts_server and disk.problem is None:
-        with tempfile.NamedTemporaryFile(
-            prefix=".fslsage-check-", dir=existing_folder(config.output)
-        ) as file:
-            return _look(world, Path(disk.folder) / Path(file.name).name)
-    return _look(world, None)
-
-
-def _look(world: World, token: Path | None) -> bool:
-    token = world.transport.broadcast(token)
-    seen = token is not None and token.exists()
-    world.transport.barrier()
+    puts, folder = world.hosts_server and disk.problem is None, existing_folder(config.output)
+    with NamedTemporaryFile(prefix=".fslsage-check-", dir=folder) if puts else nullcontext() as file:
+        token: Path | None = world.transport.broadcast(file and Path(disk.folder) / Path(file.name).name)
+        seen = token is not None and token.exists()
+        world.transport.barrier()
     return seen

@@ -35,6 +35,24 @@ class GpuPlace:
         return cls(host, gpu, frozenset(seen))
 
 
+def gpu_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a GPU's memory that are free, and of all of it; None for a CPU."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to look for `peak_device_bytes` anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """The most that this process's tensors have taken of a GPU, with what torch keeps for the next ones; None
+    for a CPU.
+    """
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
 def gpu_number(rank: int, size: int) -> int:
     """The number, on its host, of the GPU of one of so many ranks: see `choose_device`.
 

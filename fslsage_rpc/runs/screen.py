@@ -98,12 +98,11 @@ class Screen(ProgressScreen):
         )
         self._go_to(lines)
 
-    def show_checkpoint_size(self, bytes: int, every: int) -> None:
-        """Say what a checkpoint may take, where that is worth a line."""
-        if bytes >= LARGE_CHECKPOINT_BYTES:
-            rounds = "round" if every == 1 else f"{every} rounds"
-            size = f"{bytes / GIB:.1f} GiB" if bytes >= GIB else _mib(bytes)
-            self._progress.console.print(f"checkpoints: up to {size} each, every {rounds}", soft_wrap=True)
+    def show_checkpoint_size(self, written: int) -> None:
+        """Say what the first checkpoint takes in bytes, where that is worth a line."""
+        if written >= LARGE_CHECKPOINT_BYTES:
+            size = f"{written / GIB:.1f} GiB" if written >= GIB else _mib(written)
+            self._progress.console.print(f"the first checkpoint takes {size}", soft_wrap=True)
 
     def show_changes(
         self, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], rounds: int

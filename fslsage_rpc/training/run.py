@@ -19,7 +19,6 @@ from fslsage_rpc.runs.screen import Screen
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.going_on import from_checkpoint, from_memory
 from fslsage_rpc.training.sameness import compare_ranks, compare_runs, described
-from fslsage_rpc.training.state_sizes import StateSizes
 from fslsage_rpc.training.trainer import Trainer
 
 
@@ -133,13 +132,13 @@ def _train(
             screen.warn(f"algorithm.{key} is not used by {config.algorithm.name}")
         for warning in experiment.warnings:
             screen.warn(warning)
-        if config.checkpoint.every is not None:
-            screen.show_checkpoint_size(StateSizes(experiment).checkpoint(), config.checkpoint.every)
 
     def on_round(line: dict[str, Any], reports: Sequence[RankReport]) -> None:
         if folder:
             folder.add_round(line)
             screen.show_round(line)
+            if line["round"] - 1 == config.checkpoint.every and (first := checkpoints.newest()):
+                screen.show_checkpoint_size(sum(part.stat().st_size for part in first.glob("*.pt")))
 
     with checkpoints:
         while True:

@@ -8,17 +8,16 @@ import os
 import sys
 from pathlib import Path
 
-from fslsage_rpc.check.machine import Machine
+from fslsage_rpc.check.findings import COPIES
+from fslsage_rpc.check.machine import status_bytes
 from fslsage_rpc.check.run import examine
 from fslsage_rpc.cli import main
 from fslsage_rpc.config.loading import load
-from fslsage_rpc.device.placement import choose_device
 
 
 def write_peak(folder: Path) -> None:
     """Write how much this rank's training has held."""
-    peak = Machine.here(choose_device("cpu", 0)).peak_bytes
-    (folder / f"train-{os.environ['RANK']}.json").write_text(json.dumps(peak))
+    (folder / f"train-{os.environ['RANK']}.json").write_text(json.dumps(status_bytes("VmHWM")))
 
 
 if __name__ == "__main__":
@@ -29,4 +28,6 @@ if __name__ == "__main__":
         sys.exit(status)
     findings = examine(load(config, overrides), configured=True)
     if findings:
-        (folder / "check.json").write_text(json.dumps([rank.resident_then_bytes for rank in findings.ranks]))
+        uses = [rank.use for rank in findings.ranks if rank.use]
+        peaks = [(use.peak, (use.peak or 0) + COPIES * use.checkpoint) for use in uses]
+        (folder / "check.json").write_text(json.dumps(peaks))
