@@ -1,4 +1,4 @@
-"""Helps for commands, those of other packages, too."""
+"""Shared by the commands, those of other packages, too."""
 
 import os
 

@@ -81,7 +81,7 @@ def test_a_broken_entry_point_is_left_out_in_one_line(
     assert (done.returncode, done.stdout.count("Hello")) == (3, 1)
     place = f"the entry point broken: {broken} of fslsage_rpc.commands"
     assert done.stderr == f"fslsage_rpc: {place} is left out ({reason})\n"
-    done = said(capsys, "evaluate", "nowhere")  # which looks at no entry point
+    done = said(capsys, "evaluate", "nowhere")  # for which no entry point is looked at
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "nowhere" in done.stderr
 

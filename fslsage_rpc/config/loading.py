@@ -34,7 +34,7 @@ EXPONENT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+\Z")
 """numbers that YAML 1.1 takes for texts, as 1e-3: they are texts in quotes only"""
 DEEPEST = 4
 """lists and mappings inside each other, in one of `arguments`"""
-ONCE: dict[str, dict[str, Any]] = {
+BECAME_ARGUMENTS: dict[str, dict[str, Any]] = {
     "data.": {"tokenizer": "gpt2", "tokens": 512, "vocabulary": "full"},
     "model.": {
         **{"width": None, "layers": None, "heads": None, "dropout": 0.0, "pretrained": None},
@@ -250,8 +250,8 @@ def _build(defaults: Any, tree: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(type(defaults), include_extras=True)
     given = {}
     for key, value in tree.items():
-        if key in ONCE.get(prefix, ()):
-            once, now = ONCE[prefix][key], f"{prefix}arguments.{key}"
+        if key in BECAME_ARGUMENTS.get(prefix, ()):
+            once, now = BECAME_ARGUMENTS[prefix][key], f"{prefix}arguments.{key}"
             all_keys = {**once, **value} if isinstance(once, dict) and isinstance(value, dict) else value
             if all_keys != once:
                 raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {now} now")

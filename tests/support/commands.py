@@ -31,8 +31,8 @@ def offer_commands(monkeypatch: pytest.MonkeyPatch, **others: str) -> None:
     offered = [EntryPoint(name, value, GROUP) for name, value in {**own, **others}.items()]
     installed = importlib.metadata.entry_points
 
-    def entry_points(group: str, **keys: Any) -> Any:
-        return offered if group == GROUP else installed(group=group, **keys)
+    def entry_points(**keys: Any) -> Any:
+        return offered if keys == {"group": GROUP} else installed(**keys)
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
