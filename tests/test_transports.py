@@ -55,7 +55,7 @@ def test_between_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keys = Comm(device_maps=device_maps)  # type: ignore[arg-type]  # one of its literals
-    job = Job(cuda, 3, device_maps != "never", seed=0)
+    job = Job(cuda, 4, device_maps != "never", seed=0)
     stand_in(job, monkeypatch)
 
     def work(rank: int) -> None:

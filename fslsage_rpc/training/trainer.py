@@ -323,11 +323,8 @@ class Trainer:
             id: (client.weights, client.auxiliary_weights) if auxiliary else (client.weights,)
             for id, client in self.clients.items()
         }
-        means = federated_average(
-            models,
-            shares,
-            lambda sums: self._ledger.count("weights_allreduce", self._transport.all_reduce(sums)),
-        )
+        reduce, count = self._transport.all_reduce, self._ledger.count
+        means = federated_average(models, shares, lambda sums: count("weights_allreduce", reduce(sums)))
         for weights in models.values():
             for model, mean in zip(weights, means, strict=True):
                 model.load(mean)

@@ -34,11 +34,9 @@ class Transport(ABC):
     Once a peer that it needs has died, each method, and each `Take`, raises `ConnectionLost` in bounded time.
     So does one that waits then. A peer that lives and is silent is the world's concern.
 
-    Args:
-        device: of this rank's parties.
-        carrier: the device on which requests' tensors leave this rank, and answers' come; None: host memory.
-
     Attributes:
+        device: of this rank's parties.
+        carrier: the device on which requests' tensors leave this rank, and answers' come.
         staged: tensors pass through host memory on their way from a GPU, so must be there when handed over.
         client_ranks: how many ranks host clients.
         client_rank: this rank's place among them, from 0; None where it hosts none.
@@ -53,11 +51,7 @@ class Transport(ABC):
 
     @abstractmethod
     def serve(self, endpoint: ServerEndpoint | None) -> None:
-        """Collective: calls and requests go to rank 0's endpoint from now on, and those before have ended.
-
-        Args:
-            endpoint: on rank 0; None elsewhere.
-        """
+        """Collective: calls go to rank 0's endpoint (None elsewhere) from now on; those before have ended."""
 
     @abstractmethod
     def submit(self, request: Request, on_answer: OnAnswer) -> None:
