@@ -19,7 +19,7 @@ import torch
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.device.clock import clock
 from fslsage_rpc.job.opening import open_world
-from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.measure.request_times import RequestLog
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer

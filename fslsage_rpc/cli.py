@@ -161,7 +161,7 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
     if needs_ranks(config):
         return _launch(config, arguments)
     with uninterrupted():
-        from fslsage_rpc.bench.progress import BenchScreen
+        from fslsage_rpc.bench.bench_screen import BenchScreen
         from fslsage_rpc.bench.run import bench
 
     bench(config, BenchScreen(config))

@@ -24,7 +24,7 @@ from fslsage_rpc.config import loading as configuration
 from fslsage_rpc.config.loading import from_tree, to_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.placement import GpuPlace
-from fslsage_rpc.job.world import open_world
+from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.runs.checkpoint_files import complete_folders
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer

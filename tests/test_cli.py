@@ -215,7 +215,7 @@ def test_a_torchrun_job_with_an_address_needs_no_host_name_that_resolves(config:
 
 
 def test_rpc_is_refused_by_name_where_torch_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fslsage_rpc.training.experiment.rpc_available", lambda: False)
+    monkeypatch.setattr("fslsage_rpc.transport.choices.rpc_available", lambda: False)
     keys = fslsage_rpc.Config()
     with pytest.raises(InputError, match=r"transport: got 'rpc', expected local"):
         check(keys, ranks=3)
@@ -226,7 +226,7 @@ def test_rpc_is_refused_by_name_where_torch_lacks_it(monkeypatch: pytest.MonkeyP
 def test_a_channel_that_this_build_of_torch_lacks_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_channel("basic")
     assert not has_channel("nosuch")
-    monkeypatch.setattr("fslsage_rpc.training.experiment.has_channel", lambda name: name != "cma")
+    monkeypatch.setattr("fslsage_rpc.transport.choices.has_channel", lambda name: name != "cma")
     keys = fslsage_rpc.Config()
     keys.comm.channels = ["basic", "cma"]
     with pytest.raises(

@@ -11,7 +11,7 @@ from fslsage_rpc.algorithms.bound import ClientPieces, LinkSpeed, RoundPieces, b
 from fslsage_rpc.bench.pieces import round_pieces
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.measure.host_load import CoreTimes
-from fslsage_rpc.measure.requests import ByClient, RequestTimes
+from fslsage_rpc.measure.request_times import ByClient, RequestTimes
 from fslsage_rpc.parties.requests import KINDS, Ask
 from fslsage_rpc.plan.simulation import RoundSimulation, Step
 from fslsage_rpc.runs.records import RankReport

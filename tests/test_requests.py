@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fslsage_rpc.measure.requests import RequestLog, RequestTimes, by_kind
+from fslsage_rpc.measure.request_times import RequestLog, RequestTimes, by_kind
 from support.rank_program import train_locally, train_on_ranks
 
 

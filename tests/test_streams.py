@@ -11,7 +11,7 @@ from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import AlignmentKeys, OptimizerKeys
 from fslsage_rpc.device.placement import open_device
 from fslsage_rpc.device.streams import PRIORITY, WorkQueue, can_capture, current_place
-from fslsage_rpc.measure.requests import RequestLog, RequestTimes, on_device
+from fslsage_rpc.measure.request_times import RequestLog, RequestTimes, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import flatten
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fslsage_rpc.measure.requests import RequestTimes
+from fslsage_rpc.measure.request_times import RequestTimes
 from fslsage_rpc.parties.requests import KINDS, Ask
 
 

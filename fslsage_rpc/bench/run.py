@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.algorithms.bound import LinkSpeed, bound_seconds
+from fslsage_rpc.bench.bench_screen import BenchScreen
 from fslsage_rpc.bench.pieces import round_pieces
-from fslsage_rpc.bench.progress import BenchScreen
 from fslsage_rpc.bench.statistics import BenchRun, summarise
 from fslsage_rpc.bench.table import markdown
 from fslsage_rpc.bench.variants import variant_configs

@@ -10,7 +10,7 @@ from torch import nn
 from fslsage_rpc.algorithms.bound import LinkSpeed
 from fslsage_rpc.device.clock import clock, synchronise
 from fslsage_rpc.job.world import World
-from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.measure.request_times import RequestLog
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.server import Server

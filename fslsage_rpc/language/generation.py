@@ -15,7 +15,7 @@ from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.language import data as e2e
 from fslsage_rpc.language.beam_search import NextLogits, write_on
 from fslsage_rpc.language.task import LanguageTask
-from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.measure.request_times import RequestLog
 from fslsage_rpc.parties.predictor import FinishedServer
 from fslsage_rpc.runs.finished import FinishedRun, load_finished
 from fslsage_rpc.transport.link import connect

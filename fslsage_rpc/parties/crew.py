@@ -10,7 +10,7 @@ import torch
 from fslsage_rpc.device.clock import clock, cpu_clock
 from fslsage_rpc.device.streams import WorkQueue, current_place
 from fslsage_rpc.measure.activity import Activity
-from fslsage_rpc.measure.requests import DeviceLog
+from fslsage_rpc.measure.request_times import DeviceLog
 from fslsage_rpc.measure.trace import Arrow
 from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.randomness import LocalStep

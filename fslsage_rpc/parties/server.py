@@ -9,7 +9,7 @@ from torch import nn
 from fslsage_rpc.device.clock import synchronise
 from fslsage_rpc.device.streams import current_place
 from fslsage_rpc.measure.phases import OF_LANES, Phase
-from fslsage_rpc.measure.requests import ByClient
+from fslsage_rpc.measure.request_times import ByClient
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten, load_mean
 from fslsage_rpc.parties.alignment import Alignment

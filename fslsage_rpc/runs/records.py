@@ -9,7 +9,7 @@ from typing import Any
 
 from fslsage_rpc.measure.host_load import CoreTimes, host_busy
 from fslsage_rpc.measure.phases import OF_CLIENTS, Phase
-from fslsage_rpc.measure.requests import ByClient, by_kind
+from fslsage_rpc.measure.request_times import ByClient, by_kind
 from fslsage_rpc.measure.trace import Span
 from fslsage_rpc.parties.server import ServerReport
 from fslsage_rpc.runs.round_numbers import FIRST_ROUND

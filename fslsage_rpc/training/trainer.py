@@ -17,7 +17,7 @@ from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.measure.progress import Progress
-from fslsage_rpc.measure.requests import RequestLog, on_device
+from fslsage_rpc.measure.request_times import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
 from fslsage_rpc.models.flat import check_shares

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fslsage_rpc.algorithms.bound import NO_LINK, LinkSpeed
 from fslsage_rpc.device.clock import Reading, clock, device_clock
-from fslsage_rpc.measure.requests import RequestLog, RequestTimes
+from fslsage_rpc.measure.request_times import RequestLog, RequestTimes
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.predictor import FinishedServer
 from fslsage_rpc.parties.requests import Announced, Answer, Request, SmashedData

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fslsage_rpc.device.clock import synchronise
 from fslsage_rpc.errors import ConnectionLost
-from fslsage_rpc.measure.requests import RequestLog
+from fslsage_rpc.measure.request_times import RequestLog
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.requests import Align, Answer, BeginStep, Body, Exchange, Push, Request
