@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fslsage_rpc import cli  # first: it sets what torch logs
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.randomness import LocalStep
@@ -31,7 +32,7 @@ from fslsage_rpc.training.trainer import Trainer
 
 true_train_round, true_batches = Trainer.train_round, Client.batches
 true_average_clients, true_close_round = Trainer._average_clients, Trainer._close_round
-true_wait, true_fit = Server.wait, Server._fit
+true_wait, true_fit = Server.wait, AuxiliaryFit.fit
 true_init, true_write_part = Trainer.__init__, checkpoints.write_part
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 current = -1
@@ -81,10 +82,10 @@ def wait(self: Server) -> None:
     true_wait(self)
 
 
-def fit(self: Server, at: LocalStep, targets: Any) -> Any:
+def fit(self: AuxiliaryFit, targets: Any, at: LocalStep) -> Any:
     if str(at.client) == os.environ.get("SLOW_FIT"):
         time.sleep(2)
-    return true_fit(self, at, targets)
+    return true_fit(self, targets, at)
 
 
 def init(self: Trainer, *arguments: Any) -> None:
@@ -102,6 +103,6 @@ def main(*arguments: str) -> None:
     """The command, as this rank."""
     Trainer.train_round, Client.batches = train_round, batches  # type: ignore[method-assign]
     Trainer._average_clients, Trainer._close_round = average_clients, close_round  # type: ignore[method-assign]
-    Server.wait, Server._fit = wait, fit  # type: ignore[method-assign]
+    Server.wait, AuxiliaryFit.fit = wait, fit  # type: ignore[method-assign]
     Trainer.__init__, checkpoints.write_part = init, write_part  # type: ignore[method-assign]
     sys.exit(cli.main(arguments))
