@@ -23,9 +23,9 @@ from fslsage_rpc.bench.table import COMPUTE, WAIT, round_bytes, table
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import load
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
-from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.run import link_speed
 from fslsage_rpc.plan.scenario import Scenario
+from fslsage_rpc.plan.simulation import predict
 from fslsage_rpc.report.figures import Bar, bars_figure, color_of, display_name, rendered
 from fslsage_rpc.report.sources import Bench, read
 
@@ -129,7 +129,7 @@ def read_place(place: Place, runs: Path, loopback: Calibration) -> Measured:
         place,
         json.loads((folder / "bench.json").read_text(encoding="utf-8")),
         benches[0],
-        predictions(place, read_calibration(folder)),
+        predictions(place, read_calibration(folder, load(CONFIG))),
         predictions(place, loopback),
     )
 
@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for place in (LOOPBACK, *EMULATED):
         measure(place, str(Path(options.data).resolve()), options.runs.resolve())
-    costs = read_calibration(options.runs / LOOPBACK.name)
+    costs = read_calibration(options.runs / LOOPBACK.name, load(CONFIG))
     loopback, *emulated = (read_place(place, options.runs, costs) for place in (LOOPBACK, *EMULATED))
     write(options.out / "latency-loopback.md", section(loopback, options.out))
     parts = [section(place, options.out) for place in emulated]

@@ -17,14 +17,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fslsage_rpc.bench.table import table, untrusted
 from fslsage_rpc.config.loading import load
 from fslsage_rpc.device.cores import usable_cores
-from fslsage_rpc.plan.calibration import Calibration, read_calibration
-from fslsage_rpc.plan.here import adapted, calibrate_here, fits_apart
+from fslsage_rpc.plan.calibration import calibrate_here, read_calibration
 from fslsage_rpc.plan.run import link_speed, predictions
+from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.report.figures import display_name
 
 ROOT = Path(__file__).parent.parent
@@ -101,19 +102,15 @@ class Comparison:
     """from a benchmark, and from what is measured here in one process"""
 
 
-def comparisons(case: Case, calibration: Calibration, runs: Path) -> list[Comparison]:
-    """Those of the five algorithms."""
+def comparisons(case: Case, calibration: Path, runs: Path) -> list[Comparison]:
+    """The case beside what the benchmark in the folder `calibration` predicts, for the five algorithms."""
     config = load(CONFIG, case.keys)
     bandwidth, rtt = (BANDWIDTH, RTT) if case.links else (None, None)
-    link = link_speed(calibration.link, bandwidth, rtt)
-    by = {
-        "benchmark": adapted(calibration, config),
-        "here": fits_apart(calibrate_here(config, calibration.costs), config),
-    }
-    found = {
-        how: predictions(config, costs, link, case.clients, CLIENT_RANKS, len(usable_cores()))
-        for how, costs in by.items()
-    }
+    measured = read_calibration(calibration, config)
+    by = {"benchmark": measured, "here": calibrate_here(config, measured.costs)}
+    link = link_speed(measured.link, bandwidth, rtt)
+    place = partial(Scenario, link=link, client_ranks=CLIENT_RANKS, shared_cores=float(len(usable_cores())))
+    found = {how: predictions(config, costs, place) for how, costs in by.items()}
     return [
         Comparison(case, name, seconds, {how: each[name].round_seconds for how, each in found.items()})
         for name, seconds in case.measured(runs).items()
@@ -177,7 +174,7 @@ def main() -> None:
             case.measure(options.runs)
         calibration.measured(options.runs)
         for case in others:
-            found += comparisons(case, read_calibration(calibration.folder(options.runs)), options.runs)
+            found += comparisons(case, calibration.folder(options.runs), options.runs)
     print(page(found))
 
 

@@ -23,7 +23,7 @@ from fslsage_rpc.config.schema import AlgorithmKeys, Bounds, Config, Count, Data
 from fslsage_rpc.data.datasets import load as load_images
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.plan.calibration import _other_work
+from fslsage_rpc.plan.calibration import check_work
 from fslsage_rpc.plan.scenario import with_algorithm
 from fslsage_rpc.report.series import group
 from fslsage_rpc.report.sources import read
@@ -628,18 +628,23 @@ def test_a_run_goes_on_with_its_arguments_only(
 
 
 def test_a_benchmark_of_other_arguments_measured_other_work() -> None:
+    def other_work(measured: Config, planned: Config) -> str:
+        return mistake(check_work, Path("bench"), measured, planned).removeprefix(
+            "--calibrate: got bench, which measured "
+        )
+
     measured = with_algorithm(from_tree(ALL), "fsl_sage")
     for section, key in (("data", "per_class"), ("model", "bias")):
         for arguments in ({key: 9}, {}):
             planned = from_tree(merged(to_tree(measured), {}))
             getattr(planned, section).arguments = {**arguments}
-            assert (_other_work(measured, planned) or "").startswith(f"{section}.arguments=")
+            assert other_work(measured, planned).startswith(f"{section}.arguments=")
     more = from_tree(merged(to_tree(measured), {"data": {"arguments": {"per_class": 99}}}))
-    assert _other_work(measured, more) == "data.arguments.per_class=12, expected 99 as planned"
+    assert other_work(measured, more) == "data.arguments.per_class=12, expected 99 as planned"
     mine = from_tree(merged(to_tree(measured), {"algorithm": ALL["algorithm"]}))
-    assert _other_work(measured, with_algorithm(mine, "fsl_sage")) is None  # which takes no arguments
+    check_work(Path("bench"), measured, with_algorithm(mine, "fsl_sage"))  # which takes no arguments
     theirs = from_tree(merged(to_tree(mine), {"algorithm": {"arguments": {"patience": 99}}}))
-    assert (_other_work(theirs, mine) or "").startswith("algorithm.arguments")
+    assert other_work(theirs, mine).startswith("algorithm.arguments")
 
 
 def test_plan_predicts_an_own_algorithm_with_its_arguments_and_the_others_without(

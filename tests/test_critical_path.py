@@ -9,11 +9,13 @@ import torch
 
 from fslsage_rpc.algorithms.bound import ClientPieces, LinkSpeed, RoundPieces, bound_seconds
 from fslsage_rpc.bench.pieces import round_pieces
+from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.measure.request_times import ByClient, RequestTimes
-from fslsage_rpc.parties.requests import KINDS, Ask
-from fslsage_rpc.plan.simulation import RoundSimulation, Step
+from fslsage_rpc.parties.requests import KINDS, Ask, BeginStep
+from fslsage_rpc.plan.scenario import Costs, Scenario
+from fslsage_rpc.plan.simulation import RoundSimulation, Stretch
 from fslsage_rpc.runs.records import RankReport
 
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
@@ -145,43 +147,38 @@ def test_a_bound_is_at_least_its_longest_single_load() -> None:
     assert bound_seconds(pieces(*clients)) >= 4.0 + 0.5  # two clients on a rank, and averaging
 
 
-def steps_of(client: ClientPieces, share: Callable[[], float]) -> list[Step]:
+def stretches_of(client: ClientPieces, share: Callable[[], float]) -> list[Stretch]:
     """A simulated client of such pieces.
 
     Args:
         share: of what is left of a step's compute, that before its next request which is not made at once.
     """
-    steps, compute = [], 0.0  # since the last request or turn
+    stretches, compute = [], 0.0  # since the last request or turn
     for k in range(client.steps):
         left = client.compute_seconds / client.steps
         asks = [ask for ask in client.asks if ask.step == k]
         if asks:
-            steps.append(Step(compute, "turn", k))
+            stretches.append(Stretch(compute, BeginStep(k)))
             compute = 0.0
         for ask in asks:
             before = 0.0 if ask.at_once else share() * left
             left -= before
             times = client.of_kind[ask.kind]
-            one = (times.compute_seconds, times.up_bytes, times.down_bytes)
-            steps.append(Step(before, ask.kind, k, *(each / times.count for each in one)))
+            up, down, server = (
+                each / times.count for each in (times.up_bytes, times.down_bytes, times.compute_seconds)
+            )
+            stretches.append(Stretch(before, Ask(k, ask.kind, 0, up, 0, down), server))
         compute += left
-    return [*steps, Step(compute)]
+    return [*stretches, Stretch(compute)]
 
 
 def simulated(round: RoundPieces, window: int, share: Callable[[], float]) -> float:
     """Seconds of a round of such pieces by the program's own order, without any overhead."""
-    simulation = RoundSimulation(
-        steps={id: steps_of(client, share) for id, client in round.clients.items()},
-        lane_of={id: id if round.replicas else 0 for id in round.clients},
-        ranks=len(round.links),
-        link=round.links[0],
-        workers=round.server_workers,
-        window=window,
-        sending_seconds=0.0,
-        client_handling_seconds=0.0,
-        server_handling_seconds=0.0,
-    )
-    ended, served = simulation.run()
+    clients = {id: stretches_of(client, share) for id, client in round.clients.items()}
+    keys = {"algorithm": {"name": "splitfed_v1" if round.replicas else "splitfed_v2"}}
+    config = from_tree({**keys, "comm": {"upload_window": window}})
+    scenario = Scenario(config, round.links[0], len(round.links))
+    ended, served = RoundSimulation(scenario, Costs(), round.server_workers, clients).run()
     return max(ended + round.averaging_seconds, served + round.server_averaging_seconds)
 
 

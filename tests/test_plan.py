@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,31 @@ from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV2
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import from_tree, to_tree
-from fslsage_rpc.config.schema import Config
 from fslsage_rpc.measure.phases import OF_CLIENTS
 from fslsage_rpc.parties.client import Client
-from fslsage_rpc.parties.requests import ClientStep, Exchange
-from fslsage_rpc.plan.calibration import Calibration, read_calibration
-from fslsage_rpc.plan.cores import Cores
-from fslsage_rpc.plan.costs import Costs, measure_costs
-from fslsage_rpc.plan.here import TYPICAL_REQUEST, _fit_seconds, adapted, calibrate_here, fits_apart
-from fslsage_rpc.plan.prediction import Prediction, client_steps, predict
+from fslsage_rpc.parties.requests import Ask, BeginStep, ClientStep, Exchange
+from fslsage_rpc.plan.calibration import (
+    HANDLING,
+    SENDING,
+    Calibration,
+    _with_once,
+    calibrate_here,
+    measure_costs,
+    read_calibration,
+)
 from fslsage_rpc.plan.run import link_speed, predictions
-from fslsage_rpc.plan.scenario import Scenario
-from fslsage_rpc.plan.simulation import RoundSimulation, Step
-from fslsage_rpc.plan.wire import INITIAL_WINDOW_BYTES, Connection
+from fslsage_rpc.plan.scenario import Costs, Scenario, Work
+from fslsage_rpc.plan.simulation import (
+    INITIAL_WINDOW_BYTES,
+    Connection,
+    Machine,
+    Prediction,
+    RoundSimulation,
+    Stretch,
+    averaging_seconds,
+    predict,
+    stretches,
+)
 from support.commands import fslsage_on_ranks, said
 from support.rank_program import train_locally
 from support.trees import BENCH, merged
@@ -40,13 +50,17 @@ from support.user_input import mistake
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
 
 
-def with_turns(steps: list[Step]) -> list[Step]:
+def with_turns(mine: list[Stretch]) -> list[Stretch]:
     """Before each request its turn, as every request here is in a local step of its own."""
-    return [s for step in steps for s in ((Step(0.0, "turn", step.turn), step) if step.kind else (step,))]
+    return [
+        each
+        for one in mine
+        for each in ((Stretch(0.0, BeginStep(one.then.step)), one) if isinstance(one.then, Ask) else (one,))
+    ]
 
 
 def simulate(
-    *clients: list[Step],
+    *clients: list[Stretch],
     ranks: int = 1,
     replicas: bool = False,
     workers: int = 1,
@@ -54,27 +68,19 @@ def simulate(
     cores: float = math.inf,
     handling: float = 0.0,
 ) -> float:
-    simulation = RoundSimulation(
-        steps={client: with_turns(steps) for client, steps in enumerate(clients)},
-        lane_of={client: client if replicas else 0 for client in range(len(clients))},
-        ranks=ranks,
-        link=LINK,
-        workers=workers,
-        window=window,
-        sending_seconds=0.0,
-        client_handling_seconds=handling,
-        server_handling_seconds=2 * handling,
-        shared_cores=cores,
-    )
-    return simulation.run()[0]
+    name = "splitfed_v1" if replicas else "splitfed_v2"
+    config = from_tree(merged(tree(name), {"comm": {"upload_window": window}}))
+    scenario = Scenario(config, LINK, ranks, cores)
+    mine = {client: with_turns(each) for client, each in enumerate(clients)}
+    return RoundSimulation(scenario, Costs(handling=handling), workers, mine).run()[0]
 
 
-def exchange(compute: float, turn: int = 0, server: float = 0.5) -> Step:
-    return Step(compute, "exchange", turn, server, up_bytes=10, down_bytes=20)
+def exchange(compute: float, turn: int = 0, server: float = 0.5) -> Stretch:
+    return Stretch(compute, Ask(turn, "exchange", smashed_bytes=10, answer_bytes=20), server)
 
 
-def push(compute: float, turn: int = 0, server: float = 0.5) -> Step:
-    return Step(compute, "push", turn, server, up_bytes=10)
+def push(compute: float, turn: int = 0, server: float = 0.5) -> Stretch:
+    return Stretch(compute, Ask(turn, "push", smashed_bytes=10), server)
 
 
 TRIP = 0.1 + 0.1 + 0.5 + 0.1 + 0.1  # half a round trip and 10 bytes up, the server, 20 bytes down
@@ -82,18 +88,18 @@ TRIP = 0.1 + 0.1 + 0.5 + 0.1 + 0.1  # half a round trip and 10 bytes up, the ser
 
 @pytest.mark.parametrize("clients", [34, 100])
 def test_a_rank_gets_through_more_clients_than_may_have_steps_open(clients: int) -> None:
-    alone = [[Step(1.0)] for _ in range(clients)]
+    alone = [[Stretch(1.0)] for _ in range(clients)]
     assert simulate(*alone, ranks=2) == pytest.approx(clients / 2)
-    instant = [[exchange(1.0, server=0.0), Step(1.0)] for _ in range(clients)]
+    instant = [[exchange(1.0, server=0.0), Stretch(1.0)] for _ in range(clients)]
     assert simulate(*instant, ranks=2, replicas=True, workers=clients) >= clients
 
 
 def test_a_client_alone_waits_for_every_answer() -> None:
-    assert simulate([exchange(1.0), exchange(2.0, turn=1), Step(1.0)]) == pytest.approx(4.0 + 2 * TRIP)
+    assert simulate([exchange(1.0), exchange(2.0, turn=1), Stretch(1.0)]) == pytest.approx(4.0 + 2 * TRIP)
 
 
 def test_two_clients_of_a_rank_use_each_others_waits() -> None:
-    clients = [[exchange(1.0), Step(1.0)], [exchange(1.0), Step(1.0)]]
+    clients = [[exchange(1.0), Stretch(1.0)], [exchange(1.0), Stretch(1.0)]]
     assert simulate(*clients, replicas=True, workers=2) == pytest.approx(
         4.0
     )  # 1's trip is over before 0 ends
@@ -101,7 +107,7 @@ def test_two_clients_of_a_rank_use_each_others_waits() -> None:
 
 
 def test_one_lane_or_one_worker_takes_requests_one_by_one() -> None:
-    clients = [[exchange(1.0, server=5.0), Step(1.0)] for _ in range(3)]
+    clients = [[exchange(1.0, server=5.0), Stretch(1.0)] for _ in range(3)]
     one_by_one = 1.0 + 0.2 + 15.0 + 0.2 + 1.0
     assert simulate(*clients, ranks=3) == pytest.approx(one_by_one)
     assert simulate(*clients, ranks=3, replicas=True, workers=1) == pytest.approx(one_by_one)
@@ -109,13 +115,13 @@ def test_one_lane_or_one_worker_takes_requests_one_by_one() -> None:
 
 
 def test_a_lane_waits_for_the_turn_that_is_due() -> None:
-    late, early = [exchange(9.0), Step(0.0)], [exchange(1.0), Step(0.0)]
+    late, early = [exchange(9.0), Stretch(0.0)], [exchange(1.0), Stretch(0.0)]
     assert simulate(late, early, ranks=2) == pytest.approx(9.0 + 0.2 + 0.5 + 0.5 + 0.2)  # client 0 is first
 
 
 def test_uploads_overlap_until_the_window_is_full() -> None:
-    def uploads(server: float) -> list[Step]:
-        return [*(push(1.0, turn, server) for turn in range(3)), Step(1.0)]
+    def uploads(server: float) -> list[Stretch]:
+        return [*(push(1.0, turn, server) for turn in range(3)), Stretch(1.0)]
 
     assert simulate(uploads(0.5)) == pytest.approx(4.0)  # the last is trained on before the client ends
     # Else the client has its answer half a round trip later.
@@ -125,7 +131,7 @@ def test_uploads_overlap_until_the_window_is_full() -> None:
 
 
 def test_a_link_carries_one_transfer_at_a_time() -> None:
-    big = [Step(0.0, "push", 0, 0.0, up_bytes=100), Step(0.0)]
+    big = [Stretch(0.0, Ask(0, "push", smashed_bytes=100)), Stretch(0.0)]
     assert simulate(big, big) == pytest.approx(2.0 + 0.2)
     assert simulate(big, big, ranks=2) == pytest.approx(1.0 + 0.2)
 
@@ -140,48 +146,47 @@ def test_a_connection_begins_with_a_small_window_after_every_rest() -> None:
     rested = connection.carry(10.0, 7 * window)  # 1 + 2 windows, a round trip each, and 4 that cover the rest
     assert rested == pytest.approx(10.0 + 2 * trip + 4 * window / rate)
     assert Connection(rate, 0.0).carry(0.0, 1e6) == pytest.approx(1.0)
-    assert Connection(rate, trip, lanes=16).carry(0.0, 1e6) == pytest.approx(1.0)
+    assert Connection(rate, trip, beside=16).carry(0.0, 1e6) == pytest.approx(1.0)
 
 
 def test_an_averaging_soon_after_the_last_finds_fast_connections() -> None:
     scenario = Scenario(from_tree(tree("fedavg")), LinkSpeed(0.02, 12.5e6, 12.5e6), client_ranks=2)
-    soon, late = (scenario.averaging_seconds(1_000_000, rest) for rest in (0.1, 9.0))
+    soon, late = (averaging_seconds(scenario, 1_000_000, rest) for rest in (0.1, 9.0))
     steps = 2 * (500_000 / 12.5e6 + 0.04)  # half of the bytes up one link and down another, which is 40 ms
     assert soon == pytest.approx(steps)
     assert late > steps + 3 * 0.04  # a connection that has rested begins with a small window
 
 
 def test_ranks_on_one_machine_share_its_cores() -> None:
-    alone = [[Step(1.0)], [Step(2.0)], [Step(4.0)]]
+    alone = [[Stretch(1.0)], [Stretch(2.0)], [Stretch(4.0)]]
     assert simulate(*alone, ranks=3, cores=3) == pytest.approx(4.0)
     # On 2 cores at 2/3 of full speed until the first ends at 1.5; from then on each has a core.
     assert simulate(*alone, ranks=3, cores=2) == pytest.approx(1.5 + 3.0)
     # On one: 3 until the first ends, 2 more until the second does, the third's last 2.
     assert simulate(*alone, ranks=3, cores=1) == pytest.approx(7.0)
-    lane = [[push(1.0, server=2.0), Step(2.0)], [Step(9.0)]]
+    lane = [[push(1.0, server=2.0), Stretch(2.0)], [Stretch(9.0)]]
     assert simulate(*lane, ranks=2, cores=2) > simulate(*lane, ranks=2) == pytest.approx(9.0)
 
 
-def test_tasks_end_however_coarse_the_clock_has_become() -> None:
-    """After a day, a float's next second is further away than what rounding leaves of a task."""
-    now, ended = 1e5, []
-    events: list[tuple[float, Callable[[], None]]] = []
-    cores = Cores(1.0, lambda: now, lambda seconds, happen: events.append((now + seconds, happen)))
-    for seconds in (0.1, 0.3):
-        cores.run(seconds, lambda seconds=seconds: ended.append(seconds))
-    for _ in range(9):
-        if events:
-            now, happen = events.pop(events.index(min(events, key=lambda event: event[0])))
-            happen()
+def test_work_ends_however_coarse_the_clock_has_become() -> None:
+    """After a day, a float's next second is further away than what rounding leaves of the work."""
+    machine, ended = Machine(1.0), []
+
+    def begin() -> None:
+        for seconds in (0.1, 0.3):
+            machine.work(seconds, lambda seconds=seconds: ended.append(seconds))
+
+    machine.wait(1e5, begin)
+    machine.run()
     assert ended == [0.1, 0.3]
-    assert now == pytest.approx(1e5 + 0.4, abs=1e-9)
+    assert machine.now == pytest.approx(1e5 + 0.4, abs=1e-9)
 
 
 def test_handling_a_request_takes_cores_that_others_want() -> None:
-    one = [exchange(1.0), Step(1.0)]
-    assert simulate(one, handling=0.3) == pytest.approx(2.0 + TRIP + 3 * 0.3)
-    other = [Step(9.0)]  # on one core, which it shares with the first client's 2 + 0.5 + 0.9 of work
-    assert simulate(one, other, ranks=2, cores=1, handling=0.3) == pytest.approx(9.0 + 2.0 + 0.5 + 0.9)
+    one = [exchange(1.0), Stretch(1.0)]
+    assert simulate(one, handling=0.9) == pytest.approx(2.0 + TRIP + 0.9)
+    other = [Stretch(9.0)]  # on one core, which it shares with the first client's 2 + 0.5 + 0.9 of work
+    assert simulate(one, other, ranks=2, cores=1, handling=0.9) == pytest.approx(9.0 + 2.0 + 0.5 + 0.9)
 
 
 def tree(name: str, **keys: Any) -> dict[str, Any]:
@@ -246,7 +251,7 @@ def own(kind: type) -> str:
 def prediction_of(config: dict[str, Any], costs: Costs, link: LinkSpeed = LINK) -> Prediction:
     ranks = from_tree(config).clients.count
     found = predict(Scenario(from_tree(config), link, ranks), costs, server_workers=3)
-    assert found is not None
+    assert isinstance(found, Prediction)
     return found
 
 
@@ -256,7 +261,7 @@ def test_bytes_are_those_that_a_run_moves(name: str) -> None:
     lines = train_locally(keys).lines[2:]
     scenario = Scenario(from_tree(keys), NO_LINK, client_ranks=1)
     predicted = predict(scenario, measure_costs(lines, scenario, [1]), server_workers=2)
-    assert predicted is not None
+    assert isinstance(predicted, Prediction)
     kinds = ("smashed_up", "labels_up", "gradient_down", "auxiliary_down", "weights_allreduce")
     interval = lines[: scenario.algorithm.interval]
     moved = sum(line["wire_bytes"][kind] for line in interval for kind in kinds) / len(interval)
@@ -265,28 +270,39 @@ def test_bytes_are_those_that_a_run_moves(name: str) -> None:
 
 
 def test_another_name_changes_no_prediction() -> None:
-    costs = Costs(1e-4, 2e-4, 0.0, 3e-4, 4e-4, 5e-4, 6e-4)
+    costs = Costs(Work(1e-3, 1e-4), Work(0.0, 2e-4), Work(), 3e-4, 4e-4, 5e-4)
     assert prediction_of(tree(own(Renamed)), costs) == prediction_of(tree("splitfed_v2"), costs)
 
 
 def test_a_local_step_costs_its_mean_whatever_it_calls() -> None:
     scenario = Scenario(from_tree(tree(own(Idle))), LINK, client_ranks=3)
     sizes = scenario.federation.batch_sizes[0]
-    steps = client_steps(scenario, Costs(3.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0, scenario.round(0))
-    assert [step.kind for step in steps] == ["turn", "exchange"] * math.ceil(len(sizes) / 2) + [None]
+    found = stretches(scenario, Costs(Work(0.0, 3.0)), 0, scenario.round(0))
+    assert [type(each.then) for each in found] == [BeginStep, Ask] * math.ceil(len(sizes) / 2) + [type(None)]
     # A forward pass is a third of a step; its other two thirds and all of the next step come behind.
     before = [0.0, *(2 * done + 3 * left_out for done, left_out in zip(sizes[::2], sizes[1::2], strict=True))]
     computes = [seconds for wait, size in zip(before, sizes[::2], strict=False) for seconds in (wait, size)]
-    assert [step.compute_seconds for step in steps] == pytest.approx([*computes, before[-1]])
+    assert [each.seconds for each in found] == pytest.approx([*computes, before[-1]])
 
 
 def test_requests_that_nobody_has_measured_cost_nobody_knows_what() -> None:
     config = from_tree(tree("fsl_sage"))
-    costs = Costs(1e-4, 1e-4, 0.0, 0.0, 0.0, 0.0, 0.0, kinds=frozenset({"push"}))
-    calibration = Calibration(config, {"fsl_sage": costs, "cse_fsl": costs}, LINK, 2, math.inf)
-    found = predictions(config, calibration, LINK, clients=3, client_ranks=3)
-    assert found["fsl_sage"] is None  # there was no alignment
-    assert found["cse_fsl"] is not None
+    costs = Costs(Work(1e-4), Work(1e-4), kinds={"push"})
+    calibration = Calibration({"fsl_sage": costs, "cse_fsl": costs, "fedavg": "why"}, LINK, 2)
+    found = predictions(config, calibration, lambda each: Scenario(each, LINK, 3))
+    assert found["fsl_sage"] == "it makes requests of a kind that was not measured"  # there was no alignment
+    assert isinstance(found["cse_fsl"], Prediction)
+    assert found["fedavg"] == "why"
+
+
+def test_each_alignment_and_step_costs_something_whatever_it_holds() -> None:
+    """Half as large batches are twice as many steps, each with the part that does not grow."""
+    costs = Costs(client=Work(once=1.0))
+    seconds = [
+        prediction_of(merged(tree("fedavg"), {"clients": {"batch_size": size}}), costs, NO_LINK).round_seconds
+        for size in (16, 8)
+    ]
+    assert seconds == [30.0, 60.0]  # 479 samples of a client
 
 
 def test_a_partition_file_says_how_many_samples_there_are(tmp_path: Path) -> None:
@@ -295,7 +311,7 @@ def test_a_partition_file_says_how_many_samples_there_are(tmp_path: Path) -> Non
     keys = {"data": {"partition": "file", "partition_file": str(path)}}
     config = from_tree(merged(tree("fedavg"), keys))
     scenario = Scenario(config, LINK, 1)
-    assert scenario.round(0).samples == 8 * config.clients.local_epochs
+    assert sum(map(sum, scenario.federation.batch_sizes)) == 8 * config.clients.local_epochs
 
 
 def test_costs_are_per_sample_and_request() -> None:
@@ -320,12 +336,11 @@ def test_costs_are_per_sample_and_request() -> None:
         },
     }
     costs = measure_costs([line], scenario, [2, 2, 2])
-    assert costs.client_per_sample == pytest.approx(2 * 6.0 / samples)
-    assert costs.server_per_sample == pytest.approx(4.0 / uploaded)
-    assert costs.alignment_per_sample == pytest.approx(6.0 / buffered)
+    assert costs.client == pytest.approx((0.0, 2 * 6.0 / samples, 479 / 30))
+    assert costs.server.per_sample == pytest.approx(4.0 / uploaded)
+    assert costs.alignment.per_sample == pytest.approx(6.0 / buffered)
     assert costs.sending == pytest.approx(2 * 0.9 / 13)
-    assert costs.client_handling == pytest.approx(1.3 / 13)
-    assert costs.server_handling == pytest.approx(2.6 / 13)
+    assert costs.handling == pytest.approx((1.3 + 2.6) / 13)
 
 
 def test_uploads_and_exchanges_cost_the_server_the_same_a_sample() -> None:
@@ -356,10 +371,12 @@ def test_uploads_and_exchanges_cost_the_server_the_same_a_sample() -> None:
         },
     }
     costs = measure_costs([line], scenario, [1])
-    assert costs.server_per_sample == pytest.approx(7.0 / sum(samples.values()))
+    assert costs.server.per_sample == pytest.approx(7.0 / sum(samples.values()))
     aligned = scenario.round(2).aligned
-    assert costs.buffered == statistics.fmean(samples for each in aligned.values() for samples in each)
-    assert costs.alignment_per_sample == pytest.approx(6.0 / (3 * costs.buffered))
+    assert costs.alignment.samples == statistics.fmean(
+        samples for each in aligned.values() for samples in each
+    )
+    assert costs.alignment.per_sample == pytest.approx(6.0 / (3 * costs.alignment.samples))
     assert costs.kinds == {"push", "exchange", "align"}
 
 
@@ -379,7 +396,7 @@ def test_waiting_for_a_core_is_no_cost() -> None:
 
 def test_a_plan_is_of_the_middle_of_its_run() -> None:
     """By then alignment buffers hold more than in the first rounds."""
-    costs = Costs(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    costs = Costs(alignment=Work(0.0, 1.0))
     buffer = {"alignment": {"epochs": 2, "buffer_size": 10_000}}
     first, second, third, last = (
         prediction_of({**tree("fsl_sage", **buffer), "rounds": rounds}, costs, NO_LINK).round_seconds
@@ -391,7 +408,7 @@ def test_a_plan_is_of_the_middle_of_its_run() -> None:
 
 
 def test_a_slow_link_is_what_splitfed_waits_for() -> None:
-    costs = Costs(1e-4, 1e-4, 1e-4, 0.0, 0.0, 0.0, 0.0)
+    costs = Costs(*[Work(0.0, 1e-4)] * 3)
     slow = LinkSpeed(0.04, 2.5e6, 2.5e6)
     seconds = {
         name: prediction_of(tree(name), costs, slow).round_seconds
@@ -472,62 +489,25 @@ def test_costs_of_this_machine_hold_no_transport_and_each_partys_own_seconds() -
         }
     )
     names = [*ALGORITHMS, own(Mixed), own(Seldom), own(Adaptive)]
-    calibration = calibrate_here(config, names)
-    assert list(calibration.costs) == names[:-1]
-    assert calibration.left_out == {own(Adaptive): "its requests depend on values"}
-    for costs in calibration.costs.values():
-        # Here the call that sends holds the server's own work.
-        assert {key: getattr(costs, key) for key in TYPICAL_REQUEST} == TYPICAL_REQUEST
-        assert 0 < costs.client_per_sample < 0.1
+    costs = calibrate_here(config, names).costs
+    assert list(costs) == names
+    assert costs.pop(own(Adaptive)) == "its requests depend on values"
+    for each in costs.values():
+        assert (each.sending, each.handling) == (SENDING, HANDLING)  # here a call holds the server's work
+        assert 0 < each.client.seconds(16) < 1.6
     for name in ("fsl_sage", own(Mixed), own(Seldom)):
-        assert calibration.costs[name].alignment_per_sample > 0
-    assert calibration.costs[own(Mixed)].kinds == {"push", "exchange", "align"}
-    assert calibration.costs["fedavg"].server_per_sample == 0
+        assert costs[name].alignment.seconds(100) > 0
+    assert costs[own(Mixed)].kinds == {"push", "exchange", "align"}
+    assert costs["fedavg"].server == Work()
 
 
-def test_small_batches_cost_more_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = from_tree({"device": "cpu", "clients": {"batch_size": 32}})
-    keys = {"client_per_sample": 1e-4, "server_per_sample": 2e-4, "alignment_per_sample": 3e-4}
-    costs = Costs(**keys, sending=0.0, client_handling=0.0, server_handling=0.0, averaging=0.0)
-    measured = Calibration(config, {"fedavg": costs}, LINK, 2, 2.0)
-    assert adapted(measured, config) == measured
-
-    def here(config: Config, names: Iterable[str]) -> Calibration:
-        assert list(names) == ["fedavg"]
-        step = 1e-3 + 1e-4 * config.clients.batch_size
-        each = replace(costs, client_per_sample=step / config.clients.batch_size, server_per_sample=0.0)
-        return replace(measured, costs={"fedavg": each})
-
-    monkeypatch.setattr("fslsage_rpc.plan.here.calibrate_here", here)
-    small = from_tree({"device": "cpu", "clients": {"batch_size": 8}})
-    found = adapted(measured, small).costs["fedavg"]
-    assert found.client_per_sample == pytest.approx(1e-4 * (1.8 / 8) / (4.2 / 32))
-    assert found.server_per_sample == costs.server_per_sample  # nothing to compare
-    long = replace(measured, costs={"fedavg": replace(costs, client_per_sample=0.1)})
-    assert adapted(long, small) == long
-
-
-def test_a_fit_costs_something_whatever_its_buffer_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = Costs(0.0, 0.0, 4e-4, 0.0, 0.0, 0.0, 0.0, buffered=800.0)
-    splitfed = Costs(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    each = {"fsl_sage": costs, own(Mixed): replace(costs, buffered=400.0), "splitfed_v2": splitfed}
-    measured = Calibration(Config(), each, LINK, 2, 2.0)
-    monkeypatch.setattr(
-        "fslsage_rpc.plan.here._fit_seconds", lambda config, sizes: [3.0 + 0.005 * size for size in sizes]
-    )
-    apart = fits_apart(measured, Config()).costs
-    assert apart["splitfed_v2"] == splitfed
-    for name, buffered, alone in (("fsl_sage", 800, 3 / 7), (own(Mixed), 400, 3 / 5)):
-        assert apart[name].alignment(buffered) == pytest.approx(buffered * 4e-4)  # what was measured stays
-        assert apart[name].alignment(0) == pytest.approx(buffered * 4e-4 * alone)
-    long = replace(measured, costs={"fsl_sage": replace(costs, alignment_per_sample=1.0)})
-    assert fits_apart(long, Config()) == long
-
-
-def test_fits_are_measured_here_with_the_buffers_asked_for() -> None:
-    config = from_tree(merged(tree("fsl_sage"), {"data": {"train_limit": 400}}))
-    small, large = _fit_seconds(config, (10, 1000))
-    assert 0 < small < large
+def test_small_work_tells_what_does_not_grow_with_the_samples() -> None:
+    """Steps of 0.2 s and 0.03 s a sample; what was measured of the whole stays."""
+    whole, small = Work(0.0, (0.2 + 0.03 * 40) / 40, 40), Work(0.0, (0.2 + 0.03 * 4) / 4, 4)
+    assert _with_once(whole, small) == pytest.approx((0.2, 0.03, 40))
+    assert _with_once(whole, Work(0.0, 1.0, 4)) == pytest.approx((1.4, 0.0, 40))  # never less than nothing
+    assert _with_once(whole, Work(0.0, 1e-9, 4)) == pytest.approx(whole)  # and never more than all
+    assert _with_once(whole, Work()) == _with_once(whole, whole) == whole
 
 
 NOT_READ = (own(Adaptive), "nowhere:Away")
@@ -564,29 +544,27 @@ def test_a_benchmark_calibrates_algorithms_of_the_users_own(tmp_path: Path) -> N
     }
     folder = bench_folder(tmp_path / "some", variants)
 
-    def read(name: str, **keys: Any) -> Calibration:
-        return read_calibration(folder, from_tree(tree(name, **keys)))
+    def read(name: str, **keys: Any) -> dict[str, Costs | str]:
+        return dict(read_calibration(folder, from_tree(tree(name, **keys))).costs)
 
     found = read(own(Mixed))
-    assert list(found.costs) == [own(Mixed), "splitfed_v2"]
-    assert found.costs[own(Mixed)].kinds == {"push", "exchange", "align"}
-    assert list(found.left_out) == list(NOT_READ)
-    assert found.left_out[own(Adaptive)] == "its requests depend on values"
-    assert found.left_out["nowhere:Away"].startswith("algorithm.name: got 'nowhere:Away', which cannot be")
-    assert read("splitfed_v2", upload_every=7) == found
+    assert {*found} == {own(Mixed), *NOT_READ, "splitfed_v2"}
+    assert found[own(Mixed)].kinds == {"push", "exchange", "align"}
+    assert found[own(Adaptive)] == "its requests depend on values"
+    assert found["nowhere:Away"].startswith("algorithm.name: got 'nowhere:Away', which cannot be")
     more = read(own(Mixed), alignment={"epochs": 3})  # of the second variant
-    assert more.costs[own(Mixed)] != found.costs[own(Mixed)]
-    assert more.costs["splitfed_v2"] == found.costs["splitfed_v2"]
-
-    other_work = f"{folder} measured algorithm.alignment.epochs=2, expected 7 as planned"
-    assert mistake(lambda: read(own(Mixed), alignment={"epochs": 7})) == f"--calibrate: {other_work}"
+    per_sample, per_more = (each[own(Mixed)].alignment.seconds(100) for each in (found, more))
+    assert per_more != per_sample
+    other = f"--calibrate: got {folder}, which measured algorithm.alignment.epochs=2, expected 7 as planned"
+    assert mistake(lambda: read(own(Mixed), alignment={"epochs": 7})) == other
     planned = read("splitfed_v2", alignment={"epochs": 7})
-    assert planned.left_out[own(Mixed)] == other_work
-    assert read(own(Adaptive)) == found
-    assert read("fedavg").left_out == {**found.left_out, "fedavg": f"{folder} has no variant of it"}
+    assert planned[own(Mixed)] == other
+    assert isinstance(planned["splitfed_v2"], Costs)
+    assert read("fedavg")["fedavg"] == f"{folder} has no variant of it"
     only = bench_folder(tmp_path / "only", {"adaptive": adaptive})
-    message = f"does not tell what {own(Adaptive)} costs, as its requests depend on values"
-    assert mistake(read_calibration, only, from_tree(tree("fedavg"))).endswith(message)
+    assert read_calibration(only, from_tree(tree(own(Adaptive)))).costs == {
+        own(Adaptive): "its requests depend on values"
+    }
 
 
 @pytest.mark.nightly
@@ -602,7 +580,9 @@ def test_a_benchmark_calibrates_its_own_model_only(
     assert sum(line.split()[:1] == ["fsl_sage"] for line in planned.stdout.splitlines()) == 2
     other = said(capsys, "plan", config, "model.name=resnet18", "--calibrate", folder)
     assert other.returncode == 2
-    assert f"--calibrate: {folder} measured model.name=simple_conv, expected resnet18" in other.stderr
+    assert (
+        f"--calibrate: got {folder}, which measured model.name=simple_conv, expected resnet18" in other.stderr
+    )
     for key in ("algorithm.alignment.epochs", "model.auxiliary.width"):
         other = said(capsys, "plan", config, f"{key}=77", "--calibrate", folder)
         assert (other.returncode, f"{key}=" in other.stderr, "expected 77" in other.stderr) == (2, True, True)

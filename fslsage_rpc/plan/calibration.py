@@ -1,59 +1,76 @@
-"""From the folder of a benchmark to the costs that predictions are made of."""
+"""From rounds that were measured, in a benchmark or here in one process, to what their work costs.
+
+It costs CPU seconds, which do not count the time in which a thread waits for a core. So the ranks may have
+shared their cores, among them or with others.
+"""
 
 import json
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+import torch
 
 from fslsage_rpc.algorithms import find
-from fslsage_rpc.algorithms.bound import LinkSpeed
-from fslsage_rpc.bench.statistics import BenchRun
+from fslsage_rpc.algorithms.bound import NO_LINK, LinkSpeed
+from fslsage_rpc.bench.statistics import BenchRun, Line
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.config.loading import changed_keys, load, to_tree
+from fslsage_rpc.config.loading import changed_keys, from_tree, load, to_tree
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.cores import server_workers
+from fslsage_rpc.device.placement import choose_device
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.plan.costs import Costs, Line, measure_costs
-from fslsage_rpc.plan.scenario import Scenario, with_algorithm
+from fslsage_rpc.job.opening import open_world
+from fslsage_rpc.measure.phases import COMPUTE
+from fslsage_rpc.parties.requests import KINDS
+from fslsage_rpc.plan.scenario import Costs, Scenario, Work, with_algorithm
+from fslsage_rpc.plan.simulation import averaging_seconds
+from fslsage_rpc.runs.round_numbers import FIRST_ROUND
 from fslsage_rpc.tasks import open_task
+from fslsage_rpc.training.experiment import Experiment, check
+from fslsage_rpc.training.trainer import Trainer
 
-LARGEST = 1e18
-"""seconds or bytes"""
 DEPENDS_ON_VALUES = "its requests depend on values"
-WORK = (
-    *("data.name", "data.arguments", "algorithm.arguments"),
-    *("model", "precision", "tf32", "graphs", "device"),
-)
-WORK_OF_ALIGNMENT = (
-    *(f"algorithm.alignment.{key}" for key in ("solver", "epochs", "batch_size", "tolerance")),
-    "algorithm.measure_drift",
-)
-"""keys that change what a step or an alignment costs, with all below them"""
+LARGEST = 1e18
+"""number that is believed"""
+WORK = ["data.name", "data.arguments", "algorithm.arguments", "model"]
+WORK += ["precision", "tf32", "graphs", "device"]
+WORK_OF_ALIGNMENT = ["alignment.solver", "alignment.epochs", "alignment.batch_size", "alignment.tolerance"]
+WORK_OF_ALIGNMENT += ["measure_drift"]
+"""keys, these of the algorithm, that change what a step or an alignment costs, with all below them"""
+BATCHES, ROUNDS = 6, 4
+"""of each client in rounds that are measured here, and the least of these; the first warms up"""
+FEW = 2
+"""samples in a batch of rounds that tell how much of a step, and of an alignment, does not grow with them"""
+LONG_STEP_SECONDS = 0.05
+"""from which on that is next to nothing"""
+SENDING, HANDLING = 5e-4, 2.1e-3
+"""seconds of a request for less than 100 KiB, over TensorPipe's uv, where docs/results/plan.md was measured:
+one process has no transport to measure
+"""
+Rounds = tuple[Sequence[Line], Scenario, Sequence[int]]
+"""measured lines, what there was to do, and each rank's threads; a rank alone is server and client rank"""
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What was measured: the costs by algorithm, and the links and server that they were measured with."""
+class Calibration(NamedTuple):
+    """The costs of algorithms, or why they are unknown; and the link and server that they are of."""
 
-    config: Config
-    costs: Mapping[str, Costs]
-    """by what `algorithm.name` says: also of the user's own"""
+    costs: Mapping[str, Costs | str]
     link: LinkSpeed
     server_workers: int
     """lanes that the server executes at the same time, and fits likewise"""
-    shared_cores: float
+    shared_cores: float = math.inf
     """of the one machine that all ranks were on, over the threads of an operation; infinite for several"""
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    """algorithms without costs, and why"""
     busy: bool = False
     """others had the host's cores meanwhile"""
 
 
-def read_calibration(folder: Path, planned: Config | None = None) -> Calibration:
-    """What the folder of a benchmark says; of each algorithm's variants, the first one (that did the
-    same work as is planned).
+def read_calibration(folder: Path, planned: Config) -> Calibration:
+    """The costs in the folder of a benchmark; of each algorithm's variants, those of the first one that did
+    the same work as is planned.
 
     Raises:
         InputError: it is not the folder of a complete benchmark over a real transport, or of other work.
@@ -63,112 +80,177 @@ def read_calibration(folder: Path, planned: Config | None = None) -> Calibration
     except InputError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        raise InputError(f"--calibrate: got {folder}, expected the folder of a complete benchmark") from None
+        raise InputError(
+            f"--calibrate: got {folder}, expected the folder of a complete benchmark with transport: rpc, "
+            "whose rounds have CPU seconds"
+        ) from None
 
 
-def _read(folder: Path, planned: Config | None) -> Calibration:
+def _read(folder: Path, planned: Config) -> Calibration:
     result = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
-    environment = result["environment"]
-    _check_figures([environment["link_speeds"], environment["ranks"]])
-    speeds = [LinkSpeed(**speed) for each in environment["link_speeds"] for speed in each.values()]
-    if not speeds:
-        raise InputError(f"--calibrate: got {folder}, expected a benchmark with transport: rpc")
-    link = LinkSpeed(*(statistics.fmean(getattr(s, name) for s in speeds) for name in vars(speeds[0])))
+    ranks, speeds = result["environment"]["ranks"], result["environment"]["link_speeds"]
+    links = [LinkSpeed(**speed) for each in speeds for speed in each.values()]
+    link = LinkSpeed(*(statistics.fmean(getattr(each, name) for each in links) for name in vars(NO_LINK)))
+    cores, threads = ranks[0]["cores"], [rank["threads"] for rank in ranks]
     config = load(folder / "config.yaml")
-    if config.clients.count > open_task(config).train_samples:
-        raise ValueError("there would be clients without samples")
-    ranks = environment["ranks"]
-    workers = max(1, ranks[0]["cores"] // ranks[0]["threads"])
-    one_machine = len({rank["host"] for rank in ranks}) == 1
-    cores = ranks[0]["cores"] / ranks[0]["threads"] if one_machine else math.inf
-    costs: dict[str, Costs] = {}
-    left_out: dict[str, str] = {}
-    for name, variant in variant_configs(config).items():
-        algorithm = variant.algorithm.name
-        if algorithm in costs:
-            continue
-        if why := _without_costs(folder, variant, planned):
-            left_out.setdefault(algorithm, why)
-            continue
-        try:
-            scenario = Scenario(variant, link, len(ranks) - 1)
-        except InputError as error:  # the user's own has changed since
-            left_out.setdefault(algorithm, str(error))
-            continue
-        lines = _measured_lines(folder, name, config, scenario)
-        measured = measure_costs(lines, scenario, [rank["threads"] for rank in ranks])
-        _check_figures(list(vars(measured).values()))
-        costs[algorithm] = measured
-    left_out = {algorithm: why for algorithm, why in left_out.items() if algorithm not in costs}
-    if planned and (configured := planned.algorithm.name) not in costs:
-        if find(configured).requests_depend_on_values:
-            left_out[configured] = DEPENDS_ON_VALUES
-        elif configured in left_out:
-            raise InputError(f"--calibrate: {left_out[configured]}")
-        else:
-            left_out[configured] = f"{folder} has no variant of it"
-    if not costs:
-        algorithm, why = next(iter(left_out.items()))
-        raise InputError(f"--calibrate: got {folder}, which does not tell what {algorithm} costs, as {why}")
+    too_many = config.clients.count > open_task(config).train_samples
+    if too_many or not all(0 < figure <= LARGEST for figure in (*vars(link).values(), cores, *threads)):
+        raise ValueError("there would be clients without samples, or ranks that cannot be")
+
+    def rounds_of(name: str, variant: Config) -> Rounds:
+        check_work(folder, variant, with_algorithm(planned, variant.algorithm.name))
+        scenario, lines = Scenario(variant, link, len(ranks) - 1), list[Line]()
+        for repeat in range(config.bench.repeats):
+            text = (folder / "rounds" / f"{name}-{repeat}.jsonl").read_text(encoding="utf-8")
+            run = BenchRun(name, repeat, scenario.algorithm.interval)
+            run.lines += map(json.loads, text.splitlines())
+            if [line["round"] for line in run.lines] != list(range(1, variant.rounds + 1)):
+                raise ValueError("rounds are missing")
+            lines += [run.lines[i] for sample in run.samples(config.bench.warmup_rounds) for i in sample]
+        return lines, scenario, threads
+
+    costs = _costs_of(variant_configs(config), rounds_of, planned)
+    if (name := planned.algorithm.name) not in costs:
+        unknown = find(name).requests_depend_on_values
+        costs[name] = DEPENDS_ON_VALUES if unknown else f"{folder} has no variant of it"
     busy = any(variant.get("busy_samples") for variant in result["variants"].values())
-    return Calibration(config, costs, link, workers, cores, left_out, busy)
+    shared = cores / threads[0] if len({rank["host"] for rank in ranks}) == 1 else math.inf
+    return Calibration(costs, link, max(1, cores // threads[0]), shared, busy)
 
 
-def _without_costs(folder: Path, measured: Config, planned: Config | None) -> str | None:
-    """Why a variant does not tell what its algorithm costs; None where it does."""
-    name = measured.algorithm.name
-    try:
-        kind = find(name)
-    except InputError as error:  # one of the user's own, which is not here
-        return str(error)
-    if kind.requests_depend_on_values:
-        return DEPENDS_ON_VALUES
-    other = planned and _other_work(measured, with_algorithm(planned, name))
-    return f"{folder} measured {other}" if other else None
-
-
-def _other_work(measured: Config, planned: Config) -> str | None:
-    """What makes seconds per sample or pass of one mean nothing for the other; None where nothing does.
-
-    Args:
-        planned: of the same algorithm.
-    """
-    keys = WORK + (WORK_OF_ALIGNMENT if find(measured.algorithm.name).auxiliary == "aligned" else ())
+def check_work(folder: Path, measured: Config, planned: Config) -> None:
+    """Raise where seconds per sample or pass of one mean nothing for the other, of the same algorithm."""
+    aligned = find(measured.algorithm.name).auxiliary == "aligned"
+    keys = WORK + [f"algorithm.{key}" for key in WORK_OF_ALIGNMENT if aligned]
     for key, (was, is_now) in changed_keys(to_tree(measured), to_tree(planned)).items():
-        if key == "device" and "auto" in (was, is_now):
-            continue  # whatever the calibration ran on
-        if any(f"{key}.".startswith(f"{section}.") for section in keys):
-            return f"{key}={was}, expected {is_now} as planned"
-    return None
+        of_work = any(f"{key}.".startswith(f"{section}.") for section in keys)
+        if of_work and not (key == "device" and "auto" in (was, is_now)):
+            got = f"--calibrate: got {folder}, which measured {key}={was}"
+            raise InputError(f"{got}, expected {is_now} as planned")
 
 
-def _check_figures(tree: Any, least: float = 0.0) -> None:
-    """See that seconds, bytes and counts are such, wherever they are in what was read.
+def calibrate_here(config: Config, names: Iterable[str]) -> Calibration:
+    """The costs of these algorithms on this machine: rounds of two clients, in one process.
 
     Raises:
-        ValueError: a number is none, below the least, or beyond all that can be measured.
+        InputError: the configured one cannot run here.
     """
-    if isinstance(tree, dict | list):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            _check_figures(value, least)
-    elif isinstance(tree, int | float) and not least <= tree <= LARGEST:
-        raise ValueError(f"{tree} is no measurement")
+    variants = {name: with_algorithm(config, name) for name in names}
+    costs = {
+        name: each._replace(sending=SENDING, handling=HANDLING) if isinstance(each, Costs) else each
+        for name, each in _costs_of(variants, lambda _, variant: _train_here(variant), config).items()
+    }
+    return Calibration(costs, NO_LINK, server_workers(choose_device(config.device, 0)))
 
 
-def _measured_lines(folder: Path, name: str, config: Config, scenario: Scenario) -> list[Line]:
-    """The rounds of a variant's samples, of all repeats."""
-    lines: list[Line] = []
-    for repeat in range(config.bench.repeats):
-        text = (folder / "rounds" / f"{name}-{repeat}.jsonl").read_text(encoding="utf-8")
-        measured = [json.loads(line) for line in text.splitlines()]
-        if not all("cpu_seconds" in line for line in measured):
-            raise InputError(
-                f"--calibrate: got {folder}, of an earlier version, expected a benchmark with CPU seconds"
-            )
-        for line in measured:  # differences of clocks may be below 0
-            _check_figures([line["phases"], line["requests"], line["cpu_seconds"]], least=-LARGEST)
-        if [line["round"] for line in measured] != list(range(1, scenario.config.rounds + 1)):
-            raise ValueError("rounds are missing")
-        run = BenchRun(name, repeat, scenario.algorithm.interval, measured)
-        lines += [run.lines[round] for rounds in run.samples(config.bench.warmup_rounds) for round in rounds]
-    return lines
+def _train_here(config: Config) -> Rounds:
+    """A training of two clients in this process; its first round warms up."""
+    samples = min(2 * BATCHES * config.clients.batch_size, open_task(config).train_samples)
+    keys = [
+        *("transport=local", "trace=false", "evaluation.every=1000", "data.test_limit=1"),
+        *("stop.paper_gib=null", "stop.accuracy=null", "stop.diverged=false", "algorithm.align_every=1"),
+        *("clients.count=2", "clients.minimum=1", "clients.participation=1.0", "clients.on_loss=fail"),
+        *("data.partition=iid", f"data.train_limit={samples}"),
+    ]
+    config = from_tree(to_tree(config), keys)
+    check(config, ranks=1)
+    scenario, lines = Scenario(config, NO_LINK, 1), list[Line]()
+    config = replace(config, rounds=max(ROUNDS, 1 + scenario.algorithm.interval))
+    Trainer(Experiment.prepare(config), open_world(config)).train(lambda line, _: lines.append(line))
+    return lines[1:], scenario, [torch.get_num_threads()]
+
+
+def _costs_of(
+    variants: Mapping[str, Config], rounds_of: Callable[[str, Config], Rounds], planned: Config
+) -> dict[str, Costs | str]:
+    """The costs of each algorithm by its first variant that tells them, or why none does.
+
+    Raises:
+        InputError: the planned algorithm has none, though its requests do not depend on values.
+    """
+    costs: dict[str, Costs | str] = {}
+    for name, variant in variants.items():
+        algorithm = variant.algorithm.name
+        try:
+            if find(algorithm).requests_depend_on_values:
+                raise InputError(DEPENDS_ON_VALUES)
+            if not isinstance(costs.get(algorithm), Costs):
+                rounds = rounds_of(name, variant)
+                costs[algorithm] = _costs(measure_costs(*rounds), with_algorithm(planned, algorithm))
+        except InputError as error:
+            costs.setdefault(algorithm, str(error))
+    why = costs.get(planned.algorithm.name)
+    if isinstance(why, str) and why != DEPENDS_ON_VALUES:
+        raise InputError(why)
+    return costs
+
+
+def _costs(costs: Costs, planned: Config) -> Costs:
+    """Costs with the part that does not grow with the samples; where steps are long, there is next to none.
+
+    Rounds with few samples, which are measured here, tell how large it is.
+    """
+    if any(work.seconds(work.samples) > LONG_STEP_SECONDS for work in (costs.client, costs.server)):
+        return costs
+    small = measure_costs(*_train_here(from_tree(to_tree(planned), [f"clients.batch_size={FEW}"])))
+    client, server, alignment = map(_with_once, costs[:3], small[:3])
+    return costs._replace(client=client, server=server, alignment=alignment)
+
+
+def _with_once(work: Work, small: Work) -> Work:
+    """Work with its part that does not grow with the samples, by work with fewer of them."""
+    if not 0 < small.samples < work.samples:
+        return work
+    more = work.seconds(work.samples) - small.seconds(small.samples)
+    growing = min(work.per_sample, max(0.0, more / (work.samples - small.samples)))
+    return Work((work.per_sample - growing) * work.samples, growing, work.samples)
+
+
+def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[int]) -> Costs:
+    """The costs of an algorithm in measured rounds, as if all work grew with its samples.
+
+    Raises:
+        ValueError: these are no measurements.
+    """
+    ranks, planned = scenario.client_ranks, [scenario.round(line["round"] - FIRST_ROUND) for line in lines]
+    batches = [scenario.federation.batch_sizes[client] for each in planned for client in each.clients]
+    buffers = [samples for each in planned for samples in each.aligned.values()]
+    on_gpu: list[Line] = [line.get("device_seconds", {}) for line in lines]
+    work = "compute_seconds" if on_gpu[0].get("server") else "cpu_seconds"
+
+    def asked(key: str, *kinds: str) -> float:
+        each = (line["requests"].get(kind, {}) for line in lines for kind in kinds or KINDS)
+        return float(sum(times.get(key, 0) for times in each))
+
+    cpu = [line["cpu_seconds"] for line in lines]
+    main = [each["client"] for each in cpu]  # of the client ranks' main threads, their mean
+    computing = ranks * sum(each[phase] for each in main for phase in COMPUTE)
+    sending = ranks * sum(sum(each.values()) - each["averaging"] for each in main) - computing
+    # What is left are the transport's threads, without the further ones of operations.
+    handling = sum(sum(each["ranks"]) for each in cpu) - threads[-1] * computing - sending
+    handling -= threads[0] * asked("cpu_seconds")
+    averaging = [
+        (seconds := line["phases"]["client"]["averaging"])
+        - averaging_seconds(scenario, each.averaged_bytes, line["round_seconds"] - seconds)
+        for line, each in zip(lines, planned, strict=True)
+    ]
+    compute = [{**each, **gpu.get("client", {})} for each, gpu in zip(main, on_gpu, strict=True)]
+    seconds = ranks * sum(each[phase] for each in compute for phase in COMPUTE)
+    uploads, requests = ("push", "exchange"), asked("count") or 1
+    uploaded = asked("up_bytes", *uploads) / scenario.sample_bytes
+    costs = Costs(
+        _work(seconds, sum(map(sum, batches)), sum(map(len, batches))),
+        _work(asked(work, *uploads), uploaded, asked("count", *uploads)),
+        _work(asked(work, "align"), sum(map(sum, buffers)), sum(map(len, buffers))),
+        sending / requests,
+        max(handling / requests, 0.0),
+        max(statistics.fmean(averaging), 0.0),
+        {kind for line in lines for kind in line["requests"]},
+    )
+    if not all(0 <= figure <= LARGEST for part in (*costs[:3], costs[3:6]) for figure in part):
+        raise ValueError(f"{costs} cannot be")
+    return costs
+
+
+def _work(seconds: float, samples: float, count: float) -> Work:
+    return Work(0.0, seconds / samples, samples / count) if samples else Work()
