@@ -162,17 +162,17 @@ def markdown(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) 
     return "\n".join([f"### {title}", "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
-def accuracy(run: Lines, round: int) -> float:
+def accuracy(run: Lines, t: int) -> float:
     """Test accuracy after so many rounds."""
-    return run[round - 1]["test_accuracy"]
+    return run[t - 1]["test_accuracy"]
 
 
-def accuracy_at(run: Lines, bytes: int) -> float | None:
+def accuracy_at(run: Lines, size: int) -> float | None:
     """The last test accuracy within so many bytes of the paper ledger; None where the first is beyond."""
     within = [
         line["test_accuracy"]
         for line in run
-        if line["paper_bytes_total"] <= bytes and line["test_accuracy"] is not None
+        if line["paper_bytes_total"] <= size and line["test_accuracy"] is not None
     ]
     return within[-1] if within else None
 

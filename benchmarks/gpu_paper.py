@@ -132,8 +132,8 @@ class Training:
         self._seconds[self._aligns(self._round)] = clock() - started - last["evaluation_seconds"]
         self._round += 1
 
-    def _aligns(self, round: int) -> bool:
-        course = self._experiment.rehearsal.course(round)
+    def _aligns(self, t: int) -> bool:
+        course = self._experiment.rehearsal.course(t)
         return course is not None and course.aligns
 
     def _add(self, line: dict[str, Any]) -> None:

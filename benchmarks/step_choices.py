@@ -65,25 +65,25 @@ def joint_client_step(split: SplitModel, x: Tensor, y: Tensor) -> list[Tensor]:
     return gradients(split.client)
 
 
-def image_passes(model: nn.Module, reordered: bool, input: Tensor, y: Tensor) -> None:
+def image_passes(model: nn.Module, reordered: bool, x: Tensor, y: Tensor) -> None:
     """Forward, and backward to the weights: images need no gradient."""
-    passes(model, reordered, input, y, to_input=False)
+    passes(model, reordered, x, y, to_input=False)
 
 
-def passes(model: nn.Module, reordered: bool, input: Tensor, y: Tensor, to_input: bool = True) -> None:
+def passes(model: nn.Module, reordered: bool, x: Tensor, y: Tensor, to_input: bool = True) -> None:
     """Forward, and backward to the weights that are trained and to the input."""
-    input = input.detach().requires_grad_(to_input)
-    outputs = model(input.contiguous(memory_format=torch.channels_last) if reordered else input)
+    x = x.detach().requires_grad_(to_input)
+    outputs = model(x.contiguous(memory_format=torch.channels_last) if reordered else x)
     loss = F.cross_entropy(outputs, y) if outputs.dim() == 2 else outputs.contiguous().sum()
     loss.backward()
     model.zero_grad()
 
 
-def fit_passes(model: nn.Module, reordered: bool, input: Tensor, y: Tensor) -> None:
+def fit_passes(model: nn.Module, reordered: bool, x: Tensor, y: Tensor) -> None:
     """One batch of a pass of a fit."""
-    input = input.detach().requires_grad_()
-    outputs = model(input.contiguous(memory_format=torch.channels_last) if reordered else input)
-    (estimate,) = torch.autograd.grad(F.cross_entropy(outputs, y), input, create_graph=True)
+    x = x.detach().requires_grad_()
+    outputs = model(x.contiguous(memory_format=torch.channels_last) if reordered else x)
+    (estimate,) = torch.autograd.grad(F.cross_entropy(outputs, y), x, create_graph=True)
     estimate.square().sum().backward()
     model.zero_grad()
 
@@ -104,8 +104,8 @@ def compare_orders(case: str, split: SplitModel, x: Tensor, z: Tensor, y: Tensor
         usual.reorder_images(once=False, twice=False)
         compare(
             f"{case}: {'channels_last' if chosen else 'usual order'}, {party}",
-            lambda usual=usual, chosen=chosen, work=work, input=input: work(usual, chosen, input, y),
-            lambda usual=usual, chosen=chosen, work=work, input=input: work(usual, not chosen, input, y),
+            lambda usual=usual, chosen=chosen, work=work, x=input: work(usual, chosen, x, y),
+            lambda usual=usual, chosen=chosen, work=work, x=input: work(usual, not chosen, x, y),
         )
 
 

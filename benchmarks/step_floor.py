@@ -78,10 +78,10 @@ class Arithmetic:
             for client in self._clients.values():
                 self._client_round(client, round)
 
-    def _client_round(self, client: Client, round: int) -> None:
+    def _client_round(self, client: Client, t: int) -> None:
         assert self._server is not None
         lane, fit = self._server.lanes[client.id], self._server.fits.get(client.id)
-        steps = self._rehearsal.clients(round)[client.id].steps
+        steps = self._rehearsal.clients(t)[client.id].steps
         for (x, y), events in zip(self._batches[client.id], steps, strict=True):
             asked = {event.kind for event in events if isinstance(event, Ask)}
             z = client.forward(x)

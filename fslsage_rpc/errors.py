@@ -35,11 +35,11 @@ class Diverged(RuntimeError):
     """A loss or a weight is not finite, and `stop.diverged` has ended the run. Exit status 1.
 
     Args:
-        round: the first in which it was so, from 1.
+        number: of the first round in which it was so, from 1.
     """
 
-    def __init__(self, round: int):
-        super().__init__(f"diverged in round {round}: a loss or a weight is not finite")
+    def __init__(self, number: int):
+        super().__init__(f"diverged in round {number}: a loss or a weight is not finite")
 
 
 class RunOver(Exception):

@@ -23,23 +23,23 @@ class LocalStep(NamedTuple):
 START = LocalStep()
 
 
-def keyed_seed(seed: int, purpose: str, round: int = 0, client: int = 0, *within: int) -> int:
+def keyed_seed(seed: int, purpose: str, t: int = 0, client: int = 0, *within: int) -> int:
     """A 63-bit seed for one purpose of one client in one round, or for a part of it.
 
     It is the first 64-bit word of numpy's `SeedSequence([seed, crc32(purpose), round, client, *within])`,
     without its top bit.
     """
-    sequence = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), round, client, *within])
+    sequence = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), t, client, *within])
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
-def numpy_stream(seed: int, purpose: str, round: int = 0, client: int = 0) -> np.random.Generator:
+def numpy_stream(seed: int, purpose: str, t: int = 0, client: int = 0) -> np.random.Generator:
     """A numpy generator for one purpose of one client in one round."""
-    return np.random.default_rng(keyed_seed(seed, purpose, round, client))
+    return np.random.default_rng(keyed_seed(seed, purpose, t, client))
 
 
-def torch_stream(seed: int, purpose: str, round: int = 0, client: int = 0) -> "torch.Generator":
+def torch_stream(seed: int, purpose: str, t: int = 0, client: int = 0) -> "torch.Generator":
     """A torch CPU generator for one purpose of one client in one round."""
     import torch
 
-    return torch.Generator().manual_seed(keyed_seed(seed, purpose, round, client))
+    return torch.Generator().manual_seed(keyed_seed(seed, purpose, t, client))

@@ -77,7 +77,7 @@ def test_augmentation_is_a_crop_of_the_padded_image_and_a_flip_where_allowed(nam
     x, y = (torch.cat(t) for t in zip(*batches.shuffled(7, 3, 1, epochs, augment=True), strict=True))
     around = [(0, 0), (0, 0), (spec.crop_padding,) * 2, (spec.crop_padding,) * 2]
     padded = np.pad(data.images.numpy(), around)
-    chance = torch_stream(7, "augment", round=3, client=1)
+    chance = torch_stream(7, "augment", t=3, client=1)
     flips = 0
     for epoch in range(epochs):
         corners = torch.randint(2 * spec.crop_padding + 1, (samples, 2), generator=chance).tolist()
@@ -92,11 +92,11 @@ def test_augmentation_is_a_crop_of_the_padded_image_and_a_flip_where_allowed(nam
 
 
 def one_epoch(
-    seed: int, round: int, client: int, augment: bool = True, batch_size: int = 16
+    seed: int, t: int, client: int, augment: bool = True, batch_size: int = 16
 ) -> tuple[list[int], Tensor]:
     """The order of one epoch of 40 numbered images, and the images as they came, by number."""
     _, batches = batches_of("cifar10", 40, batch_size)
-    pairs = batches.shuffled(seed, round, client, 1, augment)
+    pairs = batches.shuffled(seed, t, client, 1, augment)
     images, numbers = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
     return numbers.tolist(), images[numbers.argsort()]
 

@@ -288,9 +288,9 @@ def test_a_checkpoint_is_written_while_the_next_round_runs(
     begun[3].set()  # there is none after the last
     train_round, write_part = Trainer.train_round, checkpoints.write_part
 
-    def begin(self: Trainer, round: int) -> float:
-        begun[round].set()
-        return train_round(self, round)
+    def begin(self: Trainer, t: int) -> float:
+        begun[t].set()
+        return train_round(self, t)
 
     def write(folder: Path, rank: int, state: Any) -> Any:
         assert begun[state.rounds].wait(timeout=20)
@@ -318,10 +318,10 @@ def test_an_unwritable_folder_costs_the_checkpoints_not_the_training(
 
 
 @contextmanager
-def files_no_larger_than(bytes: int) -> Iterator[None]:
+def files_no_larger_than(size: int) -> Iterator[None]:
     """What a full disk is to a program: the system takes a part of what is written and then says no."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:

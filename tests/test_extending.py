@@ -319,21 +319,21 @@ def test_plan_takes_it_for_splitfed_where_it_exchanges_every_batch(working_direc
 class Lazy(FslSage):
     """Uploads only where it aligns."""
 
-    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
-        if self.aligns(client.id, round):
-            yield from super().client_step(client, round, step, x, y)
+    def client_step(self, client: Any, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        if self.aligns(client.id, t):
+            yield from super().client_step(client, t, step, x, y)
             return
         z = client.forward(x)
         client.backward(z, client.estimate(z, y))
 
 
 class NoGenerator(SplitFedV1):
-    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> Any:
+    def client_step(self, client: Any, t: int, step: int, x: Tensor, y: Tensor) -> Any:
         return None
 
 
 class Wishing(SplitFedV1):
-    def client_step(self, client: Any, round: int, step: int, x: Tensor, y: Tensor) -> Any:
+    def client_step(self, client: Any, t: int, step: int, x: Tensor, y: Tensor) -> Any:
         yield "a gradient"
 
 
@@ -373,7 +373,7 @@ class WrongKind(FslSage):
 
 
 class Forgetful(SplitFedV1):
-    def ranking(self, round: int) -> list[int]:
+    def ranking(self, t: int) -> list[int]:
         return [0]
 
 

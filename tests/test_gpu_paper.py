@@ -176,11 +176,11 @@ class StandIn:
         recorder = SimpleNamespace(last=None)
         name = experiment.config.algorithm.name
 
-        def complete_round(round: int, on_round: Callable[..., None], evaluate: bool) -> bool:
-            self.turns.append((name, round, evaluate))
-            self.now += self._costs(name, round)
-            accuracy = round / 100 if evaluate else None
-            recorder.last = line(round, accuracy, evaluation_seconds=0.0)
+        def complete_round(t: int, on_round: Callable[..., None], evaluate: bool) -> bool:
+            self.turns.append((name, t, evaluate))
+            self.now += self._costs(name, t)
+            accuracy = t / 100 if evaluate else None
+            recorder.last = line(t, accuracy, evaluation_seconds=0.0)
             on_round(recorder.last, ())
             return False
 
@@ -195,7 +195,7 @@ class StandIn:
 
 def test_they_take_turns_and_end_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round of all is not begun where an alignment of the one, known by the first, would end too late."""
-    stand_in = StandIn(lambda name, round: 50.0 if name == "fsl_sage" and round % 10 == 0 else 2.0)
+    stand_in = StandIn(lambda name, t: 50.0 if name == "fsl_sage" and t % 10 == 0 else 2.0)
     assert stand_in.run(monkeypatch, tmp_path, seconds=140.0) == 0
     turns = [(name, round) for round in range(10) for name in gpu_paper.ALGORITHMS]
     assert [turn[:2] for turn in stand_in.turns] == turns
@@ -208,7 +208,7 @@ def test_they_take_turns_and_end_in_time(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_first_round_of_each_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    stand_in = StandIn(lambda name, round: 10.0)
+    stand_in = StandIn(lambda name, t: 10.0)
     assert stand_in.run(monkeypatch, tmp_path, seconds) == 0
     assert stand_in.turns == [(name, 0, True) for name in gpu_paper.ALGORITHMS]
     assert (tmp_path / "out" / "table.md").exists()
@@ -218,8 +218,8 @@ def test_the_first_round_of_each_is_done(
 def test_one_that_fails_costs_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: int
 ) -> None:
-    def costs(name: str, round: int) -> float:
-        if (name, round) == ("cse_fsl", at):
+    def costs(name: str, t: int) -> float:
+        if (name, t) == ("cse_fsl", at):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return 10.0
 
@@ -234,7 +234,7 @@ def test_one_that_fails_costs_no_other(
 
 
 def test_all_that_fail_leave_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, round: int) -> float:
+    def fail(name: str, t: int) -> float:
         raise RuntimeError(name)
 
     assert StandIn(fail).run(monkeypatch, tmp_path, seconds=100.0) == 1
@@ -252,8 +252,8 @@ def test_a_round_that_hangs_is_given_up(
         statuses.append(status)
         ended.set()
 
-    def costs(name: str, round: int) -> float:
-        if round == 1:
+    def costs(name: str, t: int) -> float:
+        if t == 1:
             assert ended.wait(60)
             raise RuntimeError("the process has ended")
         return 0.0

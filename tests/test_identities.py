@@ -100,7 +100,7 @@ def test_one_client_is_plain_training_in_one_process(name: str) -> None:
     whole = nn.Sequential(split.client, split.server)
     optimizer = torch.optim.Adam(whole.parameters(), lr=3e-3)
     for round in range(3):
-        for x, y in data.shuffled(seed=0, round=round, client=0, epochs=1, augment=True):
+        for x, y in data.shuffled(seed=0, t=round, client=0, epochs=1, augment=True):
             optimizer.zero_grad()
             F.cross_entropy(whole(x), y).backward()
             optimizer.step()
@@ -131,7 +131,7 @@ def test_client_major_trains_one_client_after_the_other_on_one_server_model() ->
         )
         whole = nn.Sequential(copy.deepcopy(split.client), split.server)
         optimizer = torch.optim.SGD(whole.parameters(), lr=0.05)
-        for x, y in data.shuffled(seed=0, round=0, client=client, epochs=1, augment=True):
+        for x, y in data.shuffled(seed=0, t=0, client=client, epochs=1, augment=True):
             optimizer.zero_grad()
             F.cross_entropy(whole(x), y).backward()
             optimizer.step()

@@ -88,8 +88,8 @@ def test_a_client_draws_each_of_its_texts_once_and_always_in_the_same_order(toy_
     samples = task.load(train=True).subset(range(10))
     batches = task.batches(samples, 4, CPU)
 
-    def drawn(seed: int, round: int, client: int, epochs: int = 1) -> list[tuple[int, ...]]:
-        parts = batches.shuffled(seed, round, client, epochs, augment=True)
+    def drawn(seed: int, t: int, client: int, epochs: int = 1) -> list[tuple[int, ...]]:
+        parts = batches.shuffled(seed, t, client, epochs, augment=True)
         return [tuple(row.tolist()) for x, y in parts for row in torch.cat((x, y), 1)]
 
     stored = [tuple(row.tolist()) for x, y in batches.in_order() for row in torch.cat((x, y), 1)]

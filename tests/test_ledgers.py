@@ -53,10 +53,10 @@ def test_averaging_the_auxiliary_models_is_in_the_paper_ledger() -> None:
     assert every_round - never == 10 * 2 * auxiliary
 
 
-def by_the_rule(planned: Scenario, round: int) -> int:
+def by_the_rule(planned: Scenario, t: int) -> int:
     """ALGORITHM.md's words, worked out by hand for each algorithm."""
     keys, sizes = planned.config.algorithm, planned.sizes
-    participants = planned.federation.participants(round)
+    participants = planned.federation.participants(t)
     m, batches = len(participants), [planned.federation.batch_sizes[client] for client in participants]
     every, uploaded = sum(map(sum, batches)), sum(sum(each[:: keys.upload_every]) for each in batches)
     match keys.name:
@@ -66,21 +66,21 @@ def by_the_rule(planned: Scenario, round: int) -> int:
             return 2 * sizes.client * m + 2 * sizes.smashed * every
         case "cse_fsl":
             return 2 * (sizes.client + sizes.auxiliary) * m + sizes.smashed * uploaded
-    if keys.warm_start and round == 0:
+    if keys.warm_start and t == 0:
         return 2 * (sizes.client + sizes.auxiliary) * m + sizes.smashed * uploaded
-    aligned = sum(aligns(planned, client, round) for client in participants)
+    aligned = sum(aligns(planned, client, t) for client in participants)
     averaged = keys.average_auxiliary == "round" or (keys.average_auxiliary == "alignment" and aligned > 0)
     auxiliary = sizes.auxiliary * (aligned + 2 * m * averaged)
     return 2 * sizes.client * m + auxiliary + sizes.smashed * uploaded
 
 
-def aligns(planned: Scenario, client: int, round: int) -> bool:
+def aligns(planned: Scenario, client: int, t: int) -> bool:
     """In the first of the rounds from the last due one on in which the client takes part."""
     first, every = int(planned.config.algorithm.warm_start), planned.config.algorithm.align_every
-    if every is None or round < first:
+    if every is None or t < first:
         return False
-    due = first + (round - first) // every * every
-    return not any(client in planned.federation.participants(past) for past in range(due, round))
+    due = first + (t - first) // every * every
+    return not any(client in planned.federation.participants(past) for past in range(due, t))
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -14,7 +14,12 @@ from fslsage_rpc.plan.scenario import Scenario
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
 MODELS = {
     "resnet18": {"name": "resnet18", "cut": "layer2", "auxiliary": {"until": "layer3"}},
-    "resnet56": {"name": "resnet56", "cut": "layer1", "width": 16, "auxiliary": {"until": "layer2"}},
+    "resnet56": {
+        "name": "resnet56",
+        "cut": "layer1",
+        "arguments": {"width": 16},
+        "auxiliary": {"until": "layer2"},
+    },
 }
 PARTITIONS: dict[str, dict[str, Any]] = {
     "iid": {"partition": "iid"},

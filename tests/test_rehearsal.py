@@ -100,7 +100,7 @@ class ReadsNorm(SplitFedV1):
 
     auxiliary = "trained"
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         gradient = client.train_auxiliary(z, y)
         if gradient.norm() > 1:
@@ -109,23 +109,23 @@ class ReadsNorm(SplitFedV1):
 
 
 class ReadsItem(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Push(client.forward(x)[: y.max().item()], y)
 
 
 class PicksSamples(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         yield Push(z[y > 4], y[y > 4])
 
 
 class CountsLabels(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Push(client.forward(x), y.unique())
 
 
 class AsNumpy(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         if z.detach().numpy().mean() > 0:
             yield Push(z, y)
@@ -147,14 +147,14 @@ def test_a_mistake_that_has_nothing_to_do_with_values_is_told_with_its_line() ->
 
 
 class AlignsWithout(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         client.auxiliary_weights.load((yield Align()))
         client.backward(z, z)
 
 
 class AlignsAsIs(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Align()
 
 
@@ -163,59 +163,59 @@ class AlignsItsOwn(AlignsWithout):
 
 
 class EstimatesWithout(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         client.backward(z, client.estimate(z, y))
         yield Push(z, y)
 
 
 class TrainsWithout(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         client.backward(z, client.train_auxiliary(z, y))
         yield Push(z, y)
 
 
 class WholeExchanges(FedAvg):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Exchange(x, y)
 
 
 class WholeAligns(FedAvg):
     auxiliary = "aligned"
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Align()
 
 
 class Nothing(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Push(client.forward(x)[:0], y[:0])
 
 
 class TooFewLabels(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Exchange(client.forward(x), y[1:])
 
 
 class OtherShape(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Push(x, y)
 
 
 class HalfLabels(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         yield Push(client.forward(x), y.int())
 
 
 class WholeStep(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         client.train_whole_model(x, y)
         yield from ()
 
 
 class CutStep(FedAvg):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         client.forward(x)
         yield from ()
 
@@ -225,7 +225,7 @@ class Counts(SplitFedV1):
 
     steps = 0
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         self.steps += 1
         if self.steps == 1:
@@ -235,7 +235,7 @@ class Counts(SplitFedV1):
 class AlignsOnNothing(FslSage):
     """Exchanges, which fills no alignment buffer."""
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         client.backward(z, (yield Exchange(z, y)))
         yield Align()
@@ -244,7 +244,7 @@ class AlignsOnNothing(FslSage):
 class NoGradient(SplitFedV1):
     """Takes a push's answer, which is none, for a gradient."""
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         client.backward(z, (yield Push(z, y)))
 
@@ -257,8 +257,8 @@ def test_backward_takes_a_gradient_like_smashed_data() -> None:
 class RanksTwo(SplitFedV1):
     """Would leave clients out from the second round on."""
 
-    def ranking(self, round: int) -> list[int]:
-        return self.federation.participants(round)[: 2 if round else None]
+    def ranking(self, t: int) -> list[int]:
+        return self.federation.participants(t)[: 2 if t else None]
 
 
 def test_a_ranking_is_of_all_participants_in_every_round(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_ranking_is_of_all_participants_in_every_round(tmp_path: Path) -> None
 
 
 class Raises(SplitFedV1):
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         raise ZeroDivisionError("not\nto-day")
         yield
 
@@ -323,10 +323,10 @@ def test_what_is_not_rehearsed_is_refused_when_it_is_asked(
 class TrainsUnannounced(FslSage):
     """Trains its auxiliary model only where there are numbers."""
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         if not x.is_meta:
             client.train_auxiliary(client.forward(x), y)
-        yield from super().client_step(client, round, step, x, y)
+        yield from super().client_step(client, t, step, x, y)
 
 
 def test_training_an_auxiliary_model_that_was_not_rehearsed_ends_the_run(tmp_path: Path) -> None:
@@ -345,55 +345,55 @@ class Departing(SplitFedV1):
 
     auxiliary = "trained"
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         gradient = client.train_auxiliary(z, y)
-        yield from self.ask(says(gradient), round, step, z, y)
+        yield from self.ask(says(gradient), t, step, z, y)
         client.backward(z, gradient)
 
-    def ask(self, departs: bool, round: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
+    def ask(self, departs: bool, t: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
         if not departs:
             yield Push(z, y)
 
 
 class PushesHalf(Departing):
-    def ask(self, departs: bool, round: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
+    def ask(self, departs: bool, t: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
         n = len(y)
         yield Push(z[: n // 2], y[: n // 2]) if departs else Push(z, y)
 
 
 class PushesFloats(Departing):
-    def ask(self, departs: bool, round: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
+    def ask(self, departs: bool, t: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
         yield Push(z.float() if departs else z, y)
 
 
 class Exchanges(Departing):
-    def ask(self, departs: bool, round: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
+    def ask(self, departs: bool, t: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
         yield Exchange(z, y) if departs else Push(z, y)
 
 
 class PushesTwice(Departing):
-    def ask(self, departs: bool, round: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
+    def ask(self, departs: bool, t: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
         yield Push(z, y)
         if departs:
             yield Push(z, y)
 
 
 class PushesLater(Departing):
-    def ask(self, departs: bool, round: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
+    def ask(self, departs: bool, t: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
         if step == (1 if departs else 0):
             yield Push(z, y)
 
 
 class PushesSooner(Departing):
-    def ask(self, departs: bool, round: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
+    def ask(self, departs: bool, t: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
         if step == (0 if departs else 1):
             yield Push(z, y)
 
 
 class PushesAtLast(Departing):
-    def ask(self, departs: bool, round: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
-        if round == 1 and departs:
+    def ask(self, departs: bool, t: int, step: int, z: Tensor, y: Tensor) -> ClientStep:
+        if t == 1 and departs:
             yield Push(z, y)
 
 

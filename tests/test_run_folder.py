@@ -12,7 +12,7 @@ import fslsage_rpc
 from fslsage_rpc.measure.phases import OF_CLIENTS
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.runs.records import interval_median
-from fslsage_rpc.transport.wire_ledger import KINDS
+from fslsage_rpc.transport.wire_ledger import WIRE_KINDS
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_totals_are_sums(run: Any) -> None:
     assert [line["paper_bytes_total"] for line in run.rounds] == paper.tolist()
     assert run.summary["training_seconds"] == pytest.approx(elapsed[-1])
     assert run.summary["paper_bytes_total"] == paper[-1]
-    for kind in KINDS:
+    for kind in WIRE_KINDS:
         total = sum(line["wire_bytes"][kind] for line in run.rounds)
         assert run.summary["wire_bytes"][kind] == total
         if kind not in ("weights_allreduce", "evaluation"):  # those belong to ranks, not to clients

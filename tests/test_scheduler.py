@@ -104,10 +104,10 @@ def test_a_full_window_suspends_that_client_and_not_its_rank() -> None:
 def test_an_upload_does_not_interrupt_its_step() -> None:
     seen: list[int] = []
 
-    def client(id: int) -> ClientRound:
+    def client(client_id: int) -> ClientRound:
         yield BeginStep(0)
         yield push()
-        seen.append(id)  # before anybody else begins: its activations are free
+        seen.append(client_id)  # before anybody else begins: its activations are free
 
     server, _ = run({id: client(id) for id in range(3)}, seconds=0.05)
     assert seen == [0, 1, 2]
@@ -130,11 +130,11 @@ def test_a_rank_has_so_many_steps_open_however_many_clients(kind: Callable[[], A
 def test_the_earliest_step_is_let_in_first_whoever_has_made_more_requests() -> None:
     """Client 0 makes two requests at its first step, and its second step is still due before client 1's."""
 
-    def client(id: int) -> ClientRound:
+    def client(client_id: int) -> ClientRound:
         for step in range(2):
             yield BeginStep(step)
             yield push()
-            if id == 0 and step == 0:
+            if client_id == 0 and step == 0:
                 yield Align()
 
     server, _ = run({0: client(0), 1: client(1)}, window=5, seconds=0.05)
@@ -146,10 +146,10 @@ def test_the_earliest_step_is_let_in_first_whoever_has_made_more_requests() -> N
 def test_answers_reach_the_client_that_asked() -> None:
     answers: dict[int, list[Any]] = {0: [], 1: []}
 
-    def client(id: int) -> ClientRound:
+    def client(client_id: int) -> ClientRound:
         yield BeginStep(0)
-        answers[id].append((yield exchange()))
-        answers[id].append((yield Align()))
+        answers[client_id].append((yield exchange()))
+        answers[client_id].append((yield Align()))
 
     _, timeline = run({0: client(0), 1: client(1)})
     assert answers == {0: ["answer 0", "answer 1"], 1: ["answer 0", "answer 1"]}
@@ -182,7 +182,7 @@ def test_an_answer_stays_when_an_uploads_own_comes_after_it() -> None:
 def test_a_wait_of_one_client_is_another_ones_time_to_compute() -> None:
     """Four clients share a rank that always has one to go on with: waiting is measured only at the end."""
 
-    def client(id: int) -> ClientRound:
+    def client(client_id: int) -> ClientRound:
         for step in range(5):
             yield BeginStep(step)
             time.sleep(0.02)  # stands for computation

@@ -197,7 +197,7 @@ def test_curves_of_one_algorithm_can_be_told_apart(count: int) -> None:
 
 def test_curves_and_bars_of_a_run_have_one_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(comparison, "rendered", lambda figure, format: figures.append(figure) or b"")
+    monkeypatch.setattr(comparison, "rendered", lambda figure, form: figures.append(figure) or b"")
     series = series_of(*(unlike(tmp_path / f"{number}", number) for number in range(3)))
     comparison.compose(series, [])
     handles = figures[0].legends[0].legend_handles

@@ -186,9 +186,9 @@ def test_three_rounds_and_three_more_are_six(tmp_path: Path) -> None:
         assert_whole(run)
 
 
-def between(lines: list[dict[str, Any]], round: int) -> float:
+def between(lines: list[dict[str, Any]], t: int) -> float:
     """A paper ledger in GiB that is passed in this round, from 1."""
-    return (lines[round - 2]["paper_bytes_total"] + lines[round - 1]["paper_bytes_total"]) / 2**31
+    return (lines[t - 2]["paper_bytes_total"] + lines[t - 1]["paper_bytes_total"]) / 2**31
 
 
 def test_the_paper_ledger_ends_a_run_in_the_round_that_passes_its_limit(tmp_path: Path) -> None:

@@ -75,19 +75,19 @@ def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
     return algorithm
 
 
-def ranked(algorithm: Algorithm, round: int) -> list[int]:
+def ranked(algorithm: Algorithm, t: int) -> list[int]:
     """The ranking of a round.
 
     Raises:
         InputError: it is not that of all participants.
     """
-    if wrong := _misranked(algorithm, round):
+    if wrong := _misranked(algorithm, t):
         raise InputError(f"algorithm.name: got {algorithm.keys.name!r}, whose {wrong}")
-    return algorithm.ranking(round)
+    return algorithm.ranking(t)
 
 
-def _misranked(algorithm: Algorithm, round: int) -> str | None:
-    ranking, participants = algorithm.ranking(round), algorithm.federation.participants(round)
+def _misranked(algorithm: Algorithm, t: int) -> str | None:
+    ranking, participants = algorithm.ranking(t), algorithm.federation.participants(t)
     if sorted(ranking) == participants:
         return None
     return f"ranking is {ranking}, expected the participants, {participants}, in some order"

@@ -39,12 +39,16 @@ class Algorithm(ABC):
         self.federation = federation
 
     @abstractmethod
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
-        """One local step of a participating client on x `[B, ...]` and labels y `[B, ...]`."""
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        """One local step of a participating client on x `[B, ...]` and labels y `[B, ...]`.
 
-    def ranking(self, round: int) -> list[int]:
+        Args:
+            t: the round, from 0; `step`: in it, likewise.
+        """
+
+    def ranking(self, t: int) -> list[int]:
         """All participants, in the order that the server takes them in within a step."""
-        return self.federation.participants(round)
+        return self.federation.participants(t)
 
     @property
     def average_auxiliary(self) -> Literal["never", "alignment", "round"]:

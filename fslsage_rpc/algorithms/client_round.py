@@ -10,7 +10,7 @@ from fslsage_rpc.parties.requests import KINDS, Align, Ask, BeginStep, ClientRou
 
 
 def client_round(
-    algorithm: Algorithm, client: Client, round: int, rehearsed: Sequence[Ask] | None, made: list[Ask]
+    algorithm: Algorithm, client: Client, t: int, rehearsed: Sequence[Ask] | None, made: list[Ask]
 ) -> ClientRound:
     """The round of one participating client, starting from the averaged client model.
 
@@ -23,7 +23,7 @@ def client_round(
     Raises:
         InputError: a step of an algorithm of the user's own asks anything else than it announced.
     """
-    batches = client.batches(round)
+    batches = client.batches(t)
     asking = None if rehearsed is None else {ask.step for ask in rehearsed}
 
     def notice(ask: Ask) -> None:
@@ -38,7 +38,7 @@ def client_round(
     for step in range(algorithm.federation.steps(client.id)):
         if asking is None or step in asking:
             yield BeginStep(step)
-        requests = algorithm.client_step(client, round, step, *next(batches))
+        requests = algorithm.client_step(client, t, step, *next(batches))
         yield from watched(algorithm, client, requests, step, notice)
         if rehearsed is not None and len(made) < len(rehearsed) and rehearsed[len(made)].step == step:
             raise _departure(algorithm, step, None, rehearsed[len(made)])

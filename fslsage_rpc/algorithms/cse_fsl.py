@@ -17,7 +17,7 @@ class CseFsl(Algorithm):
     uses = frozenset({"upload_every"})
     auxiliary = "trained"
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)  # smashed data [B, ...]
         if step % self.keys.upload_every == 0:
             yield Push(z, y)  # one way

@@ -13,6 +13,6 @@ class FedAvg(Algorithm):
     name = "fedavg"
     client_holds_whole_model = True
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         client.train_whole_model(x, y)
         yield from ()  # it asks nothing of the server

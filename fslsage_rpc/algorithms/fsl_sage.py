@@ -20,22 +20,22 @@ class FslSage(Algorithm):
     uses = frozenset({"upload_every", "align_every", "warm_start"})
     auxiliary = "aligned"
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)  # smashed data [B, ...]
         if step % self.keys.upload_every == 0:
             yield Push(z, y)  # one way
-        if self.keys.warm_start and round == 0:
+        if self.keys.warm_start and t == 0:
             client.backward(z, client.train_auxiliary(z, y))  # as in CSE-FSL
             return
-        if step == 0 and self.aligns(client.id, round):
+        if step == 0 and self.aligns(client.id, t):
             fitted = yield Align()  # the only blocking remote forward and backward
             client.auxiliary_weights.load(fitted)
         client.backward(z, client.estimate(z, y))  # ĝ in place of g
 
-    def aligns(self, client: int, round: int) -> bool:
+    def aligns(self, client: int, t: int) -> bool:
         """Is this the client's first round since an alignment was due?"""
-        past = round - int(self.keys.warm_start)  # rounds in which alignments could be due
+        past = t - int(self.keys.warm_start)  # rounds in which alignments could be due
         if self.keys.align_every is None or past < 0:
             return False
-        due = round - past % self.keys.align_every  # the last round in which one was
-        return not any(client in self.federation.participants(earlier) for earlier in range(due, round))
+        due = t - past % self.keys.align_every  # the last round in which one was
+        return not any(client in self.federation.participants(earlier) for earlier in range(due, t))

@@ -43,9 +43,13 @@ class StandIn:
     """
 
     def __init__(
-        self, id: int, smashed: Callable[[int], Tensor], weights: Weights, auxiliary_weights: Weights | None
+        self,
+        client_id: int,
+        smashed: Callable[[int], Tensor],
+        weights: Weights,
+        auxiliary_weights: Weights | None,
     ):
-        self.id = id
+        self.id = client_id
         self.weights = weights
         self.events: list[str | Ask] = []
         self._smashed = smashed
@@ -186,7 +190,7 @@ class Rehearsal:
             if self.course(0) != first:
                 raise refusal(algorithm, "asks otherwise when it is rehearsed again: by what it remembers")
 
-    def course(self, round: int) -> Course | None:
+    def course(self, t: int) -> Course | None:
         """The course of a round; None where requests depend on values.
 
         Raises:
@@ -194,9 +198,9 @@ class Rehearsal:
         """
         if self._algorithm.requests_depend_on_values:
             if self._algorithm.client_holds_whole_model:  # there is no server model to ask
-                return Course({client: [] for client in self._federation.participants(round)}, False)
+                return Course({client: [] for client in self._federation.participants(t)}, False)
             return None
-        clients = self.clients(round)
+        clients = self.clients(t)
         return Course(
             {client: rehearsed.asks for client, rehearsed in clients.items()},
             any(rehearsed.trains_auxiliary for rehearsed in clients.values()),
@@ -211,39 +215,39 @@ class Rehearsal:
             found |= {ask.kind for asks in course.asks.values() for ask in asks}
         return found
 
-    def clients(self, round: int) -> dict[int, ClientRehearsal]:
+    def clients(self, t: int) -> dict[int, ClientRehearsal]:
         """The round of each participant."""
-        participants = self._federation.participants(round)
-        if self._last is None or self._last[0] != (round, participants):
-            rehearsed = {client: self.client(client, round) for client in participants}
+        participants = self._federation.participants(t)
+        if self._last is None or self._last[0] != (t, participants):
+            rehearsed = {client: self.client(client, t) for client in participants}
             for client, its in rehearsed.items():
-                if 0 in its.aligned(0, self._buffer_size) and not self.buffered(client, round):
-                    wrong = f"yields Align in round {round + 1} for client {client}, which has pushed nothing"
+                if 0 in its.aligned(0, self._buffer_size) and not self.buffered(client, t):
+                    wrong = f"yields Align in round {t + 1} for client {client}, which has pushed nothing"
                     raise refusal(self._algorithm, wrong)
-            self._last = (round, participants), rehearsed
+            self._last = (t, participants), rehearsed
         return self._last[1]
 
-    def client(self, client: int, round: int) -> ClientRehearsal:
+    def client(self, client: int, t: int) -> ClientRehearsal:
         """The round of a client, if it takes part."""
         sizes = self._federation.batch_sizes[client]
         stand_in = StandIn(client, lambda size: self._batch(size)[2], self._weights, self._auxiliary)
-        return ClientRehearsal([self._step(stand_in, round, k, size) for k, size in enumerate(sizes)])
+        return ClientRehearsal([self._step(stand_in, t, k, size) for k, size in enumerate(sizes)])
 
-    def buffered(self, client: int, round: int) -> int:
+    def buffered(self, client: int, t: int) -> int:
         """The samples in a client's alignment buffer at the beginning of a round."""
         samples = 0
-        for past in reversed(range(round)):
+        for past in reversed(range(t)):
             if samples >= self._buffer_size:
                 break
             if client in self._federation.participants(past):
                 samples += self.client(client, past).uploaded
         return min(samples, self._buffer_size)
 
-    def aligned(self, client: int, round: int) -> list[int]:
+    def aligned(self, client: int, t: int) -> list[int]:
         """The samples in the client's alignment buffer at each of its alignments in a round."""
-        return self.client(client, round).aligned(self.buffered(client, round), self._buffer_size)
+        return self.client(client, t).aligned(self.buffered(client, t), self._buffer_size)
 
-    def _step(self, client: StandIn, round: int, step: int, samples: int) -> list[str | Ask]:
+    def _step(self, client: StandIn, t: int, step: int, samples: int) -> list[str | Ask]:
         """The events of a local step, in order."""
         algorithm, (x, y, _) = self._algorithm, self._batch(samples)
         client.events = []
@@ -252,7 +256,7 @@ class Rehearsal:
             requests = watched(
                 algorithm,
                 as_client,
-                algorithm.client_step(as_client, round, step, x, y),
+                algorithm.client_step(as_client, t, step, x, y),
                 step,
                 client.note,
             )

@@ -11,7 +11,7 @@ from fslsage_rpc.randomness import numpy_stream
 class SplitFed(Algorithm):
     """Every client step waits for the true cut-layer gradient of its batch."""
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)  # smashed data [B, ...]
         g = yield Exchange(z, y)  # true cut-layer gradient [B, ...]
         client.backward(z, g)
@@ -36,7 +36,7 @@ class SplitFedV2(SplitFed):
 
     name = "splitfed_v2"
 
-    def ranking(self, round: int) -> list[int]:
-        drawn = numpy_stream(self.federation.seed, "server order", round)
-        order: list[int] = drawn.permutation(self.federation.participants(round)).tolist()
+    def ranking(self, t: int) -> list[int]:
+        drawn = numpy_stream(self.federation.seed, "server order", t)
+        order: list[int] = drawn.permutation(self.federation.participants(t)).tolist()
         return order

@@ -185,8 +185,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _mib(bytes: int | None) -> str:
-    return "-" if bytes is None else f"{bytes / MIB:,.1f}"
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / MIB:,.1f}"
 
 
 def _rate(bytes_per_second: float) -> str:

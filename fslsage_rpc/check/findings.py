@@ -342,9 +342,9 @@ def rounds_counted(experiment: Experiment) -> int:
     return min(experiment.config.rounds, some)
 
 
-def size(bytes: float) -> str:
+def size(amount: float) -> str:
     """In MiB or GiB."""
-    return f"{bytes / GIB:,.1f} GiB" if bytes >= GIB else f"{bytes / MIB:,.1f} MiB"
+    return f"{amount / GIB:,.1f} GiB" if amount >= GIB else f"{amount / MIB:,.1f} MiB"
 
 
 def _listed(ranks: Sequence[int]) -> str:

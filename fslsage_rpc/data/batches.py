@@ -43,11 +43,11 @@ class ImageBatches:
             yield self._normalise(images), labels
 
     def shuffled(
-        self, seed: int, round: int, client: int, epochs: int, augment: bool
+        self, seed: int, t: int, client: int, epochs: int, augment: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The training batches of one client in one round: x `[B, C, H, W]` and y `[B]`."""
-        shuffle = numpy_stream(seed, "shuffle", round, client)
-        chance = torch_stream(seed, "augment", round, client)
+        shuffle = numpy_stream(seed, "shuffle", t, client)
+        chance = torch_stream(seed, "augment", t, client)
         samples, positions = len(self.labels), 2 * self._spec.crop_padding + 1
         for _ in range(epochs):
             order = self._moved(torch.from_numpy(shuffle.permutation(samples)))

@@ -26,9 +26,9 @@ class Federation:
         self._drawn: dict[int, list[int]] = {}
         self._present = {0: list(range(len(samples)))}  # from each of these rounds on
 
-    def present(self, round: int) -> list[int]:
+    def present(self, t: int) -> list[int]:
         """The clients that are in the run in a round, ascending: those of ranks that were not lost."""
-        return self._present[max(first for first in self._present if first <= round)]
+        return self._present[max(first for first in self._present if first <= t)]
 
     def follow(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Take in who was lost and who came back, and when: the events of `metrics.jsonl`, all of them."""
@@ -39,20 +39,20 @@ class Federation:
             there, its = set(self.present(round)), set(event["clients"])
             self._present[round] = sorted(there - its if event["event"] == "loss" else there | its)
 
-    def participants(self, round: int) -> list[int]:
+    def participants(self, t: int) -> list[int]:
         """The clients that train in a round, ascending."""
-        present = self.present(round)
+        present = self.present(t)
         count = _share_of(len(present), self._participation)
         if count == len(present):
             return present
-        if round not in self._drawn:  # asked for again and again, by client and round
-            drawn = numpy_stream(self.seed, "participants", round).choice(len(present), count, replace=False)
-            self._drawn[round] = sorted(present[place] for place in drawn)
-        return self._drawn[round]
+        if t not in self._drawn:  # asked for again and again, by client and round
+            drawn = numpy_stream(self.seed, "participants", t).choice(len(present), count, replace=False)
+            self._drawn[t] = sorted(present[place] for place in drawn)
+        return self._drawn[t]
 
-    def shares(self, round: int) -> dict[int, float]:
+    def shares(self, t: int) -> dict[int, float]:
         """w_i = n_i / sum(n) over the round's participants; they add up to 1 but for rounding."""
-        participants = self.participants(round)
+        participants = self.participants(t)
         total = sum(self.samples[client] for client in participants)
         return {client: self.samples[client] / total for client in participants}
 

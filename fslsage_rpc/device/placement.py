@@ -10,6 +10,8 @@ from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.streams import own_stream
 from fslsage_rpc.errors import HostError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class GpuPlace:
@@ -74,7 +76,7 @@ def choose_device(keys_device: str, index: int) -> torch.device:
     if keys_device == "cuda" and not torch.cuda.is_available():
         raise HostError("device: got 'cuda', expected auto or cpu: torch sees no CUDA device here")
     if keys_device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
+        return CPU
     return torch.device("cuda", index % torch.cuda.device_count())
 
 

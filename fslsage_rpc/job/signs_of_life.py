@@ -15,7 +15,7 @@ from torch.distributed import Store
 from fslsage_rpc.job.connections import Patience
 from fslsage_rpc.job.roll_call import FAILURE, Presence, claim_failure
 
-Answer = TypeVar("Answer")
+Told = TypeVar("Told")
 
 PERIOD_SECONDS = 1.0
 CONNECTING_SECONDS = 30.0
@@ -48,7 +48,7 @@ class Clock:
         finally:
             timer.cancel()
 
-    def within(self, seconds: float, question: Callable[[], Answer]) -> Answer | None:
+    def within(self, seconds: float, question: Callable[[], Told]) -> Told | None:
         """The answer, asked for on another thread; None where it comes too late, or is a RuntimeError."""
         answers = []
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from fslsage_rpc.device.clock import DeviceIntervals, clock, cpu_clock, device_clock
+from fslsage_rpc.device.placement import CPU
 from fslsage_rpc.measure.trace import Arrow, Span, Tracer
 
 
@@ -28,7 +29,7 @@ class Timeline:
         self._cpu_seconds: dict[str, float] = {}
         self.row = row
         self._tracer = tracer
-        self._device = device or torch.device("cpu")
+        self._device = device or CPU
         self._on_device: DeviceIntervals[str] = DeviceIntervals()
         self._open: str | None = None
 

@@ -93,11 +93,11 @@ class TraceFile:
         self._events: list[dict[str, Any]] = []
         self._rows: dict[tuple[int, str], int] = {}
 
-    def add_round(self, round: int, spans: Sequence[Sequence[Span]]) -> None:
+    def add_round(self, number: int, spans: Sequence[Sequence[Span]]) -> None:
         """The spans of one round, by rank."""
         for rank, mine in enumerate(spans):
             for span in mine:
-                self._add(round, rank, span)
+                self._add(number, rank, span)
 
     def text(self) -> str:
         """The file: times in microseconds from the first span on."""
@@ -109,17 +109,17 @@ class TraceFile:
         other = {"clock_offsets_to_rank_0": offsets}
         return json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": other})
 
-    def _add(self, round: int, rank: int, span: Span) -> None:
+    def _add(self, number: int, rank: int, span: Span) -> None:
         place = {
             "pid": rank,
             "tid": self._rows.setdefault((rank, span.row), len(self._rows) + 1),
             "ts": 1e6 * (span.started + self._offsets[rank].seconds),
         }
-        timed = {"ph": "X", "name": span.name, "dur": 1e6 * span.seconds, "args": {"round": round}}
+        timed = {"ph": "X", "name": span.name, "dur": 1e6 * span.seconds, "args": {"round": number}}
         self._events.append({**place, **timed})
         if span.arrow is not None:
             kind = {"ph": "s"} if span.arrow.end == "request" else {"ph": "f", "bp": "e"}
-            id = f"{round}.{span.arrow.client}.{span.arrow.number}"
+            id = f"{number}.{span.arrow.client}.{span.arrow.number}"
             self._events.append({**place, **kind, "name": "request", "cat": "request", "id": id})
 
 

@@ -50,13 +50,13 @@ class AuxiliaryModel(Segment):
         self._pools, self._channels_last, self._every_position = pools, channels_last, every_position
         self._head: tuple[str, ...] = ()
 
-    def _pass_on(self, input: Tensor) -> Tensor:
+    def _pass_on(self, x: Tensor) -> Tensor:
         if self._head:
-            h = super()._pass_on(input)
+            h = super()._pass_on(x)
             for name in self._head:
                 h = self.get_submodule(name)(h)
             return h
-        features = self.classifier_input(input)
+        features = self.classifier_input(x)
         hidden = self.get_submodule("hidden")(features).relu() if "hidden" in self._modules else features
         logits: Tensor = self.get_submodule("fc")(hidden)
         return logits

@@ -55,14 +55,14 @@ class KeyedMask(nn.Module):
         self._seed = key + self._name_hash
         self.calls = self._first_call = first_call
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """The masked input, of its shape; the input itself in eval mode."""
         if not self.training or self.p == 0:
-            return input
+            return x
         # Contiguous, whatever the input: which of its numbers stay must not depend on their order in memory.
-        mask = torch.empty(self._shape(input), dtype=input.dtype, device=input.device)
-        mask.bernoulli_(1 - self.p, generator=self._seeded(input.device))
-        return input * (mask if self.p == 1 else mask.div_(1 - self.p))
+        mask = torch.empty(self._shape(x), dtype=x.dtype, device=x.device)
+        mask.bernoulli_(1 - self.p, generator=self._seeded(x.device))
+        return x * (mask if self.p == 1 else mask.div_(1 - self.p))
 
     def extra_repr(self) -> str:
         """As torch's own layers say it."""
@@ -86,22 +86,22 @@ class KeyedMask(nn.Module):
         return {**self.__dict__, "_generator": None}
 
 
-def _whole(input: Tensor) -> Shape:
-    return tuple(input.shape)
+def _whole(x: Tensor) -> Shape:
+    return tuple(x.shape)
 
 
-def _by_sample(input: Tensor) -> Shape:
-    return input.shape[0], *[1] * (input.dim() - 1)
+def _by_sample(x: Tensor) -> Shape:
+    return x.shape[0], *[1] * (x.dim() - 1)
 
 
-def _by_batch(input: Tensor) -> Shape:
-    return (1,) * input.dim()
+def _by_batch(x: Tensor) -> Shape:
+    return (1,) * x.dim()
 
 
-def _by_channel(unbatched: int, input: Tensor) -> Shape:
+def _by_channel(unbatched: int, x: Tensor) -> Shape:
     """Of `[B, C, ...]`, or of `[C, ...]` where it has as many dimensions as `unbatched`."""
-    kept = 1 if input.dim() == unbatched else 2
-    return *input.shape[:kept], *[1] * (input.dim() - kept)
+    kept = 1 if x.dim() == unbatched else 2
+    return *x.shape[:kept], *[1] * (x.dim() - kept)
 
 
 SHAPES: dict[type[nn.Module], Callable[[Tensor], Shape]] = {

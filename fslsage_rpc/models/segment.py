@@ -78,32 +78,32 @@ class Segment(nn.Module):
         self._reorders = {False: once, True: twice}
         self._always = always
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """The output `[B, ...]` for an input `[B, ...]`."""
-        if self.reorders(input):
-            return self._compute(input.contiguous(memory_format=torch.channels_last)).contiguous()
-        return self._compute(input)
+        if self.reorders(x):
+            return self._compute(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        return self._compute(x)
 
-    def reorders(self, input: Tensor) -> bool:
+    def reorders(self, x: Tensor) -> bool:
         """Is such an input reordered?"""
         weights = self._convolution_weights
-        if not self._reorders[_twice.get()] or input.dim() != 4 or weights == 0:
+        if not self._reorders[_twice.get()] or x.dim() != 4 or weights == 0:
             return False
-        pays = input.device.type == "cpu" and weights <= WEIGHTS_PER_NUMBER * input.numel()
+        pays = x.device.type == "cpu" and weights <= WEIGHTS_PER_NUMBER * x.numel()
         return self._always or pays
 
-    def _compute(self, input: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         """The output in its type."""
         if self._computes is None:
-            return self._pass_on(input)
+            return self._pass_on(x)
         # The cache of cast weights is one for all threads, and here each weight is used once in a pass.
-        with torch.autocast(input.device.type, self._computes, cache_enabled=False):
-            output = self._pass_on(input)
+        with torch.autocast(x.device.type, self._computes, cache_enabled=False):
+            output = self._pass_on(x)
         return output.to(self._gives)
 
-    def _pass_on(self, input: Tensor) -> Tensor:
+    def _pass_on(self, x: Tensor) -> Tensor:
         """The output in whatever type the model gives."""
-        output: Tensor = self._modes[self.training](self, input)
+        output: Tensor = self._modes[self.training](self, x)
         return output
 
     def _adopt(self, model: nn.Module, path: str) -> None:

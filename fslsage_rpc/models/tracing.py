@@ -265,8 +265,8 @@ def _descendants(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
 class _Crossing:
     """What a segment needs from before its start but need not be sent: sizes, and constants of the model."""
 
-    def __init__(self, model: nn.Module, trace: Trace, new: fx.Graph, input: fx.Node):
-        self._model, self._trace, self._new, self._input = model, trace, new, input
+    def __init__(self, model: nn.Module, trace: Trace, new: fx.Graph, start: fx.Node):
+        self._model, self._trace, self._new, self._input = model, trace, new, start
 
     def is_size(self, node: fx.Node) -> bool:
         """Is what a node gives no tensor, nor has tensors in it?"""

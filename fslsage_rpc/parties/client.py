@@ -32,23 +32,23 @@ class Client:
 
     def __init__(
         self,
-        id: int,
+        client_id: int,
         model: nn.Module,
         optimizer: ScheduledOptimizer,
         draw: Callable[[int], Iterator[tuple[Tensor, Tensor]]],
         context: Context,
         auxiliary: ClientAuxiliary | None = None,
     ):
-        self.id = id
+        self.id = client_id
         self.model = model
         self.weights = flatten(model)
         self.optimizer = optimizer
         self.losses = LossSum()  # of a client that trains the whole model
         self._draw = draw
         self._loss = context.loss
-        self._phase = partial(context.timeline.phase, row=f"client {id}")
+        self._phase = partial(context.timeline.phase, row=f"client {client_id}")
         self._auxiliary = auxiliary
-        self._at = LocalStep(client=id)
+        self._at = LocalStep(client=client_id)
         self._masks = Masks(model, context.seed)
         self.passes = context.graphed(self._masks, optimizer)
         self.whole_steps = context.graphed(self._masks, optimizer)
@@ -69,14 +69,14 @@ class Client:
         """Those of the auxiliary model."""
         return self.auxiliary.weights
 
-    def batches(self, round: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, t: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The client's training batches of a round, each made when it is asked for: x `[B, ...]`, y
         `[B, ...]`. What the client computes until the next belongs to that local step.
         """
-        batches, steps = self._draw(round), count()
+        batches, steps = self._draw(t), count()
 
         def draw() -> tuple[Tensor, Tensor] | None:
-            self._at = LocalStep(round, self.id, next(steps))
+            self._at = LocalStep(t, self.id, next(steps))
             with self._phase(Phase.DATA):
                 return next(batches, None)
 

@@ -6,12 +6,11 @@ import torch
 from torch.nn import functional as F
 
 from fslsage_rpc.device.graphs import CapturedOptimizer, Graphed
+from fslsage_rpc.device.placement import CPU
 from fslsage_rpc.device.streams import WorkQueue
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.parties.losses import Loss
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)

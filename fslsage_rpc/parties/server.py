@@ -76,11 +76,11 @@ class Server:
         self._round = 0
         self._plans: dict[int, Announced] = {}  # of participants, until all have announced theirs
 
-    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
+    def announce(self, t: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
         """Some participants announce their requests; the round opens when all have.
 
         Args:
-            round: its number, of which masks follow.
+            t: its number, of which masks follow.
             ranking: all participants, in the order that the server takes them in within a step.
         """
         with self._crew.changed:
@@ -91,7 +91,7 @@ class Server:
                         client: steps for client, steps in self._plans.items() if self.lanes[client] is lane
                     }
                     lane.mailbox.announce(mine, ranking)
-                self._round, self._plans = round, {}
+                self._round, self._plans = t, {}
 
     def submit(self, request: Request, reply: Reply) -> None:
         """Take in a request; `reply` is called with its answer, from some thread, once its turn is over."""

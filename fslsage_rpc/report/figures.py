@@ -259,11 +259,11 @@ def bars_figure(bars: Sequence[Bar], x_label: str) -> Figure:
     return figure
 
 
-def rendered(figure: Figure, format: str = "png") -> bytes:
+def rendered(figure: Figure, form: str = "png") -> bytes:
     """The picture as a file of this format: png, pdf or svg."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # publishers refuse Type 3, matplotlib's default
-        figure.savefig(buffer, format=format, dpi=130)
+        figure.savefig(buffer, format=form, dpi=130)
     return buffer.getvalue()
 
 

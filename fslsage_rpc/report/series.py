@@ -14,7 +14,7 @@ from fslsage_rpc.report.figures import display_name, rank_of
 from fslsage_rpc.report.labels import LETTERS, fitted
 from fslsage_rpc.report.sources import SavedRun, Tree
 
-FREE_KEYS = (
+LEFT_OUT = (
     "name",
     "seed",
     "output",
@@ -130,7 +130,7 @@ def comparable(run: SavedRun) -> Tree:
     Ranks and device are those that there were; keys that the algorithm does not read have their defaults.
     """
     tree = copy.deepcopy(run.config)
-    for key in FREE_KEYS:
+    for key in LEFT_OUT:
         *sections, last = key.split(".")
         section = tree
         for name in sections:

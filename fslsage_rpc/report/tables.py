@@ -217,9 +217,9 @@ def show_count(value: float) -> str:
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
 
 
-def show_mib(bytes: float) -> str:
+def show_mib(size: float) -> str:
     """Bytes in MiB."""
-    return f"{bytes / MIB:,.2f}"
+    return f"{size / MIB:,.2f}"
 
 
 def diverged(series: Series) -> str:

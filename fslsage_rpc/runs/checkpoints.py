@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from fslsage_rpc.config.schema import Checkpoint
+from fslsage_rpc.device.placement import CPU
 from fslsage_rpc.errors import HostError
 from fslsage_rpc.job.world import World
 from fslsage_rpc.runs.checkpoint_files import (
@@ -27,7 +28,6 @@ from fslsage_rpc.runs.checkpoint_files import (
 )
 from fslsage_rpc.runs.run_folder import RunFolder
 
-CPU = torch.device("cpu")
 WEIGHTS = {"floats", "integers"}
 """the keys of `Weights.state`"""
 SAMPLED_BYTES = 64

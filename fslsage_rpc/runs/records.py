@@ -14,7 +14,7 @@ from fslsage_rpc.measure.trace import Span
 from fslsage_rpc.parties.server import ServerReport
 from fslsage_rpc.runs.round_numbers import FIRST_ROUND
 from fslsage_rpc.tasks import Score
-from fslsage_rpc.transport.wire_ledger import KINDS, RANK
+from fslsage_rpc.transport.wire_ledger import RANK, WIRE_KINDS
 
 WATCHED = 0.9
 """the least share of a run's seconds whose load is known where the whole run's is told"""
@@ -107,7 +107,7 @@ class RoundRecorder:
         self._cpu_seconds = 0.0
         self._watched_seconds, self._others_seconds = 0.0, 0.0  # of rounds whose `host_busy` is known
         self._phases: dict[str, dict[str, float]] = {"client": {}, "server": {}}
-        self._wire_bytes = dict.fromkeys(KINDS, 0)
+        self._wire_bytes = dict.fromkeys(WIRE_KINDS, 0)
         self._last_scored: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
         self.diverged: int | None = None
@@ -122,7 +122,7 @@ class RoundRecorder:
 
     def add(
         self,
-        round: int,
+        t: int,
         reports: Sequence[RankReport],
         server: ServerReport,
         score: Score | None,
@@ -134,16 +134,16 @@ class RoundRecorder:
         """The line of one round.
 
         Args:
-            round: t, from 0.
+            t: the round, from 0.
             finite: are the weights? Where they or a loss are not, the line has `diverged`, and no score.
         """
         seconds = round_seconds(reports)
         self._elapsed_seconds += seconds
         self._paper_bytes += paper_bytes
-        wire_bytes = dict.fromkeys(KINDS, 0)
+        wire_bytes = dict.fromkeys(WIRE_KINDS, 0)
         for report in reports:
             for client, kinds in report.wire.items():
-                total = self.client_bytes.setdefault(client, dict.fromkeys(KINDS, 0))
+                total = self.client_bytes.setdefault(client, dict.fromkeys(WIRE_KINDS, 0))
                 for kind, bytes in kinds.items():
                     wire_bytes[kind] += bytes
                     total[kind] += bytes
@@ -153,7 +153,7 @@ class RoundRecorder:
         finite = finite and math.isfinite(loss_sum) and (score is None or math.isfinite(score.loss))
         score = score if finite else None
         line = {
-            "round": round + FIRST_ROUND,
+            "round": t + FIRST_ROUND,
             "train_loss": loss_sum / samples if samples else math.nan,
             "train_loss_of": self._train_loss_of,
             "test_loss": score.loss if score else None,
@@ -199,7 +199,7 @@ class RoundRecorder:
         for party, total in self._phases.items():
             for name, seconds in line["phases"][party].items():
                 total[name] = total.get(name, 0.0) + seconds
-        for kind in KINDS:
+        for kind in WIRE_KINDS:
             self._wire_bytes[kind] += line["wire_bytes"][kind]
         if line.get("diverged") and self.diverged is None:
             self.diverged = line["round"]

@@ -257,5 +257,5 @@ def can_be_shown(summary: Any) -> bool:
     return True
 
 
-def _mib(bytes: float) -> str:
-    return f"{bytes / MIB:.2f} MiB"
+def _mib(size: float) -> str:
+    return f"{size / MIB:.2f} MiB"

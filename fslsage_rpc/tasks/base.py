@@ -41,7 +41,7 @@ class Batches(Protocol):
         ...
 
     def shuffled(
-        self, seed: int, round: int, client: int, epochs: int, augment: bool
+        self, seed: int, t: int, client: int, epochs: int, augment: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The training batches of one client in one round, drawn from keyed streams."""
         ...

@@ -50,10 +50,10 @@ class TensorBatches:
         return zip(self._x.split(size), self._y.split(size), strict=True)
 
     def shuffled(
-        self, seed: int, round: int, client: int, epochs: int, augment: bool
+        self, seed: int, t: int, client: int, epochs: int, augment: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The training batches of one client in one round, in an order of their own in each epoch."""
-        drawn = numpy_stream(seed, "shuffle", round, client)
+        drawn = numpy_stream(seed, "shuffle", t, client)
         for _ in range(epochs):
             order = torch.from_numpy(drawn.permutation(len(self._y)))
             if self._x.device.type != "cpu":  # from pinned memory: the host does not wait

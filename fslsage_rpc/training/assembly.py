@@ -104,13 +104,13 @@ def build_clients(
     train = experiment.take_training_samples()
     context = shared_context(experiment, world, timeline)
 
-    def draw(id: int) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
-        samples = train.subset(experiment.parts[id])
+    def draw(client_id: int) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+        samples = train.subset(experiment.parts[client_id])
         batches = task.batches(samples, config.clients.batch_size, world.device)
         epochs, augment = config.clients.local_epochs, config.data.augment
-        return lambda round: batches.shuffled(config.seed, round, id, epochs, augment)
+        return lambda t: batches.shuffled(config.seed, t, client_id, epochs, augment)
 
-    def build(id: int) -> Client:
+    def build(client_id: int) -> Client:
         model = copy_of(experiment.client_model(), world.device)
         auxiliary = None
         if kind != "none":
@@ -120,11 +120,11 @@ def build_clients(
             if kind == "trained":
                 auxiliary.own()
         optimizer = ScheduledOptimizer(config.optimizer.client, trainable(model))
-        client = Client(id, model, optimizer, draw(id), context, auxiliary)
+        client = Client(client_id, model, optimizer, draw(client_id), context, auxiliary)
         if saved is not None:
-            client.load_state(saved.clients[id])
+            client.load_state(saved.clients[client_id])
             return client
-        weights, auxiliary_weights = link.initial_weights(id)
+        weights, auxiliary_weights = link.initial_weights(client_id)
         client.weights.load(weights)
         if auxiliary_weights is not None:
             client.auxiliary_weights.load(auxiliary_weights)

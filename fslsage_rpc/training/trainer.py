@@ -136,7 +136,7 @@ class Trainer:
             checkpoints.complete()
         return stops
 
-    def complete_round(self, round: int, on_round: OnRound, evaluate: bool = False) -> bool:
+    def complete_round(self, t: int, on_round: OnRound, evaluate: bool = False) -> bool:
         """Train and record one round, as `train` does, for trainings that take turns.
 
         Args:
@@ -145,30 +145,30 @@ class Trainer:
         Returns:
             Was it the last one?
         """
-        seconds = self.train_round(round)
-        last, _ = self._close_round(round, seconds, on_round, stop_requested=False, evaluate=evaluate)
+        seconds = self.train_round(t)
+        last, _ = self._close_round(t, seconds, on_round, stop_requested=False, evaluate=evaluate)
         return last
 
-    def train_round(self, round: int) -> float:
+    def train_round(self, t: int) -> float:
         """One round on the training clock: client rounds and server steps, then averaging.
 
         Returns:
             Seconds from the barrier before the round to the one after averaging.
         """
-        self._progress.round = round
+        self._progress.round = t
         federation, algorithm = self.experiment.federation, self._algorithm
-        shares = federation.shares(round)
-        course = self.experiment.rehearsal.course(round)
+        shares = federation.shares(t)
+        course = self.experiment.rehearsal.course(t)
         depth_first = self._config.server.order == "client_major"
         if self.server:
             estimated = course is None or not course.trains_auxiliary
             self.server.measure_drift = self._config.algorithm.measure_drift and estimated
-        ranking = ranked(algorithm, round)
-        order = federation.participants(round) if depth_first else ranking
+        ranking = ranked(algorithm, t)
+        order = federation.participants(t) if depth_first else ranking
         mine = [client for client in order if client in self.clients]
         if self._link:
             plans = {id: None if course is None else course.steps(id) for id in mine}
-            self._link.announce(round, plans, ranking)
+            self._link.announce(t, plans, ranking)
         made: dict[int, list[Ask]] = {client: [] for client in mine}
         self._transport.barrier()
         cores = CoreTimes.now()
@@ -183,10 +183,7 @@ class Trainer:
             )
             rehearsed: Mapping[int, list[Ask]] = {} if course is None else course.asks
             scheduler.run(
-                {
-                    id: client_round(algorithm, self.clients[id], round, rehearsed.get(id), made[id])
-                    for id in mine
-                }
+                {id: client_round(algorithm, self.clients[id], t, rehearsed.get(id), made[id]) for id in mine}
             )
         if self.server:
             self.server.wait()
@@ -236,7 +233,7 @@ class Trainer:
         }
 
     def _close_round(
-        self, round: int, seconds: float, on_round: OnRound, stop_requested: bool, evaluate: bool = False
+        self, t: int, seconds: float, on_round: OnRound, stop_requested: bool, evaluate: bool = False
     ) -> tuple[bool, bool]:
         """Collective: evaluate and record a round that has been trained.
 
@@ -245,8 +242,8 @@ class Trainer:
         """
         paid = paper_bytes(self._algorithm, self.course, self._sizes)
         self._paper_bytes_total += paid
-        last = round == self._config.rounds - 1 or self._paper_limit_reached()
-        evaluated = evaluate or last or (round + 1) % self._config.evaluation.every == 0
+        last = t == self._config.rounds - 1 or self._paper_limit_reached()
+        evaluated = evaluate or last or (t + 1) % self._config.evaluation.every == 0
         ended = clock()
         if evaluated and self._link and self._transport.client_rank == 0:
             self._link.deposit_average(next(iter(self.clients.values())).weights)
@@ -266,7 +263,7 @@ class Trainer:
             spans=self._tracer.take() if self._tracer else [],
         )
         finite = next(iter(self.clients.values())).weights.finite() if self._link else True
-        shares = self.experiment.federation.shares(round)
+        shares = self.experiment.federation.shares(t)
         share = sum(share for client, share in shares.items() if client in self.clients)
         gathered = self._transport.gather((report, stop_requested, share, finite))
         stops, diverged = False, None
@@ -280,17 +277,17 @@ class Trainer:
             for each in reports:
                 on_device(each.requests, server.requests)
             line = self.recorder.add(
-                round=round,
+                t=t,
                 reports=reports,
                 server=server,
                 score=score,
                 evaluation_seconds=clock() - ended if evaluated else 0.0,
                 paper_bytes=paid,
-                participants=self.experiment.federation.participants(round),
+                participants=self.experiment.federation.participants(t),
                 finite=all(finites) and self.server.finite(),
             )
             if self.trace:
-                self.trace.add_round(round + 1, [report.spans for report in reports])
+                self.trace.add_round(t + 1, [report.spans for report in reports])
             on_round(line, reports)
             diverged = self._ended_by_divergence(line)
             last = last or self._accuracy_reached(line) or diverged is not None

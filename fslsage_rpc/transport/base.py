@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fslsage_rpc.device.clock import Reading
+from fslsage_rpc.device.placement import CPU
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.transport.endpoint import ServerEndpoint
 
-CPU = torch.device("cpu")
 Take = Callable[[], Answer]
 """takes an answer in, on the thread that sent the request, or raises what the request came to; what that
 thread queues from then on comes after the answer's tensors"""

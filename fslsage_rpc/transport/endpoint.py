@@ -28,9 +28,9 @@ class ServerEndpoint:
         """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
         return object, ()
 
-    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
+    def announce(self, t: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
         """Take the announcement of some participants: `Server.announce`."""
-        self._server.announce(round, plans, ranking)
+        self._server.announce(t, plans, ranking)
 
     def clock(self) -> float:
         """Read the server's clock, in seconds."""

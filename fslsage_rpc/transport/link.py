@@ -57,9 +57,9 @@ class ServerLink:
         self.ledger = ledger
         self.log = log
 
-    def announce(self, round: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
+    def announce(self, t: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
         """Tell the server at which steps each of this rank's participants will make requests, if it knows."""
-        self._transport.call("announce", round, plans, ranking)
+        self._transport.call("announce", t, plans, ranking)
 
     def server_clock(self) -> float:
         """A reading of the server's clock, in seconds, to draw traces by."""

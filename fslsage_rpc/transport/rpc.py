@@ -23,12 +23,12 @@ from torch.futures import Future
 
 from fslsage_rpc.config.schema import Comm
 from fslsage_rpc.device.clock import device_clock, synchronise
-from fslsage_rpc.device.placement import GpuPlace
+from fslsage_rpc.device.placement import CPU, GpuPlace
 from fslsage_rpc.errors import ConnectionLost
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.transport import choices
-from fslsage_rpc.transport.base import CPU, OnAnswer, Transport
+from fslsage_rpc.transport.base import OnAnswer, Transport
 from fslsage_rpc.transport.endpoint import ServerEndpoint
 from fslsage_rpc.transport.wire_ledger import ring_share
 

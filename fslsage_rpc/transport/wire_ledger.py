@@ -7,7 +7,7 @@ server. Framing, small control messages (announcements, reports) and retransmiss
 import threading
 from collections import defaultdict
 
-KINDS = (
+WIRE_KINDS = (
     "smashed_up",
     "labels_up",
     "gradient_down",
@@ -26,13 +26,13 @@ class WireLedger:
     """Bytes by kind and client; any thread may count."""
 
     def __init__(self) -> None:
-        self._bytes: dict[int, dict[str, int]] = defaultdict(lambda: dict.fromkeys(KINDS, 0))
+        self._bytes: dict[int, dict[str, int]] = defaultdict(lambda: dict.fromkeys(WIRE_KINDS, 0))
         self._lock = threading.Lock()
 
-    def count(self, kind: str, bytes: int, client: int = RANK) -> None:
+    def count(self, kind: str, size: int, client: int = RANK) -> None:
         """Add bytes of a kind."""
         with self._lock:
-            self._bytes[client][kind] += bytes
+            self._bytes[client][kind] += size
 
     def take(self) -> dict[int, dict[str, int]]:
         """The bytes so far, by client and kind; the ledger starts again from zero."""
@@ -42,9 +42,9 @@ class WireLedger:
         return taken
 
 
-def ring_share(bytes: int, ranks: int, rank: int) -> int:
-    """What rank `rank` (from 0) of a ring all-reduce of `bytes` sends: 2 (n-1)/n of it, rounded to add up
+def ring_share(size: int, ranks: int, rank: int) -> int:
+    """What rank `rank` (from 0) of a ring all-reduce of `size` sends: 2 (n-1)/n of it, rounded to add up
     exactly.
     """
-    total = 2 * (ranks - 1) * bytes
+    total = 2 * (ranks - 1) * size
     return total * (rank + 1) // ranks - total * rank // ranks

@@ -56,11 +56,11 @@ def projections(tensor: torch.Tensor) -> list[float]:
     return [values.norm().item(), *((values @ wave / wave.norm()).item() for wave in waves)]
 
 
-def assert_as_on_a_cpu(outcome: Outcome, algorithm: str, bytes: bool = True) -> None:
+def assert_as_on_a_cpu(outcome: Outcome, algorithm: str, size: bool = True) -> None:
     """Every tensor, loss and figure of a training of `tree` is the reference's.
 
     Args:
-        bytes: those on the wire too, which depend on the number of ranks.
+        size: those on the wire too, which depend on the number of ranks.
     """
     expected = json.loads(FILE.read_text())[algorithm]
     found = described(outcome)
@@ -74,7 +74,7 @@ def assert_as_on_a_cpu(outcome: Outcome, algorithm: str, bytes: bool = True) -> 
             assert line[key] == pytest.approx(reference[key], rel=SAME_IN_FP64), key
         for key in ("alignment", "drift"):
             assert line[key] == (reference[key] and pytest.approx(reference[key], rel=SAME_ANGLE)), key
-        if bytes:
+        if size:
             assert line["wire_bytes"] == reference["wire_bytes"]
 
 

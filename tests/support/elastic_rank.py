@@ -52,16 +52,16 @@ def fault(here: str) -> None:
             raise ZeroDivisionError("a fault for the test")
 
 
-def train_round(self: Trainer, round: int) -> float:
+def train_round(self: Trainer, t: int) -> float:
     global current
-    current = round
+    current = t
     if self.world.generation == 1:  # time for a replacement to start
         time.sleep(float(os.environ.get("PACE", "0")))
-    return true_train_round(self, round)
+    return true_train_round(self, t)
 
 
-def batches(self: Client, round: int) -> Iterator[Any]:
-    for step, batch in enumerate(true_batches(self, round)):
+def batches(self: Client, t: int) -> Iterator[Any]:
+    for step, batch in enumerate(true_batches(self, t)):
         if step == 1:
             fault("step")
         yield batch

@@ -29,20 +29,20 @@ ENVIRONMENT = {
 }
 
 
-def line(round: int, accuracy: float | None, aligned: bool = False, **changes: Any) -> dict[str, Any]:
+def line(t: int, accuracy: float | None, aligned: bool = False, **changes: Any) -> dict[str, Any]:
     """A line of metrics.jsonl: 5.5 s, 3 MiB on the wire and 2 MiB of the paper ledger a round t, from 0."""
     return {
-        "round": round + 1,
+        "round": t + 1,
         "train_loss": 0.25,
         "train_loss_of": "uploads",
         "test_accuracy": accuracy,
         "round_seconds": 5.5,
-        "elapsed_seconds": 5.5 * (round + 1),
+        "elapsed_seconds": 5.5 * (t + 1),
         "phases": {"client": PHASES, "server": {}},
         "wire_bytes": {"smashed_up": 2 * MIB, "evaluation": MIB},
-        "paper_bytes_total": 2 * MIB * (round + 1),
+        "paper_bytes_total": 2 * MIB * (t + 1),
         "alignment": {"nmse_before": 1.0} if aligned else None,
-        "drift": {"cosine": 0.1 * round, "nmse": 1.0},
+        "drift": {"cosine": 0.1 * t, "nmse": 1.0},
         **changes,
     }
 

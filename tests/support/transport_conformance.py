@@ -29,7 +29,7 @@ from fslsage_rpc.transport.base import Transport
 from fslsage_rpc.transport.endpoint import ServerEndpoint
 from fslsage_rpc.transport.link import ServerLink
 from fslsage_rpc.transport.local import LocalTransport
-from fslsage_rpc.transport.wire_ledger import KINDS, RANK, WireLedger, ring_share
+from fslsage_rpc.transport.wire_ledger import RANK, WIRE_KINDS, WireLedger, ring_share
 
 LIMIT_SECONDS = 60
 SOON_SECONDS = 20
@@ -291,7 +291,7 @@ def bytes_are_those_of_the_tensors(transport: Transport) -> None:
         link.deposit_average(weights(3.0).to(device))
         link.deposit_auxiliary(weights(4.0).to(device))
         z, y, model = 2 * 3 * 4, 2 * 8, 2 * 4 + 8
-        none = dict.fromkeys(KINDS, 0)
+        none = dict.fromkeys(WIRE_KINDS, 0)
         mine = {"smashed_up": 2 * z, "labels_up": 2 * y, "gradient_down": z, "auxiliary_down": model}
         assert ledger.take() == {
             client: none | mine | {"initial_broadcast": 2 * model},

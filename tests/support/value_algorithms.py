@@ -22,7 +22,7 @@ class Picky(Algorithm):
     requests_depend_on_values = True
     least_size = 0.547
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         gradient = client.train_auxiliary(z, y)
         if size(gradient) > self.least_size:
@@ -50,7 +50,7 @@ class Sparing(Picky):
 
     server_replicas = True
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         gradient = client.train_auxiliary(z, y)
         if size(gradient) > self.least_size:
@@ -66,10 +66,10 @@ class AlignsOnNeed(Algorithm):
     requests_depend_on_values = True
     most_size = 0.49
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         yield Push(z, y)
-        if round == 0:
+        if t == 0:
             client.backward(z, client.train_auxiliary(z, y))
             return
         if step == 0 and size(client.estimate(z, y)) > self.most_size:
@@ -86,7 +86,7 @@ class AlignsOnNeedApart(AlignsOnNeed):
 class AlignsTooSoon(AlignsOnNeed):
     """Asks for an alignment when there is nothing to align on."""
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
         client.auxiliary_weights.load((yield Align()))
         client.backward(z, client.estimate(z, y))
@@ -98,7 +98,7 @@ class LeavesOut(Algorithm):
     client_holds_whole_model = True
     requests_depend_on_values = True
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         if y.double().mean() < 5:
             client.train_whole_model(x, y)
         yield from ()
