@@ -31,9 +31,10 @@ import torch
 from cifar10_parts import read
 
 from fslsage_rpc.cli import OneLineParser
-from fslsage_rpc.config.loading import load, to_tree, to_yaml
+from fslsage_rpc.config.loading import load, to_tree
 from fslsage_rpc.config.own import first_line
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.device.clock import clock
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.opening import open_world

@@ -17,9 +17,10 @@ import fslsage_rpc
 from fslsage_rpc.algorithms import create
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV1
-from fslsage_rpc.config.loading import from_tree, load, to_tree, to_yaml
+from fslsage_rpc.config.loading import from_tree, load, to_tree
 from fslsage_rpc.config.own import checked_arguments
 from fslsage_rpc.config.schema import AlgorithmKeys, Bounds, Config, Count, Data
+from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.data.datasets import load as load_images
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.errors import InputError

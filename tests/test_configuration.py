@@ -12,8 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fslsage_rpc.config.loading import changed_keys, from_tree, load, read_yaml, to_tree, to_yaml
+from fslsage_rpc.config.loading import changed_keys, from_tree, load, to_tree
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.yaml_files import read_yaml, to_yaml
 from support.user_input import leaves, mistake, write
 
 

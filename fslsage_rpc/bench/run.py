@@ -19,8 +19,9 @@ from fslsage_rpc.bench.pieces import round_pieces
 from fslsage_rpc.bench.statistics import BenchRun, summarise
 from fslsage_rpc.bench.table import markdown
 from fslsage_rpc.bench.variants import variant_configs
-from fslsage_rpc.config.loading import to_tree, to_yaml
+from fslsage_rpc.config.loading import to_tree
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.world import World, is_first_rank, job_ranks

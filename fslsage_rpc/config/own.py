@@ -13,7 +13,8 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from fslsage_rpc.config.loading import as_annotated, show
+from fslsage_rpc.config.values import as_annotated
+from fslsage_rpc.config.yaml_files import show
 from fslsage_rpc.errors import InputError
 
 BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)

@@ -1,6 +1,6 @@
 """Every configuration key, its default and what it may be.
 
-The dataclasses are the schema: `configuration.py` fills them from YAML and dotted overrides by reading their
+The dataclasses are the schema: `loading.py` fills them from YAML and dotted overrides by reading their
 types. Units are in the names.
 """
 

@@ -10,8 +10,9 @@ from typing import Any, Self
 
 import torch
 
-from fslsage_rpc.config.loading import changed_keys, load, to_tree, to_yaml
+from fslsage_rpc.config.loading import changed_keys, load, to_tree
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.runs.checkpoint_files import (
     Damaged,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.config.loading import read_yaml
+from fslsage_rpc.config.yaml_files import read_yaml
 from fslsage_rpc.errors import InputError
 
 MAX_CLIENTS = 250
