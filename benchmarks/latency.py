@@ -23,9 +23,9 @@ from fslsage_rpc.bench.table import COMPUTE, WAIT, round_bytes, table
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import load
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
+from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.run import link_speed
 from fslsage_rpc.plan.scenario import Scenario
-from fslsage_rpc.plan.simulation import predict
 from fslsage_rpc.report.figures import Bar, bars_figure, color_of, display_name, rendered
 from fslsage_rpc.report.sources import Bench, read
 
