@@ -243,7 +243,7 @@ def efficiency(lines: Sequence[Line], scenario: Scenario, costs: Costs, server_w
     }
     interval = scenario.algorithm.interval
     samples = [lines[first : first + interval] for first in range(0, len(lines), interval)]
-    found = statistics.median(
+    found: float = statistics.median(
         sum(bounds[line["round"]] for line in sample) / sum(line["round_seconds"] for line in sample)
         for sample in samples
     )

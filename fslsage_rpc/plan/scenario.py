@@ -36,8 +36,8 @@ class Costs(NamedTuple):
     """seconds of an averaging, beside the links"""
     kinds: Collection[str] = tuple(KINDS)
     efficiency: float = 1.0
-    """lower bound of these costs over measured seconds, of the rounds that they are from: what is missing
-    to 1 is waiting, and what the costs miss; more than 1 where they hold too much
+    """lower bound, made of these costs, over measured seconds. What is missing to 1 is waiting, and what the
+    costs miss; it is more than 1 where they hold too much.
     """
 
 
