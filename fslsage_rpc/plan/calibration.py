@@ -90,7 +90,6 @@ def _read(folder: Path, planned: Config) -> Calibration:
     too_many = config.clients.count > open_task(config).train_samples
     if too_many or not all(0 < figure <= LARGEST for figure in (*vars(link).values(), cores, *threads)):
         raise ValueError("there would be clients without samples, or ranks that cannot be")
-
     shared = cores / threads[0] if len({rank["host"] for rank in ranks}) == 1 else math.inf
     workers = max(1, cores // threads[0])
 
