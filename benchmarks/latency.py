@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.bench.table import COMPUTE, WAIT, round_bytes, table
+from fslsage_rpc.bench.table import round_bytes, table
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import load
+from fslsage_rpc.measure.phases import PARTS
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
+from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.run import link_speed
 from fslsage_rpc.plan.scenario import Scenario
-from fslsage_rpc.plan.simulation import predict
 from fslsage_rpc.report.figures import Bar, bars_figure, color_of, display_name, rendered
-from fslsage_rpc.report.sources import Bench, read
+from fslsage_rpc.report.sources import SavedBench, read
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "bench" / "cifar10.yaml"
@@ -114,7 +115,7 @@ class Measured:
 
     place: Place
     result: Result
-    bench: Bench
+    bench: SavedBench
     by_itself: dict[str, float]
     """from this benchmark's own costs"""
     by_loopback: dict[str, float]
@@ -155,8 +156,7 @@ def measured_table(measured: Measured) -> str:
                 display_name(record["algorithm"]),
                 f"{seconds['median']:.2f} ({seconds['q1']:.2f} to {seconds['q3']:.2f})",
                 f"{record['ratio_to_reference']['median']:.2f}",
-                f"{sum(client[phase] for phase in COMPUTE):.2f}",
-                f"{sum(client[phase] for phase in WAIT):.2f}",
+                *(f"{sum(client[phase] for phase in PARTS[part]):.2f}" for part in ("compute", "wait")),
                 f"{client['alignment_wait']:.2f}",
                 f"{client['averaging']:.2f}",
                 f"{round_bytes(record) / MIB:.1f}",
@@ -224,7 +224,7 @@ def as_measured(link: dict[str, float]) -> str:
     return f"{up:.1f} Mbit/s up, {down:.1f} down, round trip {1000 * link['round_trip_seconds']:.1f} ms"
 
 
-def bars(bench: Bench) -> bytes:
+def bars(bench: SavedBench) -> bytes:
     """The picture of one place."""
     drawn = [
         Bar(display_name(v.algorithm), color_of(v.algorithm), v.parts, v.bound_seconds)

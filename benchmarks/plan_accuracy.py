@@ -3,8 +3,8 @@
     python benchmarks/plan_accuracy.py --runs DIR
 
 About 12 minutes on 2 idle cores; with `--links`, as root, 4 more. At each of two cuts of a small model a
-benchmark of 4 clients with batches of 32 calibrates. What it predicts is compared with benchmarks of other
-numbers of clients and sizes of batches, and so is what is predicted without a calibration. A benchmark that
+benchmark of 4 clients calibrates. What it predicts is compared with benchmarks of other numbers of clients,
+and so is what is predicted without a calibration. A benchmark that
 is complete in `--runs` is not run again. Prints the measured part of docs/results/plan.md. Nothing else
 should run meanwhile.
 """
@@ -34,12 +34,9 @@ CLIENT_RANKS = 2
 BANDWIDTH, RTT = "100mbit", "20ms"
 APART = 1.1
 """measured seconds whose ratio is larger must be predicted in their order"""
-
-
 CUTS = ("norm1", "pool2")
-CALIBRATION = (4, 32)
-"""clients, and the size of their batches"""
-OTHERS = ((12, 16), (6, 64), (24, 8))
+CALIBRATION, OTHERS = 4, (12, 6, 24)
+"""numbers of clients"""
 
 
 @dataclass(frozen=True)
@@ -48,24 +45,23 @@ class Case:
 
     cut: str
     clients: int
-    batch_size: int
     links: bool = False
 
     def __str__(self) -> str:
         where = f", {BANDWIDTH} and {RTT}" if self.links else ""
-        return f"cut `{self.cut}`, {self.clients} clients, batches of {self.batch_size}{where}"
+        return f"cut `{self.cut}`, {self.clients} clients{where}"
 
     @property
     def keys(self) -> list[str]:
         """Those that it changes."""
         return [
             *(f"model.cut={self.cut}", f"clients.count={self.clients}", "device=cpu"),
-            *(f"clients.batch_size={self.batch_size}", f"ranks={CLIENT_RANKS + 1}"),
+            f"ranks={CLIENT_RANKS + 1}",
         ]
 
     def folder(self, runs: Path) -> Path:
         """Holds its benchmark."""
-        return runs / f"{self.cut}-{self.clients}x{self.batch_size}{'-links' if self.links else ''}"
+        return runs / f"{self.cut}-{self.clients}{'-links' if self.links else ''}"
 
     def measure(self, runs: Path) -> None:
         """Run its benchmark, unless that is done already."""
@@ -166,10 +162,10 @@ def main() -> None:
     options = parser.parse_args()
     found: list[Comparison] = []
     for cut in CUTS:
-        calibration = Case(cut, *CALIBRATION)
-        others = [Case(cut, *each) for each in OTHERS]
+        calibration = Case(cut, CALIBRATION)
+        others = [Case(cut, each) for each in OTHERS]
         if options.links:
-            others.append(Case(cut, *OTHERS[0], links=True))
+            others.append(Case(cut, OTHERS[0], links=True))
         for case in (calibration, *others):
             case.measure(options.runs)
         calibration.measured(options.runs)

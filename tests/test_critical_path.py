@@ -9,14 +9,12 @@ import torch
 
 from fslsage_rpc.algorithms.bound import ClientPieces, LinkSpeed, RoundPieces, bound_seconds
 from fslsage_rpc.bench.pieces import round_pieces
-from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.measure.request_times import ByClient, RequestTimes
 from fslsage_rpc.parties.requests import KINDS, Ask, BeginStep
-from fslsage_rpc.plan.scenario import Costs, Scenario
-from fslsage_rpc.plan.simulation import RoundSimulation, Stretch
 from fslsage_rpc.runs.records import RankReport
+from support.simulated_round import SimulatedRound, Stretch
 
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
 # Of one request: the server's seconds, bytes up and down.
@@ -175,11 +173,55 @@ def stretches_of(client: ClientPieces, share: Callable[[], float]) -> list[Stret
 def simulated(round: RoundPieces, window: int, share: Callable[[], float]) -> float:
     """Seconds of a round of such pieces by the program's own order, without any overhead."""
     clients = {id: stretches_of(client, share) for id, client in round.clients.items()}
-    keys = {"algorithm": {"name": "splitfed_v1" if round.replicas else "splitfed_v2"}}
-    config = from_tree({**keys, "comm": {"upload_window": window}})
-    scenario = Scenario(config, round.links[0], len(round.links))
-    ended, served = RoundSimulation(scenario, Costs(), round.server_workers, clients).run()
+    ended, served = SimulatedRound(round.links, round.replicas, round.server_workers, window, clients).run()
     return max(ended + round.averaging_seconds, served + round.server_averaging_seconds)
+
+
+def in_step(compute: float, kind: str = "exchange", step: int = 0, server: float = 0.5) -> list[Stretch]:
+    """Compute, and a request of 10 bytes up and 20 down in a local step of its own."""
+    ask = Ask(step, kind, smashed_bytes=10, answer_bytes=20 if kind == "exchange" else 0)
+    return [Stretch(0.0, BeginStep(step)), Stretch(compute, ask, server)]
+
+
+def run(
+    *clients: Sequence[Stretch], ranks: int = 1, replicas: bool = False, workers: int = 1, window: int = 4
+) -> float:
+    """When all have ended."""
+    links = dict.fromkeys(range(ranks), LINK)
+    return SimulatedRound(links, replicas, workers, window, dict(enumerate(clients))).run()[0]
+
+
+TRIP = 0.1 + 0.1 + 0.5 + 0.1 + 0.1  # half a round trip and 10 bytes up, the server, 20 bytes down
+
+
+def test_simulated_clients_wait_for_answers_and_use_each_others_waits() -> None:
+    assert run([*in_step(1.0), *in_step(2.0, step=1), Stretch(1.0)]) == pytest.approx(4.0 + 2 * TRIP)
+    two = [[*in_step(1.0), Stretch(1.0)]] * 2
+    assert run(*two, replicas=True, workers=2) == pytest.approx(4.0)  # 1's trip is over before 0 ends
+    assert run(*two, ranks=2, replicas=True, workers=2) == pytest.approx(2.0 + TRIP)
+
+
+def test_a_simulated_lane_or_worker_takes_requests_one_by_one_and_in_turn() -> None:
+    clients = [[*in_step(1.0, server=5.0), Stretch(1.0)]] * 3
+    one_by_one = 1.0 + 0.2 + 15.0 + 0.2 + 1.0
+    assert run(*clients, ranks=3) == pytest.approx(one_by_one)
+    assert run(*clients, ranks=3, replicas=True, workers=1) == pytest.approx(one_by_one)
+    assert run(*clients, ranks=3, replicas=True, workers=3) == pytest.approx(one_by_one - 10.0)
+    late, early = [*in_step(9.0), Stretch(0.0)], [*in_step(1.0), Stretch(0.0)]
+    assert run(late, early, ranks=2) == pytest.approx(9.0 + 0.2 + 0.5 + 0.5 + 0.2)  # client 0 is first
+
+
+def test_simulated_uploads_overlap_until_the_window_is_full() -> None:
+    def uploads(server: float) -> list[Stretch]:
+        return [*(each for step in range(3) for each in in_step(1.0, "push", step, server)), Stretch(1.0)]
+
+    assert run(uploads(0.5)) == pytest.approx(4.0)  # the last is trained on before the client ends
+    assert run(uploads(10.0)) == pytest.approx(1.0 + 0.2 + 30.0 + 0.1)
+    # A window of one: each step begins when the upload before it is trained on, and takes a trip of its own.
+    assert run(uploads(10.0), window=1) == pytest.approx(3 * (1.0 + 0.2 + 10.0 + 0.1))
+    big = [Stretch(0.0, Ask(0, "push", smashed_bytes=100)), Stretch(0.0)]  # a link takes one at a time
+    assert run(big, big) == pytest.approx(2.0 + 0.2)
+    assert run(big, big, ranks=2) == pytest.approx(1.0 + 0.2)
 
 
 # Four steps of 0.5, an upload at each; the third aligns too. Behind uploads that take the server 1.0 each:

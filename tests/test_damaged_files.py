@@ -301,7 +301,8 @@ def calibrate_from(folder: Path) -> None:
     calibration = used_or_refused(read_calibration, folder, from_tree(BENCH))
     for costs in calibration.costs.values() if calibration else ():
         if not isinstance(costs, str):
-            assert all(math.isfinite(value) for part in (*costs[:3], costs[3:6]) for value in part)
+            assert all(map(math.isfinite, (*costs[:6], costs.efficiency)))
+            assert costs.efficiency > 0
 
 
 @pytest.mark.nightly

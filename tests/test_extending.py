@@ -29,8 +29,8 @@ from fslsage_rpc.models.splitting import build
 from fslsage_rpc.models.zoo import ModelEntry
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.parties.requests import ClientStep
-from fslsage_rpc.plan.scenario import Costs, Scenario, Work
-from fslsage_rpc.plan.simulation import predict
+from fslsage_rpc.plan.prediction import predict
+from fslsage_rpc.plan.scenario import Costs, Scenario
 from fslsage_rpc.tasks import Task, open_task
 from fslsage_rpc.tasks.images import ImageTask
 from fslsage_rpc.training.experiment import Experiment, check
@@ -305,9 +305,7 @@ def test_plan_takes_it_for_splitfed_where_it_exchanges_every_batch(working_direc
     for name in ("patient:PatientSplitFed", "splitfed_v2"):
         keys = tree({"clients": {"count": clients}, "algorithm": {"name": name, "upload_every": 1}})
         scenario = Scenario(from_tree(keys), LinkSpeed(0.02, 1e6, 1e6), client_ranks=clients)
-        predicted[name] = predict(
-            scenario, Costs(server=Work(0.0, 1e-3), sending=1e-3, handling=2e-3), server_workers=2
-        )
+        predicted[name] = predict(scenario, Costs(server=1e-3, sending=1e-3, handling=2e-3), server_workers=2)
     patient, splitfed = predicted.values()
     auxiliary = scenario.sizes.auxiliary
     assert patient.wire_bytes - splitfed.wire_bytes == 2 * (clients - 1) * auxiliary

@@ -2,7 +2,7 @@
 
 The generator is run on a stand-in for the client and on tensors of the meta device, which have shapes and no
 numbers. From what it yields follow the announced requests, the paper ledger, and how full alignment buffers
-are. So do the lower bound of a round, and the work that `plan` simulates.
+are. So do the lower bound of a round, and the predictions of `plan`.
 """
 
 import sys

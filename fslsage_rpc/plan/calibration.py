@@ -26,8 +26,8 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.measure.phases import COMPUTE
 from fslsage_rpc.parties.requests import KINDS
-from fslsage_rpc.plan.scenario import Costs, Scenario, Work, with_algorithm
-from fslsage_rpc.plan.simulation import averaging_seconds
+from fslsage_rpc.plan.prediction import averaging_seconds, planned_bound
+from fslsage_rpc.plan.scenario import Costs, Scenario, with_algorithm
 from fslsage_rpc.runs.round_numbers import FIRST_ROUND
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import Experiment, check
@@ -36,23 +36,17 @@ from fslsage_rpc.training.trainer import Trainer
 DEPENDS_ON_VALUES = "its requests depend on values"
 LARGEST = 1e18
 """number that is believed"""
-WORK = ["data.name", "data.arguments", "algorithm.arguments", "model"]
+WORK = ["data.name", "data.arguments", "algorithm.arguments", "model", "clients.batch_size"]
 WORK += ["precision", "tf32", "graphs", "device"]
 WORK_OF_ALIGNMENT = ["alignment.solver", "alignment.epochs", "alignment.batch_size", "alignment.tolerance"]
 WORK_OF_ALIGNMENT += ["measure_drift"]
 """keys, these of the algorithm, that change what a step or an alignment costs, with all below them"""
 BATCHES, ROUNDS = 6, 4
 """of each client in rounds that are measured here, and the least of these; the first warms up"""
-FEW = 2
-"""samples in a batch of rounds that tell how much of a step, and of an alignment, does not grow with them"""
-LONG_STEP_SECONDS = 0.05
-"""from which on that is next to nothing"""
 SENDING, HANDLING = 5e-4, 2.1e-3
 """seconds of a request for less than 100 KiB, over TensorPipe's uv, where docs/results/plan.md was measured:
 one process has no transport to measure
 """
-Rounds = tuple[Sequence[Line], Scenario, Sequence[int]]
-"""measured lines, what there was to do, and each rank's threads; a rank alone is server and client rank"""
 
 
 class Calibration(NamedTuple):
@@ -96,10 +90,12 @@ def _read(folder: Path, planned: Config) -> Calibration:
     too_many = config.clients.count > open_task(config).train_samples
     if too_many or not all(0 < figure <= LARGEST for figure in (*vars(link).values(), cores, *threads)):
         raise ValueError("there would be clients without samples, or ranks that cannot be")
+    shared = cores / threads[0] if len({rank["host"] for rank in ranks}) == 1 else math.inf
+    workers = max(1, cores // threads[0])
 
-    def rounds_of(name: str, variant: Config) -> Rounds:
+    def costs_of(name: str, variant: Config) -> Costs:
         check_work(folder, variant, with_algorithm(planned, variant.algorithm.name))
-        scenario, lines = Scenario(variant, link, len(ranks) - 1), list[Line]()
+        scenario, lines = Scenario(variant, link, len(ranks) - 1, shared), list[Line]()
         for repeat in range(config.bench.repeats):
             text = (folder / "rounds" / f"{name}-{repeat}.jsonl").read_text(encoding="utf-8")
             run = BenchRun(name, repeat, scenario.algorithm.interval)
@@ -107,15 +103,15 @@ def _read(folder: Path, planned: Config) -> Calibration:
             if [line["round"] for line in run.lines] != list(range(1, variant.rounds + 1)):
                 raise ValueError("rounds are missing")
             lines += [run.lines[i] for sample in run.samples(config.bench.warmup_rounds) for i in sample]
-        return lines, scenario, threads
+        found = measure_costs(lines, scenario, threads)
+        return found._replace(efficiency=efficiency(lines, scenario, found, workers))
 
-    costs = _costs_of(variant_configs(config), rounds_of, planned)
+    costs = _costs_of(variant_configs(config), costs_of, planned)
     if (name := planned.algorithm.name) not in costs:
         unknown = find(name).requests_depend_on_values
         costs[name] = DEPENDS_ON_VALUES if unknown else f"{folder} has no variant of it"
     busy = any(variant.get("busy_samples") for variant in result["variants"].values())
-    shared = cores / threads[0] if len({rank["host"] for rank in ranks}) == 1 else math.inf
-    return Calibration(costs, link, max(1, cores // threads[0]), shared, busy)
+    return Calibration(costs, link, workers, shared, busy)
 
 
 def check_work(folder: Path, measured: Config, planned: Config) -> None:
@@ -136,15 +132,12 @@ def calibrate_here(config: Config, names: Iterable[str]) -> Calibration:
         InputError: the configured one cannot run here.
     """
     variants = {name: with_algorithm(config, name) for name in names}
-    costs = {
-        name: each._replace(sending=SENDING, handling=HANDLING) if isinstance(each, Costs) else each
-        for name, each in _costs_of(variants, lambda _, variant: _train_here(variant), config).items()
-    }
+    costs = _costs_of(variants, lambda _, variant: _costs_here(variant), config)
     return Calibration(costs, NO_LINK, server_workers(choose_device(config.device, 0)))
 
 
-def _train_here(config: Config) -> Rounds:
-    """A training of two clients in this process; its first round warms up."""
+def _costs_here(config: Config) -> Costs:
+    """The costs of a training of two clients in this process; its first round warms up."""
     samples = min(2 * BATCHES * config.clients.batch_size, open_task(config).train_samples)
     keys = [
         *("transport=local", "trace=false", "evaluation.every=1000", "data.test_limit=1"),
@@ -157,11 +150,12 @@ def _train_here(config: Config) -> Rounds:
     scenario, lines = Scenario(config, NO_LINK, 1), list[Line]()
     config = replace(config, rounds=max(ROUNDS, 1 + scenario.algorithm.interval))
     Trainer(Experiment.prepare(config), open_world(config)).train(lambda line, _: lines.append(line))
-    return lines[1:], scenario, [torch.get_num_threads()]
+    costs = measure_costs(lines[1:], scenario, [torch.get_num_threads()])
+    return costs._replace(sending=SENDING, handling=HANDLING)
 
 
 def _costs_of(
-    variants: Mapping[str, Config], rounds_of: Callable[[str, Config], Rounds], planned: Config
+    variants: Mapping[str, Config], costs_of: Callable[[str, Config], Costs], planned: Config
 ) -> dict[str, Costs | str]:
     """The costs of each algorithm by its first variant that tells them, or why none does.
 
@@ -175,8 +169,7 @@ def _costs_of(
             if find(algorithm).requests_depend_on_values:
                 raise InputError(DEPENDS_ON_VALUES)
             if not isinstance(costs.get(algorithm), Costs):
-                rounds = rounds_of(name, variant)
-                costs[algorithm] = _costs(measure_costs(*rounds), with_algorithm(planned, algorithm))
+                costs[algorithm] = costs_of(name, variant)
         except InputError as error:
             costs.setdefault(algorithm, str(error))
     why = costs.get(planned.algorithm.name)
@@ -185,29 +178,11 @@ def _costs_of(
     return costs
 
 
-def _costs(costs: Costs, planned: Config) -> Costs:
-    """Costs with the part that does not grow with the samples; where steps are long, there is next to none.
-
-    Rounds with few samples, which are measured here, tell how large it is.
-    """
-    if any(work.seconds(work.samples) > LONG_STEP_SECONDS for work in (costs.client, costs.server)):
-        return costs
-    small = measure_costs(*_train_here(from_tree(to_tree(planned), [f"clients.batch_size={FEW}"])))
-    client, server, alignment = map(_with_once, costs[:3], small[:3])
-    return costs._replace(client=client, server=server, alignment=alignment)
-
-
-def _with_once(work: Work, small: Work) -> Work:
-    """Work with its part that does not grow with the samples, by work with fewer of them."""
-    if not 0 < small.samples < work.samples:
-        return work
-    more = work.seconds(work.samples) - small.seconds(small.samples)
-    growing = min(work.per_sample, max(0.0, more / (work.samples - small.samples)))
-    return Work((work.per_sample - growing) * work.samples, growing, work.samples)
-
-
 def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[int]) -> Costs:
     """The costs of an algorithm in measured rounds, as if all work grew with its samples.
+
+    Args:
+        threads: of an operation, on each rank; a rank alone is server and client rank.
 
     Raises:
         ValueError: these are no measurements.
@@ -230,8 +205,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
     handling = sum(sum(each["ranks"]) for each in cpu) - threads[-1] * computing - sending
     handling -= threads[0] * asked("cpu_seconds")
     averaging = [
-        (seconds := line["phases"]["client"]["averaging"])
-        - averaging_seconds(scenario, each.averaged_bytes, line["round_seconds"] - seconds)
+        line["phases"]["client"]["averaging"] - averaging_seconds(scenario, each.averaged_bytes)
         for line, each in zip(lines, planned, strict=True)
     ]
     compute = [{**each, **gpu.get("client", {})} for each, gpu in zip(main, on_gpu, strict=True)]
@@ -239,18 +213,39 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
     uploads, requests = ("push", "exchange"), asked("count") or 1
     uploaded = asked("up_bytes", *uploads) / scenario.sample_bytes
     costs = Costs(
-        _work(seconds, sum(map(sum, batches)), sum(map(len, batches))),
-        _work(asked(work, *uploads), uploaded, asked("count", *uploads)),
-        _work(asked(work, "align"), sum(map(sum, buffers)), sum(map(len, buffers))),
+        _each(seconds, sum(map(sum, batches))),
+        _each(asked(work, *uploads), uploaded),
+        _each(asked(work, "align"), sum(map(sum, buffers))),
         sending / requests,
         max(handling / requests, 0.0),
         max(statistics.fmean(averaging), 0.0),
         {kind for line in lines for kind in line["requests"]},
     )
-    if not all(0 <= figure <= LARGEST for part in (*costs[:3], costs[3:6]) for figure in part):
+    if not all(0 <= figure <= LARGEST for figure in costs[:6]):
         raise ValueError(f"{costs} cannot be")
     return costs
 
 
-def _work(seconds: float, samples: float, count: float) -> Work:
-    return Work(0.0, seconds / samples, samples / count) if samples else Work()
+def _each(seconds: float, samples: float) -> float:
+    return seconds / samples if samples else 0.0
+
+
+def efficiency(lines: Sequence[Line], scenario: Scenario, costs: Costs, server_workers: int) -> float:
+    """Lower bound of measured rounds by their own costs, over their seconds: a median over their intervals.
+
+    Raises:
+        ValueError: these are no measurements.
+    """
+    bounds = {
+        number: planned_bound(scenario, costs, server_workers, scenario.round(number - FIRST_ROUND))
+        for number in {line["round"] for line in lines}
+    }
+    interval = scenario.algorithm.interval
+    samples = [lines[first : first + interval] for first in range(0, len(lines), interval)]
+    found: float = statistics.median(
+        sum(bounds[line["round"]] for line in sample) / sum(line["round_seconds"] for line in sample)
+        for sample in samples
+    )
+    if not 1 / LARGEST <= found <= LARGEST:
+        raise ValueError(f"an efficiency of {found} cannot be")
+    return found

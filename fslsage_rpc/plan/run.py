@@ -18,18 +18,14 @@ from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data.partitions import divided
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.plan.calibration import Calibration, calibrate_here, read_calibration
+from fslsage_rpc.plan.prediction import Prediction, predict
 from fslsage_rpc.plan.scenario import Scenario, with_algorithm
-from fslsage_rpc.plan.simulation import Prediction, predict
 from fslsage_rpc.runs.screen import SteadyCursorConsole
 from fslsage_rpc.tasks import open_task
 
 BYTES_PER_SECOND = {"kbit": 125.0, "mbit": 125e3, "gbit": 125e6}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-HEADERS = ("algorithm", "clients", "seconds", "from", "to", "wire MiB", "paper-ledger MiB")
-OFF, OFF_OVER_OTHER_LINKS = (0.85, 1.35), (0.85, 1.55)
-"""the least and the most that measured seconds came to, of predicted ones, in docs/results/plan.md: over the
-calibration's links, and over others
-"""
+HEADERS = ("algorithm", "clients", "seconds", "wire MiB", "paper-ledger MiB")
 
 
 def plan(
@@ -64,7 +60,6 @@ def plan(
     else:
         measured = read_calibration(Path(calibration), config)
     link = link_speed(measured.link, bandwidth, rtt)
-    off = (1.0, *(OFF if link == measured.link else OFF_OVER_OTHER_LINKS))
     by_count = {}
     for count in clients:
         ranks, cores = min(client_ranks or count, count), shared_cores or math.inf
@@ -80,20 +75,20 @@ def plan(
             found = by_count[count][name]
             if isinstance(found, str):
                 unknown[name] = found
-                table.add_row(name, str(count), "unknown", "", "", "unknown", "unknown")
+                table.add_row(name, str(count), *["unknown"] * 3)
                 continue
-            seconds = [f"{found.round_seconds * factor:.3f}" for factor in off]
             sizes = [f"{size / MIB:,.2f}" for size in (found.wire_bytes, found.paper_bytes)]
-            table.add_row(name, str(count), *seconds, *sizes)
+            table.add_row(name, str(count), f"{found.round_seconds:.3f}", *sizes)
     console = SteadyCursorConsole(highlight=False)
     console.print(table)
     rates = [rate * 8 / 1e6 for rate in (link.up_bytes_per_second, link.down_bytes_per_second)]
     up, down = (f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates)
+    over = f" over the efficiency of {calibration}" if calibration else ""
     notes = [
         f"Predicted for links of {up} mbit up, {down} mbit down and {1000 * link.round_trip_seconds:g} ms "
         f"round trip, from costs measured on {calibration or 'this machine, in one process'}; for clients of "
-        "equal size and server.order: round_robin. From, to: as far as measured seconds were off such "
-        "predictions so far, on one machine.",
+        "equal size and server.order: round_robin.",
+        f"Seconds are the lower bound of a round{over}; no such round was measured.",
         *([f"warning: {calibration} was measured on a busy host"] if measured.busy else []),
         *(f"{name}: unknown, as {why}" for name, why in unknown.items()),
     ]

@@ -19,25 +19,15 @@ from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import model_sizes
 
 
-class Work(NamedTuple):
-    """Seconds, on a core of its own or of a GPU, of local steps, of the server's steps, or of alignments."""
-
-    once: float = 0.0
-    per_sample: float = 0.0
-    samples: float = 0.0
-    """in a batch, or an alignment buffer, that was measured, their mean"""
-
-    def seconds(self, samples: float) -> float:
-        """With so many samples."""
-        return self.once + self.per_sample * samples
-
-
 class Costs(NamedTuple):
     """The costs of an algorithm; `kinds` of requests are those that were measured."""
 
-    client: Work = Work()
-    server: Work = Work()
-    alignment: Work = Work()
+    client: float = 0.0
+    """seconds of its local steps per sample, on a core of its own or of a GPU"""
+    server: float = 0.0
+    """seconds of the server's steps per sample, likewise"""
+    alignment: float = 0.0
+    """seconds of an alignment per sample in the buffer, likewise"""
     sending: float = 0.0
     """seconds of a client's thread, to hand one request over and to take its answer"""
     handling: float = 0.0
@@ -45,6 +35,10 @@ class Costs(NamedTuple):
     averaging: float = 0.0
     """seconds of an averaging, beside the links"""
     kinds: Collection[str] = tuple(KINDS)
+    efficiency: float = 1.0
+    """lower bound, made of these costs, over measured seconds. What is missing to 1 is waiting, and what the
+    costs miss; it is more than 1 where they hold too much.
+    """
 
 
 class PlannedRound(NamedTuple):
