@@ -113,7 +113,7 @@ def comparisons(case: Case, calibration: Path, runs: Path) -> list[Comparison]:
     ]
 
 
-def page(all: Sequence[Comparison]) -> str:
+def page(comparisons: Sequence[Comparison]) -> str:
     """The table, and what it says of each way to predict."""
     rows = [
         [
@@ -126,14 +126,14 @@ def page(all: Sequence[Comparison]) -> str:
                 for text in (f"{seconds:.3f}", f"{one.measured / seconds:.2f}")
             ),
         ]
-        for one in all
+        for one in comparisons
     ]
     headers = ["case", "algorithm", "measured", "*predicted*, benchmark", "measured / predicted"]
     headers += ["*predicted*, here", "measured / predicted"]
     said = []
     places = {"on one machine": False, f"over links of {BANDWIDTH} and {RTT}": True}
-    for (where, links), how in itertools.product(places.items(), all[0].predicted):
-        some = [one for one in all if one.case.links == links]
+    for (where, links), how in itertools.product(places.items(), comparisons[0].predicted):
+        some = [one for one in comparisons if one.case.links == links]
         if not some:
             continue
         off = [one.measured / one.predicted[how] for one in some]

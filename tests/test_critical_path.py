@@ -170,11 +170,11 @@ def stretches_of(client: ClientPieces, share: Callable[[], float]) -> list[Stret
     return [*stretches, Stretch(compute)]
 
 
-def simulated(round: RoundPieces, window: int, share: Callable[[], float]) -> float:
+def simulated(t: RoundPieces, window: int, share: Callable[[], float]) -> float:
     """Seconds of a round of such pieces by the program's own order, without any overhead."""
-    clients = {id: stretches_of(client, share) for id, client in round.clients.items()}
-    ended, served = SimulatedRound(round.links, round.replicas, round.server_workers, window, clients).run()
-    return max(ended + round.averaging_seconds, served + round.server_averaging_seconds)
+    clients = {id: stretches_of(client, share) for id, client in t.clients.items()}
+    ended, served = SimulatedRound(t.links, t.replicas, t.server_workers, window, clients).run()
+    return max(ended + t.averaging_seconds, served + t.server_averaging_seconds)
 
 
 def in_step(compute: float, kind: str = "exchange", step: int = 0, server: float = 0.5) -> list[Stretch]:
@@ -315,19 +315,19 @@ def test_pieces_are_of_what_ranks_report() -> None:
     assert round.targets_seconds == pytest.approx(0.9)  # the mean of three lanes is measured
 
 
-def reference_bound(name: str, round: RoundPieces) -> float:
+def reference_bound(name: str, t: RoundPieces) -> float:
     """A bound of each algorithm's own, which is written from its page and knows no requests.
 
     The general one may be larger, as it has more in it, and never smaller.
     """
-    clients = list(round.clients.values())
+    clients = list(t.clients.values())
 
     def total(client: ClientPieces, key: str, fits: bool = False) -> float:
         kinds = client.of_kind.items()
         return float(sum(getattr(times, key) for kind, times in kinds if KINDS[kind].fits is fits))
 
     def link_of(client: ClientPieces) -> LinkSpeed:
-        return round.links[client.rank]
+        return t.links[client.rank]
 
     def up_seconds(client: ClientPieces) -> float:
         return total(client, "up_bytes") / link_of(client).up_bytes_per_second
@@ -335,11 +335,11 @@ def reference_bound(name: str, round: RoundPieces) -> float:
     def down_seconds(client: ClientPieces, fits: bool) -> float:
         return total(client, "down_bytes", fits) / link_of(client).down_bytes_per_second
 
-    ranks = [[client for client in clients if client.rank == rank] for rank in round.links]
+    ranks = [[client for client in clients if client.rank == rank] for rank in t.links]
     busiest_rank = max(sum(client.compute_seconds for client in hosted) for hosted in ranks)
     if name == "fedavg":
-        return busiest_rank + round.averaging_seconds
-    count = {id: total(client, "count") for id, client in round.clients.items()}
+        return busiest_rank + t.averaging_seconds
+    count = {id: total(client, "count") for id, client in t.clients.items()}
     busiest_link = max(
         max(
             sum(map(up_seconds, hosted)),
@@ -349,9 +349,9 @@ def reference_bound(name: str, round: RoundPieces) -> float:
     )
     first_arrival = min(
         link_of(client).round_trip_seconds / 2 + up_seconds(client) / count[id]
-        for id, client in round.clients.items()
+        for id, client in t.clients.items()
     )
-    lanes = round.targets_seconds + sum(total(client, "compute_seconds") for client in clients)
+    lanes = t.targets_seconds + sum(total(client, "compute_seconds") for client in clients)
     if name.startswith("splitfed"):
         chain = max(
             client.compute_seconds
@@ -359,16 +359,16 @@ def reference_bound(name: str, round: RoundPieces) -> float:
             + up_seconds(client)
             + down_seconds(client, fits=False)
             + total(client, "compute_seconds")
-            for id, client in round.clients.items()
+            for id, client in t.clients.items()
         )
-        workers = min(round.server_workers, len(clients)) if round.replicas else 1
-        behind = round.server_averaging_seconds if round.replicas else 0.0
+        workers = min(t.server_workers, len(clients)) if t.replicas else 1
+        behind = t.server_averaging_seconds if t.replicas else 0.0
         return max(
-            max(chain, busiest_rank, busiest_link) + round.averaging_seconds,
+            max(chain, busiest_rank, busiest_link) + t.averaging_seconds,
             first_arrival + lanes / workers + behind,
         )
-    bound = max(busiest_rank + round.averaging_seconds, first_arrival + lanes, busiest_link)
-    aligned = {id: client for id, client in round.clients.items() if "align" in client.of_kind}
+    bound = max(busiest_rank + t.averaging_seconds, first_arrival + lanes, busiest_link)
+    aligned = {id: client for id, client in t.clients.items() if "align" in client.of_kind}
     if not aligned:
         return bound
     longest = max(
@@ -384,9 +384,9 @@ def reference_bound(name: str, round: RoundPieces) -> float:
         down_seconds(client, fits=True) + client.compute_seconds * (client.steps - 1) / client.steps
         for client in aligned.values()
     ]
-    fits = sum(total(client, "compute_seconds", fits=True) for client in clients) - round.targets_seconds
-    in_turn = first_arrival + fits / round.server_workers + min(rests)
-    return max(bound, max(longest, in_turn) + round.averaging_seconds)
+    fits = sum(total(client, "compute_seconds", fits=True) for client in clients) - t.targets_seconds
+    in_turn = first_arrival + fits / t.server_workers + min(rests)
+    return max(bound, max(longest, in_turn) + t.averaging_seconds)
 
 
 def drawn_round(

@@ -59,9 +59,9 @@ HERE = "test_plan"
 class Mixed(FslSage):
     """Waits for a true gradient in every third local step, and is FSL-SAGE in the others."""
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         if step % 3 != 1:
-            yield from super().client_step(client, round, step, x, y)
+            yield from super().client_step(client, t, step, x, y)
             return
         z = client.forward(x)
         client.backward(z, (yield Exchange(z, y)))
@@ -72,8 +72,8 @@ class Seldom(FslSage):
 
     interval = 4
 
-    def aligns(self, client: int, round: int) -> bool:
-        return round % 4 == 3
+    def aligns(self, client: int, t: int) -> bool:
+        return t % 4 == 3
 
 
 class Renamed(SplitFedV2):
@@ -85,14 +85,14 @@ class Adaptive(SplitFedV2):
 
     requests_depend_on_values = True
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         raise AssertionError("it was rehearsed, or trained")
 
 
 class Idle(Algorithm):
     """Every second local step is left out."""
 
-    def client_step(self, client: Client, round: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         if step % 2 == 0:
             z = client.forward(x)
             client.backward(z, (yield Exchange(z, y)))
