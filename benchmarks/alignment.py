@@ -212,7 +212,9 @@ def stopping(model: str, auxiliary: Auxiliary, settings: dict[str, dict[str, Any
     for name, keys in settings.items():
         fit = make_fits(split, torch.device("cpu"), 100, **keys)[0]
         started = clock()
-        record = fit.fit(fit.targets(copy.deepcopy(split.server)))[1].read()
+        fit.fit(fit.targets(copy.deepcopy(split.server)))
+        record, _ = fit.take_records()
+        assert record is not None
         print(
             f"{model}, {auxiliary.kind or 'copy'} auxiliary model, {name}: {record['passes']} passes, "
             f"{clock() - started:.1f} s, nmse {record['nmse_before']:.2f} -> {record['nmse_after']:.4f}",

@@ -121,7 +121,9 @@ def graphs_of(trainer: Trainer) -> int:
     """How many were captured by the parties that this rank hosts."""
     if trainer.experiment.config.graphs == "never":
         return 0
-    graphs = [graphed for client in trainer.clients.values() for graphed in (client.passes, client.estimates)]
+    graphs = [client.passes for client in trainer.clients.values()]
+    if trainer.experiment.algorithm.auxiliary != "none":
+        graphs += [client.auxiliary.estimates for client in trainer.clients.values()]
     if trainer.server:
         lanes = {id(lane): lane for lane in trainer.server.lanes.values()}.values()
         graphs += [steps for lane in lanes for steps in lane.steps.values()]

@@ -92,7 +92,7 @@ class Arithmetic:
                     lane.train(z, y, gradient=False)
                     fit.buffer.add(z.detach(), y)
                 if Align.kind in asked:
-                    client.auxiliary_weights.load(fit.fit(fit.targets(lane.model))[0])
+                    client.auxiliary_weights.load(fit.fit(fit.targets(lane.model)))
                 gradient = client.estimate(z, y)
             assert gradient is not None
             client.backward(z, gradient)

@@ -179,7 +179,7 @@ class AuxiliaryFit:
         self.context = context
         self.agreement = Agreement()
         self.record: FitRecord | None = None
-        self._keys = keys
+        self.keys = keys
         self._masks = Masks(model, context.seed)
         self.steps = context.graphed(self._masks, optimizer)
 
@@ -200,7 +200,7 @@ class AuxiliaryFit:
         masks = Masks(server_model, self.context.seed)
         targets = []
         with untouched_statistics(server_model):
-            for number, (z, y) in enumerate(self.buffer.batches(self._keys.batch_size)):
+            for number, (z, y) in enumerate(self.buffer.batches(self.keys.batch_size)):
                 masks.begin_alignment(at, number, passes=0)
                 targets.append((z, y, cut_layer_gradient(server_model, z, y, self.context.loss)))
         return targets
@@ -215,7 +215,7 @@ class AuxiliaryFit:
             A copy of the fitted weights.
         """
         before = self._agreement(targets, at)
-        by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self._keys.solver]
+        by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
         passes = by(targets, at)
         self.record = FitRecord(before, self._agreement(targets, at), passes)
         return self.weights.clone()
@@ -232,18 +232,18 @@ class AuxiliaryFit:
         They are fewer than `epochs` where one lowers the objective by less than `tolerance` of it.
         """
         last = math.inf
-        for passes in range(1, self._keys.epochs + 1):
+        for passes in range(1, self.keys.epochs + 1):
             objectives: list[Tensor] = []
             for number, target in enumerate(targets):
                 self._masks.begin_alignment(at, number, passes)
                 objectives += self.steps(self._step, *target)
                 self.optimizer.advance()
-            if self._keys.tolerance is not None:
+            if self.keys.tolerance is not None:
                 now = torch.stack(objectives).sum().item()  # waits for the device: only where it is asked for
-                if now > (1 - self._keys.tolerance) * last:
+                if now > (1 - self.keys.tolerance) * last:
                     return passes
                 last = now
-        return self._keys.epochs
+        return self.keys.epochs
 
     def _fit_by_lbfgs(self, targets: list[Target], at: LocalStep) -> int:
         """L-BFGS on the whole buffer at once, with a strong Wolfe line search: at most `epochs` passes, the
@@ -254,8 +254,8 @@ class AuxiliaryFit:
         scale = torch.stack([true.to(wide).square().sum() for _, _, true in targets]).sum()
         solver = torch.optim.LBFGS(
             trainable(self.model),
-            max_iter=self._keys.epochs,
-            max_eval=self._keys.epochs,
+            max_iter=self.keys.epochs,
+            max_eval=self.keys.epochs,
             tolerance_grad=0.0,
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",

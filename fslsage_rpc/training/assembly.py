@@ -97,12 +97,11 @@ def hosted_clients(experiment: Experiment, world: World) -> range:
 
 
 def build_clients(
-    experiment: Experiment, world: World, link: ServerLink, timeline: Timeline, saved: RankState | None
+    experiment: Experiment, world: World, link: ServerLink, context: Context, saved: RankState | None
 ) -> dict[int, Client]:
     """The clients that this rank hosts, by id, as they were saved or starting from the server's weights."""
     config, task, kind = experiment.config, experiment.task, experiment.algorithm.auxiliary
     train = experiment.take_training_samples()
-    context = shared_context(experiment, world, timeline)
 
     def draw(client_id: int) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
         samples = train.subset(experiment.parts[client_id])

@@ -78,6 +78,7 @@ class Trainer:
         self._sizes = experiment.sizes()
         self._tracer = Tracer() if experiment.config.trace else None
         self._timeline = Timeline("rank", self._tracer, world.device)
+        self._context = shared_context(experiment, world, self._timeline)
         self._ledger = WireLedger()
         with lasting_blocks():
             self.server = build_server(experiment, world, self._tracer, saved) if world.hosts_server else None
@@ -85,7 +86,7 @@ class Trainer:
             self._link = connect(self._transport, self.server, self._ledger, self._log)
             world.activity = self._progress = Progress(self._timeline, self._first_round)
             self.clients = (
-                build_clients(experiment, world, self._link, self._timeline, saved) if self._link else {}
+                build_clients(experiment, world, self._link, self._context, saved) if self._link else {}
             )
             self._test_data = self._load_test_data() if self.server else None
         # On the server's rank: the clients that are away, as a checkpoint had them last.
@@ -178,7 +179,7 @@ class Trainer:
                 self._link.send,
                 window=self._config.comm.upload_window,
                 depth_first=depth_first,
-                context=shared_context(self.experiment, self.world, self._timeline),
+                context=self._context,
                 staged=self._transport.staged,
             )
             rehearsed: Mapping[int, list[Ask]] = {} if course is None else course.asks
