@@ -22,7 +22,7 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.world import World
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.training.trainer import Trainer
+from fslsage_rpc.transport.endpoint import ServerEndpoint
 from launch.gpu_check import note, seconds_left
 
 PRECISIONS = {
@@ -88,7 +89,12 @@ def ways(options: argparse.Namespace, world: World) -> tuple[Ways, list[Trainer]
         kinds = {"": kinds[""]}
 
     def add(name: str, trainer: Trainer) -> None:
-        found[name] = lambda rounds: sum(trainer.train_round(round) for round in rounds)
+        def seconds(rounds: Sequence[int]) -> float:
+            server = trainer.server and ServerEndpoint(trainer.server, trainer.world.device)
+            trainer.world.transport.serve(server)  # a world serves one at a time
+            return sum(trainer.train_round(t) for t in rounds)
+
+        found[name] = seconds
         trainers.append(trainer)
 
     if options.way == "rpc":

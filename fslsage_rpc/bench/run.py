@@ -115,6 +115,7 @@ def _bench(
                 with writing(config.output, folder):
                     _write_rounds(folder, run)
                 screen.end_run(run)
+            world.transport.serve(None)
             del trainer
             gc.collect()
     if world.hosts_server:

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fslsage_rpc.check.findings import COPIES, Findings, Outlook, Rank, size
+from fslsage_rpc.check.findings import COPIES, Findings, Outlook, Rank, sized
 from fslsage_rpc.parties.requests import Align
 from fslsage_rpc.runs.screen import SteadyCursorConsole
 from fslsage_rpc.units import MIB
@@ -80,8 +80,12 @@ class CheckScreen:
         rounds = outlook.config.rounds
         table = _table("models", "part", "parameters", "size", "of the whole", "trained", "their size")
         for name, part in outlook.models.items():
-            of_all = (f"{part.parameters:,}", size(part.bytes), f"{part.bytes / outlook.whole_bytes:.1%}")
-            table.add_row(name, *of_all, f"{part.trained:,}", size(part.trained_bytes))
+            of_all = (
+                f"{part.parameters:,}",
+                sized(part.bytes),
+                f"{part.bytes / outlook.whole_bytes:.1%}",
+            )
+            table.add_row(name, *of_all, f"{part.trained:,}", sized(part.trained_bytes))
         self._console.print(table)
         self._say(f"Smashed data: {outlook.smashed_bytes:,} bytes per sample.")
         first = "the first " if outlook.rounds_counted < rounds else ""
@@ -89,7 +93,7 @@ class CheckScreen:
         table = _table(title, "algorithm", "per round", "all")
         for name, mean in outlook.paper_bytes.items():
             chosen = " (configured)" if name == outlook.config.algorithm.name else ""
-            known = ("unknown", "unknown") if mean is None else (size(mean), size(mean * rounds))
+            known = ("unknown", "unknown") if mean is None else (sized(mean), sized(mean * rounds))
             table.add_row(name + chosen, *known)
         self._console.print(table)
         if outlook.interval > 1:
@@ -141,9 +145,9 @@ class CheckScreen:
         disk = findings.ranks[0].disk
         if disk.free_bytes is None:
             return  # there is a warning
-        text = f"Disk: {size(disk.free_bytes)} free in {Path(disk.folder).absolute()}"
+        text = f"Disk: {sized(disk.free_bytes)} free in {Path(disk.folder).absolute()}"
         if (filled := findings.disk_bytes) is not None:
-            text += f"; the run would fill about {size(filled)}"
+            text += f"; the run would fill about {sized(filled)}"
         self._say(text + ".")
 
     def _say(self, text: str) -> None:
@@ -185,8 +189,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _mib(size: int | None) -> str:
-    return "-" if size is None else f"{size / MIB:,.1f}"
+def _mib(amount: int | None) -> str:
+    return "-" if amount is None else f"{amount / MIB:,.1f}"
 
 
 def _rate(bytes_per_second: float) -> str:

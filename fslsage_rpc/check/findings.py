@@ -272,8 +272,8 @@ class Findings:
             known = [b for rank in ranks if (b := self.ranks[rank].machine.memory_bytes) is not None]
             if known and wanted > NEARLY * min(known):
                 found.append(
-                    f"{host}: a round and its checkpoint want about {size(wanted)} of memory more, and "
-                    f"{size(min(known))} were left"
+                    f"{host}: a round and its checkpoint want about {sized(wanted)} of memory more, and "
+                    f"{sized(min(known))} were left"
                 )
         on_gpu: Counter[GpuPlace] = Counter()
         free: dict[GpuPlace, int] = {}
@@ -282,8 +282,8 @@ class Findings:
                 on_gpu[rank.machine.gpu] += rank.use.gpu_peak
                 free[rank.machine.gpu] = rank.machine.gpu_bytes[0]
         return found + [
-            f"{place.host}: a round has taken {size(taken)} of its GPU {place.gpu}, and {size(free[place])} "
-            "were free"
+            f"{place.host}: a round has taken {sized(taken)} of its GPU {place.gpu}, and "
+            f"{sized(free[place])} were free"
             for place, taken in on_gpu.items()
             if taken > NEARLY * free[place]
         ]
@@ -306,7 +306,7 @@ class Findings:
         free = self.ranks[0].disk.free_bytes
         if free is not None and (filled := self.disk_bytes) is not None and filled > free:
             found.append(
-                f"output {output!r}: the run would fill about {size(filled)}, and {size(free)} are free"
+                f"output {output!r}: the run would fill about {sized(filled)}, and {sized(free)} are free"
             )
         return found
 
@@ -342,7 +342,7 @@ def rounds_counted(experiment: Experiment) -> int:
     return min(experiment.config.rounds, some)
 
 
-def size(amount: float) -> str:
+def sized(amount: float) -> str:
     """In MiB or GiB."""
     return f"{amount / GIB:,.1f} GiB" if amount >= GIB else f"{amount / MIB:,.1f} MiB"
 

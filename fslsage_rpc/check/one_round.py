@@ -94,6 +94,6 @@ def _checkpoint_bytes(trainer: Trainer) -> int:
         optimizers += [lane.optimizer for lane in server.lanes.values()]
         optimizers += [fit.optimizer for fit in server.fits.values()]
     for optimizer in optimizers:
-        optimizer.step()  # without gradients: one that has made no step has nothing to be written
+        optimizer.stepped = True  # else it has nothing to be written
     fill_buffers(trainer, trainer.experiment.config.rounds)
     return len(serialised(vars(snapshot(trainer.state(1)))))

@@ -22,7 +22,7 @@ from fslsage_rpc.errors import ConnectionLost, InputError, RankRefused, RunOver,
 from fslsage_rpc.job.connections import open_sockets
 from fslsage_rpc.job.regroup import NEWS_SECONDS, Generation, Regroup, cut
 from fslsage_rpc.job.roll_call import Presence, await_all
-from fslsage_rpc.job.rpc_world import POLL_SECONDS, RpcWorld, first_line
+from fslsage_rpc.job.rpc_world import POLL_SECONDS, RpcWorld, said_by
 from fslsage_rpc.job.signs_of_life import GRACE_SECONDS, leave
 from fslsage_rpc.job.world import Change
 from fslsage_rpc.transport.rpc import offer, offered
@@ -102,7 +102,7 @@ class ElasticWorld(RpcWorld):
             with suppress(RuntimeError):
                 if self._job.check(["generation"]):  # the others may go on
                     before, message, status = self._last_words(error)
-                    reason = f"{type(error).__name__}: {first_line(error)}"
+                    reason = f"{type(error).__name__}: {said_by(error)}"
                     self._job.set(f"left/{self.number}", reason)
                     print(f"{before}fslsage_rpc: {message}", file=sys.stderr, flush=True)
                     leave(status, hosts_store=False)
@@ -168,7 +168,7 @@ class ElasticWorld(RpcWorld):
                     patience = self._timeout_seconds + LEAVING_SECONDS  # silence would tell who was lost
                     followed = self._generations.await_next(self.generation, patience)
                     if not followed or self.generation == 0:  # nothing is trained that would be lost
-                        raise ConnectionLost(first_line(error)) from error
+                        raise ConnectionLost(said_by(error)) from error
                 else:
                     self._formed = time.monotonic()
                     return

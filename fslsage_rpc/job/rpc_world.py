@@ -62,7 +62,7 @@ class RpcWorld(World):
         """Meet the other ranks."""
         timeout = timedelta(seconds=config.comm.timeout_seconds)
         self._store = store = self._find_store(timeout)
-        self._beside: dist.Store = store.clone()  # a connection of its own: whoever waits on one keeps it
+        self._beside: dist.Store = store.clone()  # for the thread that writes checkpoints
         ranks = roll_call(store, self._here, self._started, timeout)
         self._signs = self._signs_of_life(config, EndTheJob(ranks, self._launcher_hosts_store))
         self._signs.start()
@@ -159,10 +159,10 @@ class RpcWorld(World):
         if isinstance(error, BrokenPipeError):
             return "", "", NOBODY_READS  # this rank's output: connections fail as RuntimeErrors
         if isinstance(error, ConnectionLost):
-            seen = first_line(error)
+            seen = said_by(error)
             return "", self._signs.policy.explain_loss(seen) if self._signs else seen, 1
         where = f"{self._here} failed in {self.activity()}"
-        message = f"{where}: {type(error).__name__}: {first_line(error)}"
+        message = f"{where}: {type(error).__name__}: {said_by(error)}"
         return "".join(traceback.format_exception(error)), message, 1
 
     def _speaks(self) -> bool:
@@ -177,14 +177,12 @@ class RpcWorld(World):
         return True
 
     def close(self) -> None:
-        self.transport.barrier()  # nobody is waited for from now on
-        if self._signs is not None:
-            self._signs.stop()
-        self.transport.close()
+        assert self._signs is not None
+        self.transport.close(at_rest=self._signs.stop)
         self._workers.dissolve()
 
 
-def first_line(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
     """What an error says; one that came back from a call begins with a line that names the worker."""
     said = [line for line in str(error).splitlines() if not line.startswith("On WorkerInfo")]
     return said[0] if said else ""

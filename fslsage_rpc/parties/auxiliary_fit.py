@@ -217,8 +217,9 @@ class AuxiliaryFit:
         before = self._agreement(targets, at)
         by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
         passes = by(targets, at)
+        weights = self.weights.clone()
         self.record = FitRecord(before, self._agreement(targets, at), passes)
-        return self.weights.clone()
+        return weights
 
     def take_records(self) -> tuple[dict[str, float] | None, dict[str, float] | None]:
         """The last fit's agreement and the drift of the round that has ended; None where there is none."""

@@ -41,7 +41,7 @@ class ClientAuxiliary:
         for parameter in self._parameters:
             parameter.requires_grad_(False)
 
-    def own(self) -> ScheduledOptimizer:
+    def take_over(self) -> ScheduledOptimizer:
         """From here on the client trains it, with a new optimizer."""
         for parameter in self._parameters:
             parameter.requires_grad_()
@@ -56,7 +56,7 @@ class ClientAuxiliary:
 
     def train(self, z: Tensor, y: Tensor, at: LocalStep) -> Tensor:
         """One step on (z, y), and its gradient `[B, ...]`: `Client.train_auxiliary`."""
-        optimizer = self.optimizer or self.own()
+        optimizer = self.optimizer or self.take_over()
         self._masks.begin(at)
         (gradient,) = self.steps(self._step, z, y)
         optimizer.advance()
@@ -78,7 +78,7 @@ class ClientAuxiliary:
         if "auxiliary_optimizer" not in state:
             self.freeze()
         elif state["auxiliary_optimizer"] is not None:
-            (self.optimizer or self.own()).load_state(state["auxiliary_optimizer"])
+            (self.optimizer or self.take_over()).load_state(state["auxiliary_optimizer"])
 
     def _estimate(self, z: Tensor, y: Tensor) -> Tensors:
         return (cut_layer_gradient(self._model, z, y, self._context.loss),)

@@ -24,7 +24,7 @@ class Crew:
     """Runs the server's pieces of work. One that fails ends the round.
 
     Attributes:
-        changed: guards mailboxes and lanes; told when a piece has ended.
+        changed: guards mailboxes and lanes; told when none is under way, and of a failure.
         failure: the first one of the round.
         activity: of lanes and fits.
         on_device: what requests took of a GPU.
@@ -68,7 +68,8 @@ class Crew:
     def _count(self, by: int) -> None:
         with self.changed:
             self._under_way += by
-            self.changed.notify_all()
+            if self.idle:
+                self.changed.notify_all()
 
 
 class Execution:

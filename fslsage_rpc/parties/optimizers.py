@@ -37,7 +37,7 @@ class ScheduledOptimizer:
         kind = OPTIMIZERS[keys.name]
         self.optimizer = kind(parameters, lr=keys.lr, weight_decay=keys.weight_decay, fused=True)
         self._allocate()
-        self._stepped = False
+        self.stepped = False
         self._scheduler: lr_scheduler.LRScheduler | None = None
         if keys.scheduler.name is not None:
             name, arguments = keys.scheduler.name, keys.scheduler.arguments
@@ -82,7 +82,7 @@ class ScheduledOptimizer:
 
     def advance(self) -> None:
         """The rest of a step: a schedule that counts in steps moves on."""
-        self._stepped = True
+        self.stepped = True
         if self._scheduler is not None and self._per_step:
             self._scheduler.step()
 
@@ -132,15 +132,15 @@ class ScheduledOptimizer:
         optimizer = self.optimizer.state_dict()
         scheduler = None if self._scheduler is None else self._scheduler.state_dict()
         return {
-            "optimizer": optimizer if self._stepped else optimizer | {"state": {}},
+            "optimizer": optimizer if self.stepped else optimizer | {"state": {}},
             "scheduler": scheduler,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on as the optimizer with this state would."""
         saved = state["optimizer"]
-        self._stepped = bool(saved["state"])
-        if not self._stepped:
+        self.stepped = bool(saved["state"])
+        if not self.stepped:
             saved = saved | {"state": self.optimizer.state_dict()["state"]}  # as it was made
         self.optimizer.load_state_dict(saved)
         if self._scheduler is not None:

@@ -12,9 +12,9 @@ from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.requests import BeginStep, Body, ClientRound, Request
 from fslsage_rpc.parties.turns import Turns
 
-Take = Callable[[], Any]
+TakeValue = Callable[[], Any]
 """Takes an answer's value in, on this thread, or raises what the request came to."""
-Send = Callable[[Request, Callable[[Take], None]], None]
+Send = Callable[[Request, Callable[[TakeValue], None]], None]
 """Hands a request to the transport, which calls back, from any thread, with what takes the answer."""
 
 
@@ -56,7 +56,7 @@ class Scheduler:
         self._turns = Turns(window, depth_first)
         self._timeline, self._device = context.timeline, context.device
         self._staged = staged
-        self._replies: queue.SimpleQueue[tuple[ClientProgress, int, Body, Take]] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[tuple[ClientProgress, int, Body, TakeValue]] = queue.SimpleQueue()
 
     def run(self, rounds: Mapping[int, ClientRound]) -> None:
         """Run these clients' rounds (in this order where they compete) to their end and drain all requests in
@@ -116,7 +116,7 @@ class Scheduler:
             self._send(request, lambda take: self._replies.put((progress, step, body, take)))
 
     def _settle_next(self, phase: str | None = None) -> None:
-        """Take in the next answer, waiting for it if need be.
+        """TakeValue in the next answer, waiting for it if need be.
 
         Args:
             phase: that the time is entered under; None: what the request waits as.

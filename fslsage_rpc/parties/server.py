@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fslsage_rpc.device.clock import synchronise
 from fslsage_rpc.device.streams import current_place
@@ -17,7 +17,7 @@ from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.crew import Crew, Execution, Reply, Start
 from fslsage_rpc.parties.lane import Lane
-from fslsage_rpc.parties.requests import Align, Announced, End, Exchange, Push, Request, SmashedData
+from fslsage_rpc.parties.requests import Align, Announced, End, Exchange, Push, Request
 from fslsage_rpc.randomness import LocalStep
 
 
@@ -225,35 +225,36 @@ class Server:
 
     def _execute(self, lane: Lane, execution: Execution) -> None:
         """On the request's turn, on one thread at a time per lane."""
-        client, queue = execution.request.client, lane.context.queue
-        body, fit = execution.request.body.to(self._device), self.fits.get(client)
-        if isinstance(body, SmashedData):
-            queue.keep(body.z, body.y)
-        match body:
-            case Align():
-                assert fit is not None, "the algorithm aligns nothing"
-                Alignment(execution, lane, fit, self._crew).run()
-            case Exchange():
-                with execution.part("lane"), lane.phase(Phase.STEP, execution.arrow):
-                    gradient = lane.train(body.z, body.y, gradient=True, at=execution.at)
-                execution.answer(gradient)
-            case Push():
-                with execution.part("lane"):
-                    self._take_upload(lane, body, fit, execution)
-                execution.answer_once_done(None, queue, "lane", lane.number)  # frees its place in the window
-            case End():
-                with execution.part("lane"):
-                    pass
-                execution.answer_once_done(None, queue, "lane", lane.number)
+        body, fit = execution.request.body, self.fits.get(execution.request.client)
+        if isinstance(body, Align):
+            assert fit is not None, "the algorithm aligns nothing"
+            Alignment(execution, lane, fit, self._crew).run()
+            return
+        with execution.part("lane"):
+            gradient = None if isinstance(body, End) else self._train(lane, body, fit, execution)
+        if isinstance(body, Exchange):
+            execution.answer(gradient)
+        else:  # frees an upload's place in the window
+            execution.answer_once_done(None, lane.context.queue, "lane", lane.number)
 
-    def _take_upload(self, lane: Lane, body: Push, fit: AuxiliaryFit | None, execution: Execution) -> None:
-        """Train on an upload, keep it for the client's alignment, and compare the estimate on it."""
-        compares = fit is not None and self.measure_drift
+    def _train(
+        self, lane: Lane, body: Exchange | Push, fit: AuxiliaryFit | None, execution: Execution
+    ) -> Tensor | None:
+        """One step of the lane. An upload is kept for an alignment, and the estimate compared on it.
+
+        Returns:
+            The cut-layer gradient `[B, ...]`, where it was computed.
+        """
+        body = body.to(self._device)
+        lane.context.queue.keep(body.z, body.y)
+        uploads = isinstance(body, Push) and fit is not None
+        gradient_wanted = isinstance(body, Exchange) or (uploads and self.measure_drift)
         with lane.phase(Phase.STEP, execution.arrow):
-            gradient = lane.train(body.z, body.y, gradient=compares, at=execution.at)
-            if fit is not None:
+            gradient = lane.train(body.z, body.y, gradient_wanted, execution.at)
+            if fit is not None and uploads:
                 fit.buffer.add(body.z, body.y)
-        if fit is not None and gradient is not None:
+        if fit is not None and uploads and gradient is not None:
             # The last fit of this client has been answered, so the device is through with it.
             with lane.phase(Phase.DRIFT):
                 fit.compare(body.z, body.y, gradient, execution.at)
+        return gradient

@@ -141,9 +141,10 @@ def _costs_here(config: Config) -> Costs:
     samples = min(2 * BATCHES * config.clients.batch_size, open_task(config).train_samples)
     keys = [
         *("transport=local", "trace=false", "evaluation.every=1000", "data.test_limit=1"),
-        *("stop.paper_gib=null", "stop.accuracy=null", "stop.diverged=false", "algorithm.align_every=1"),
+        *("stop.paper_gib=null", "stop.accuracy=null", "stop.diverged=false"),
         *("clients.count=2", "clients.minimum=1", "clients.participation=1.0", "clients.on_loss=fail"),
         *("data.partition=iid", f"data.train_limit={samples}"),
+        *(["algorithm.align_every=1"] if config.algorithm.align_every else []),
     ]
     config = from_tree(to_tree(config), keys)
     check(config, ranks=1)

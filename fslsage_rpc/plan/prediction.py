@@ -86,8 +86,8 @@ def planned_bound(scenario: Scenario, costs: Costs, server_workers: int, planned
 def averaging_seconds(scenario: Scenario, size: int) -> float:
     """A ring all-reduce of so many bytes among the n client ranks.
 
-    It takes 2 (n-1) steps, of 1/n of the bytes up one link and down another: as far as to the server and
-    back.
+    It takes 2 (n-1) steps, of 1/n of the bytes up one link and down another. Each counts the way to a
+    neighbour, two links away, and back.
     """
     link, ranks = scenario.link, scenario.client_ranks
     rate = min(link.up_bytes_per_second, link.down_bytes_per_second)

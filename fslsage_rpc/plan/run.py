@@ -12,7 +12,6 @@ from rich.table import Table
 
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.algorithms.bound import LinkSpeed
-from fslsage_rpc.bench.table import MIB
 from fslsage_rpc.config.loading import from_tree, to_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data.partitions import divided
@@ -22,6 +21,7 @@ from fslsage_rpc.plan.prediction import Prediction, predict
 from fslsage_rpc.plan.scenario import Scenario, with_algorithm
 from fslsage_rpc.runs.screen import SteadyCursorConsole
 from fslsage_rpc.tasks import open_task
+from fslsage_rpc.units import MIB
 
 BYTES_PER_SECOND = {"kbit": 125.0, "mbit": 125e3, "gbit": 125e6}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}

@@ -35,7 +35,8 @@ def build_server(
     config, algorithm, split = experiment.config, experiment.algorithm, experiment.split
     clients = range(len(experiment.parts))
     aligns = algorithm.auxiliary == "aligned"
-    graphs = experiment.config.graphs == "auto" and can_capture(world.device)
+    shared = shared_context(experiment, world, Timeline("averaging", tracer, world.device))
+    graphs = shared.graphs
     most = STREAMS - 2  # the main thread and a lane that clients share have streams, too
     if graphs and world.works_beside and len(clients) > most:
         # One would capture what another lane, or fit, queues in the same stream.
@@ -48,7 +49,7 @@ def build_server(
     def context(row: str) -> Context:
         queue = WorkQueue.beside_others(world.device) if world.works_beside else WorkQueue()
         timeline = Timeline(row, tracer, world.device)
-        return replace(shared_context(experiment, world, timeline), graphs=graphs, queue=queue)
+        return replace(shared, timeline=timeline, graphs=graphs, queue=queue)
 
     def lane(row: str, number: int = 0) -> Lane:
         model = fresh(split.server)
@@ -77,7 +78,7 @@ def build_server(
         fits={client: fit(client) for client in clients} if aligns else {},
         measure_drift=config.algorithm.measure_drift,
         start=world.start,
-        context=shared_context(experiment, world, Timeline("averaging", tracer, world.device)),
+        context=shared,
     )
     if saved is not None:
         assert saved.server is not None
@@ -114,10 +115,10 @@ def build_clients(
         auxiliary = None
         if kind != "none":
             make_optimizer = partial(ScheduledOptimizer, config.optimizer.auxiliary)
-            own = copy_of(experiment.split.auxiliary, world.device)
-            auxiliary = ClientAuxiliary(own, make_optimizer, context)
+            copied = copy_of(experiment.split.auxiliary, world.device)
+            auxiliary = ClientAuxiliary(copied, make_optimizer, context)
             if kind == "trained":
-                auxiliary.own()
+                auxiliary.take_over()
         optimizer = ScheduledOptimizer(config.optimizer.client, trainable(model))
         client = Client(client_id, model, optimizer, draw(client_id), context, auxiliary)
         if saved is not None:

@@ -88,6 +88,7 @@ class Trainer:
             self.clients = (
                 build_clients(experiment, world, self._link, self._context, saved) if self._link else {}
             )
+            experiment.prepared.clear()  # a rank keeps only what its clients have taken
             self._test_data = self._load_test_data() if self.server else None
         # On the server's rank: the clients that are away, as a checkpoint had them last.
         self._away = (

@@ -106,8 +106,12 @@ class Transport(ABC):
         """The way that all this takes, for `environment.json`: the keys that `LocalTransport` has."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Collective: leave in order, when no request is under way; nothing is left open or running."""
+    def close(self, at_rest: Callable[[], None] = lambda: None) -> None:
+        """Collective: leave in order, when no request is under way; nothing is left open or running.
+
+        Args:
+            at_rest: done before the last wait for the others, when no call can come any more.
+        """
 
     @abstractmethod
     def abandon(self) -> None:

@@ -24,10 +24,6 @@ class ServerEndpoint:
         self._server: Any = server
         self.device = device
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
-        return object, ()
-
     def announce(self, t: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
         """Take the announcement of some participants: `Server.announce`."""
         self._server.announce(t, plans, ranking)

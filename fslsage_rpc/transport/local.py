@@ -4,6 +4,7 @@ notebook.
 The server works inside the call that hands it a request, so nothing here happens at the same time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ class LocalTransport(Transport):
         without = ("averaging", "rpc_transports", "rpc_channels", "request_tensors", "interface")
         return {"transport": "local", **dict.fromkeys(without)}
 
-    def close(self) -> None:
-        self._endpoint = None
+    def close(self, at_rest: Callable[[], None] = lambda: None) -> None:
+        at_rest()
+        self.abandon()
 
-    abandon = close
+    def abandon(self) -> None:
+        self._endpoint = None

@@ -9,7 +9,7 @@ the device and then, on the CPU, for the other client ranks, before it averages.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -38,7 +38,18 @@ SIGNS_OF_LOSS = ("eof", "reset", "closed", "refused", "broken pipe", "rpcerr", "
 SERVER = "server"
 """the name of its RPC worker"""
 
-_offered: ServerEndpoint | None = None  # on rank 0
+
+class Desk:
+    """A place on rank 0, to which client ranks hold an RRef: calls go to whatever server is there."""
+
+    endpoint: ServerEndpoint | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Nothing: torch pickles what an RRef holds to look for CUDA tensors, and the server stays here."""
+        return object, ()
+
+
+_desk = Desk()  # of rank 0
 
 
 class RpcTransport(Transport):
@@ -125,7 +136,7 @@ class RpcTransport(Transport):
         # Calls go to its owner and do not carry it: each time would cost a fork and an acknowledgement. Where
         # ranks may be lost the worker's name will do. torch keeps a process's first RPC agent for all RRefs
         # that it ever has, so that after a loss it could not use one.
-        if self.rank and self._number is None:
+        if self.rank and self._number is None and self._server is None:
             with peers_may_be_lost():
                 self._server = rpc.rpc_sync(SERVER, _reference)
                 self._owner = self._server.owner()
@@ -214,11 +225,12 @@ class RpcTransport(Transport):
             "interface": self._interface or "the libraries' own choice",
         }
 
-    def close(self) -> None:
+    def close(self, at_rest: Callable[[], None] = lambda: None) -> None:
         self._server = None
         with peers_may_be_lost():
             self.barrier()
             rpc.shutdown()
+            at_rest()
             self.barrier()  # the rank that hosts the store leaves it only when no thread needs it
         self.abandon()
 
@@ -246,24 +258,23 @@ def peers_may_be_lost() -> Iterator[None]:
 
 def offer(endpoint: ServerEndpoint | None) -> None:
     """On rank 0: have calls go to this server from now on."""
-    global _offered
-    _offered = endpoint
+    _desk.endpoint = endpoint
 
 
 def offered() -> ServerEndpoint | None:
     """On rank 0, on any thread: what calls go to."""
-    return _offered
+    return _desk.endpoint
 
 
 # On the server's rank. What is called there never blocks a thread of the RPC pool.
 
 
 def _reference() -> rpc.RRef:
-    return rpc.RRef(_offered)
+    return rpc.RRef(_desk)
 
 
 def _answer(method: str, *arguments: Any) -> Any:
-    return _in_host_memory(getattr(_offered, method)(*arguments))
+    return _in_host_memory(getattr(_desk.endpoint, method)(*arguments))
 
 
 def _echo(payload: torch.Tensor, down_bytes: int) -> torch.Tensor:
@@ -277,9 +288,10 @@ def _submit(request: Request, device_map: bool) -> Future[Answer]:
 
     It is completed on the stream that computes the answer, whose place in it the future keeps.
     """
-    assert _offered is not None
-    future: Future[Answer] = Future(devices=[_offered.device] if device_map else None)
-    _offered.submit(
+    endpoint = offered()
+    assert endpoint is not None
+    future: Future[Answer] = Future(devices=[endpoint.device] if device_map else None)
+    endpoint.submit(
         request, lambda answer: future.set_result(_on_gpu(answer) if device_map else answer.to(CPU))
     )
     return future
