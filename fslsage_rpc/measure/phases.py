@@ -1,11 +1,10 @@
 """The phases that a round's seconds are entered under; docs/architecture.md says what is in each."""
 
 from collections.abc import Mapping
-from enum import StrEnum
 
 
-class Phase(StrEnum):
-    """A client rank's, a lane's, or the server's."""
+class Phase:
+    """A client rank's, a lane's, or the server's: names, as files have them."""
 
     DATA = "data"
     FORWARD_BACKWARD = "forward_backward"
@@ -21,10 +20,11 @@ class Phase(StrEnum):
     ALIGNMENT = "alignment"
 
 
-OF_CLIENTS: tuple[str, ...] = tuple(Phase)[: list(Phase).index(Phase.AVERAGING) + 1]
+COMPUTE: tuple[str, ...] = (Phase.DATA, Phase.FORWARD_BACKWARD, Phase.ESTIMATE)
+WAITS: tuple[str, ...] = (Phase.UPLOAD_WAIT, Phase.GRADIENT_WAIT, Phase.ALIGNMENT_WAIT, Phase.DRAIN_WAIT)
+OF_CLIENTS: tuple[str, ...] = (*COMPUTE, *WAITS, Phase.AVERAGING)
 """of a client rank; `other` is what they leave of a round"""
 OF_LANES: tuple[str, ...] = (Phase.STEP, Phase.TARGETS, Phase.DRIFT)
-COMPUTE: tuple[str, ...] = (Phase.DATA, Phase.FORWARD_BACKWARD, Phase.ESTIMATE)
 PARTS: Mapping[str, tuple[str, ...]] = {
     "compute": COMPUTE,
     "wait": (Phase.UPLOAD_WAIT, Phase.GRADIENT_WAIT, Phase.DRAIN_WAIT),
