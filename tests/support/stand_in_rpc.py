@@ -468,7 +468,7 @@ class ThreadsWorld(RpcWorld):
         self.home = rank - 1 if rank else None
         self.device = open_device(config, 0)
         self._workers = Workers(self.device)
-        self._signs = None
+        self._signs = SimpleNamespace(stop=lambda: None)  # type: ignore[assignment]
         self.transport = transport_between_threads(job, rank, self.device, config.comm)
 
 
