@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from fslsage_rpc.check.findings import COPIES, Findings, Outlook, Rank, sized
+from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.parties.requests import Align
 from fslsage_rpc.runs.screen import SteadyCursorConsole
 from fslsage_rpc.units import MIB
@@ -123,7 +124,7 @@ class CheckScreen:
             )
 
     def _show_seconds(self, outlook: Outlook, line: Mapping[str, Any]) -> None:
-        rounds, alignment = outlook.config.rounds, line["phases"]["server"]["alignment"]
+        rounds, alignment = outlook.config.rounds, line["phases"]["server"][Phase.ALIGNMENT]
         counts = ", ".join(f"{times['count']} {kind}" for kind, times in line["requests"].items())
         aligns = Align.kind in line["requests"]
         self._say(

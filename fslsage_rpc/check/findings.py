@@ -18,6 +18,7 @@ from fslsage_rpc.check.one_round import Use
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.measure.host_load import BUSY, CoreTimes, busy_by_host
+from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.models.flat import module_bytes, trainable
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.transport.choices import SHM_CORES_PER_RANK, hidden_gpus
@@ -123,7 +124,7 @@ class Outlook:
         """
         assert self.line is not None
         rounds, evaluations = self.config.rounds, math.ceil(self.config.rounds / self.config.evaluation.every)
-        less: float = (rounds - aligned) * self.line["phases"]["server"]["alignment"]
+        less: float = (rounds - aligned) * self.line["phases"]["server"][Phase.ALIGNMENT]
         total: float = rounds * self.line["round_seconds"] + evaluations * self.line["evaluation_seconds"]
         return total - less
 
