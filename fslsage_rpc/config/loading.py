@@ -57,9 +57,10 @@ def from_tree(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: a key is unknown, or a value has the wrong type or is out of range.
     """
-    tree = dict(tree)
+    tree = _written_out(Config(), tree)
     for override in overrides:
         _apply_override(tree, override)
+        tree = _written_out(Config(), tree)
     config: Config = _build(Config(), tree, prefix="")
     if not FOLDER_NAME.fullmatch(config.name) or len(config.name) > LONGEST_NAME:
         longest = f", {LONGEST_NAME} at most" if len(config.name) > LONGEST_NAME else ""
@@ -104,13 +105,30 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if real in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise InputError(f"base: got a cycle ({chain}), expected base files that end")
-    tree = read_yaml(path)
+    tree = _written_out(Config(), read_yaml(path))
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
         raise InputError(f"base: got {show(base)}, expected a file path relative to {path}")
     return _merge(_read_with_base(path.parent / base, (*seen, real)), tree)
+
+
+def _is_named(section: Any) -> bool:
+    """Is it a section of a name and its arguments, for which the name alone may stand?"""
+    return dataclasses.is_dataclass(section) and vars(section).keys() == {"name", "arguments"}
+
+
+def _written_out(defaults: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree in which a name that stands for a section is that section, with no arguments."""
+    written = dict(tree)
+    for key, value in tree.items():
+        section = getattr(defaults, str(key), None)
+        if isinstance(value, str) and _is_named(section):
+            written[key] = {"name": value, "arguments": {}}
+        elif isinstance(value, dict) and dataclasses.is_dataclass(section):
+            written[key] = _written_out(section, value)
+    return written
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +164,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _build(defaults: Any, tree: Any, prefix: str) -> Any:
     """The section `defaults` with the keys of `tree` checked and put in."""
     if not isinstance(tree, dict):
-        raise InputError(f"{prefix.rstrip('.')}: got {show(tree)}, expected a mapping of keys")
+        expected = (
+            "a name, or a mapping of name and arguments" if _is_named(defaults) else "a mapping of keys"
+        )
+        raise InputError(f"{prefix.rstrip('.')}: got {show(tree)}, expected {expected}")
     hints = typing.get_type_hints(type(defaults), include_extras=True)
     given = {}
     for key, value in tree.items():

@@ -238,6 +238,29 @@ class ServerKeys:
 
 
 @dataclass(kw_only=True)
+class CodecKeys:
+    """A codec; its name alone stands for it without arguments, as in `comm.codec.smashed=int8`."""
+
+    name: Annotated[str, OrOwn(("none", "bf16", "int8", "topk", "gaussian"), own="package.module:Class")] = (
+        "none"
+    )
+    """package.module:Class is the user's own subclass of `fslsage_rpc.parties.codecs.Codec`"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """of the codec, as {share: 0.1} of topk"""
+
+
+@dataclass(kw_only=True)
+class CodecsKeys:
+    """How each kind of tensor travels between clients and server."""
+
+    smashed: CodecKeys = field(default_factory=CodecKeys)
+    gradient: CodecKeys = field(default_factory=CodecKeys)
+    """true cut-layer gradients"""
+    auxiliary: CodecKeys = field(default_factory=CodecKeys)
+    """the change of an auxiliary model that the server fits"""
+
+
+@dataclass(kw_only=True)
 class Comm:
     """Transport, averaging and what to do when a rank is silent."""
 
@@ -245,6 +268,7 @@ class Comm:
     """auto: NCCL where every client rank has a GPU of its own, else Gloo"""
     upload_window: Count = 4
     """uploads of one client that the server may still have to train on"""
+    codec: CodecsKeys = field(default_factory=CodecsKeys)
     interface: str | None = None
     """network interface for RPC, Gloo and NCCL; null: loopback on one host, else the libraries' own choice"""
     transports: list[Literal["uv", "shm", "ibv"]] | None = None
