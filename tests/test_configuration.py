@@ -224,6 +224,71 @@ def test_an_override_changes_its_own_key_only_where_sections_share_an_anchor(tmp
     assert (config.optimizer.client.lr, config.optimizer.server.lr) == (2.0, 1.0)
 
 
+# A section by its name alone
+
+
+def test_a_name_alone_stands_for_a_section_without_arguments(tmp_path: Path) -> None:
+    config = load(write(tmp_path, "comm: {codec: {smashed: int8, auxiliary: {name: topk}}}"))
+    assert changes(config) == {"comm.codec.smashed.name": "int8", "comm.codec.auxiliary.name": "topk"}
+    assert from_tree({"comm": {"codec": {"smashed": "int8", "auxiliary": "topk"}}}) == config
+    assert from_tree(to_tree(config)) == config
+
+
+TOPK = "{name: topk, arguments: {share: 0.5}}"
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "name", "arguments"),
+    [
+        (TOPK, "int8", "int8", {}),
+        (TOPK, "topk", "topk", {}),
+        ("int8", TOPK, "topk", {"share": 0.5}),
+        ("topk", "{arguments: {share: 0.1}}", "topk", {"share": 0.1}),
+        (TOPK, "{arguments: {share: 0.1}}", "topk", {"share": 0.1}),
+        ("bf16", "int8", "int8", {}),
+        (TOPK, "{name: own:Codec}", "own:Codec", {"share": 0.5}),
+    ],
+)
+def test_a_name_alone_lies_over_and_under_a_mapping(
+    tmp_path: Path, below: str, above: str, name: str, arguments: dict[str, Any]
+) -> None:
+    section = "comm: {codec: {gradient: %s}}"
+    write(tmp_path, section % below, "below.yaml")
+    config = load(write(tmp_path, f"base: below.yaml\n{section % above}"))
+    assert vars(config.comm.codec.gradient) == {"name": name, "arguments": arguments}
+
+
+def test_overrides_lie_over_a_name_alone_and_bring_one(tmp_path: Path) -> None:
+    path = write(tmp_path, "comm: {codec: {smashed: topk}}")
+    share = "comm.codec.smashed.arguments.share=0.5"
+    for config in (load(path, [share]), from_tree({}, ["comm.codec.smashed=topk", share])):
+        assert vars(config.comm.codec.smashed) == {"name": "topk", "arguments": {"share": 0.5}}
+    config = load(path, [share, "comm.codec.smashed=int8"])
+    assert vars(config.comm.codec.smashed) == {"name": "int8", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("5", ": got 5, expected a name, or a mapping of name and arguments"),
+        ("null", ": got null, expected a name, or a mapping of name and arguments"),
+        (
+            "int9",
+            ".name: got 'int9', expected one of none, bf16, int8, topk, gaussian, or package.module:Class",
+        ),
+        ("{nam: int8}", ".nam: unknown key; did you mean comm.codec.smashed.name?"),
+    ],
+)
+def test_what_is_no_such_section_is_refused(value: str, line: str) -> None:
+    assert mistake(from_tree, {}, [f"comm.codec.smashed={value}"]) == f"comm.codec.smashed{line}"
+
+
+def test_only_a_section_of_name_and_arguments_is_given_by_its_name() -> None:
+    expected = "expected a mapping of keys"
+    assert mistake(from_tree, {"algorithm": "fedavg"}) == f"algorithm: got 'fedavg', {expected}"
+    assert mistake(from_tree, {"comm": {"codec": "int8"}}) == f"comm.codec: got 'int8', {expected}"
+
+
 # Trees
 
 
