@@ -57,6 +57,19 @@ def in_bf16(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "precision": "bf16"}
 
 
+def coded(tree: dict[str, Any]) -> dict[str, Any]:
+    """Codecs that draw, and one that leaves something out."""
+    stochastic = {"name": "int8", "arguments": {"stochastic": True}}
+    tree["comm"]["codec"] = {"smashed": stochastic, "gradient": stochastic, "auxiliary": "topk"}
+    return tree
+
+
+def with_noise(tree: dict[str, Any]) -> dict[str, Any]:
+    """Noise on smashed data."""
+    tree["comm"]["codec"] = {"smashed": {"name": "gaussian", "arguments": {"clip": 1.0, "sigma": 0.1}}}
+    return tree
+
+
 def with_dropout(tree: dict[str, Any], name: str, cut: str, until: str | None) -> dict[str, Any]:
     """A model that draws masks."""
     model = {"name": f"support.random_models:{name}", "cut": cut, "auxiliary": {"until": until}}
@@ -86,6 +99,9 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         with_dropout(tree(path, "fsl_sage", "round_robin"), "copied", "1", until="5"),
         with_dropout(tree(path, "splitfed_v1", "round_robin"), "wet", "between", until=None),
         with_dropout(tree(path, "splitfed_v2", "client_major"), "wet", "between", until=None),
+        coded(tree(path, "fsl_sage", "round_robin")),
+        coded(tree(path, "splitfed_v1", "round_robin")),
+        with_noise(tree(path, "splitfed_v2", "client_major")),
         warm(tree(path, "fsl_sage", "round_robin")),
         in_bf16(tree(path, "fsl_sage", "round_robin")),
     ]
@@ -175,8 +191,8 @@ def test_bf16_is_the_same_over_rpc_and_halves_the_bytes(
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("case", [len(CASES), len(CASES) + 1, len(CASES) + 2])
-def test_masks_are_the_same_on_every_transport_and_number_of_ranks(
+@pytest.mark.parametrize("case", range(len(CASES), len(CASES) + 6))
+def test_masks_and_codecs_draw_the_same_on_every_transport_and_number_of_ranks(
     case: int, local: list[Outcome], two_ranks: list[Outcome], three_ranks: list[Outcome]
 ) -> None:
     assert_same(local[case], two_ranks[case])

@@ -113,13 +113,13 @@ def test_a_buffer_that_is_neither_of_the_parameters_type_nor_int64_is_refused_by
 
 def test_a_model_without_weights_gives_empty_buffers() -> None:
     weights = flatten(nn.ReLU())
-    assert (weights.floats.numel(), weights.integers.numel(), weights.bytes) == (0, 0, 0)
+    assert (weights.floats.numel(), weights.integers.numel(), weights.nbytes) == (0, 0, 0)
     assert weights.integers.dtype == torch.int64
 
 
 def test_bytes_are_those_of_all_parameters_and_buffers() -> None:
     expected = 8 * (54 + 3 + 3 + 3 + 60 + 5) + 8 * (3 + 3) + 8  # parameters, running statistics, counter
-    assert module_bytes(small()) == flatten(small()).bytes == expected
+    assert module_bytes(small()) == flatten(small()).nbytes == expected
     assert module_bytes(nn.Linear(3, 2)) == 4 * 8
 
 

@@ -298,7 +298,7 @@ def test_only_weights_that_train_are_flattened_and_counted(toy_root: Path) -> No
     _, split = built(toy_root)
     of_a_block = 2 * (2 * 16 + 16 * 2) * 8  # A and B of q and v, of rank 2, in fp64
     for part, number in zip(parts(split).values(), (1, 3, 3), strict=True):
-        assert module_bytes(part) == flatten(copy_of(part, torch.device("cpu"))).bytes == number * of_a_block
+        assert module_bytes(part) == flatten(copy_of(part, torch.device("cpu"))).nbytes == number * of_a_block
     _, unfrozen = built(toy_root, ALL_TRAIN)
     for part in parts(unfrozen).values():
         assert module_bytes(part) == sum(weight.numel() for weight in part.parameters()) * 8

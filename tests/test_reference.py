@@ -96,11 +96,20 @@ def tree(tmp_path: Path) -> dict[str, Any]:
 
 
 SHARES = [len(part) / 149 for part in PARTS]
+CASES = [("round_robin", "none"), ("client_major", "none"), ("round_robin", "bf16")]
 
 
-@pytest.mark.parametrize("order", ["round_robin", "client_major"])
+def travelled(codec: str, tensor: Tensor) -> Tensor:
+    return tensor.detach().bfloat16().double() if codec == "bf16" else tensor.detach().clone()
+
+
+def codecs(codec: str) -> dict[str, Any]:
+    return {"codec": dict.fromkeys(("smashed", "gradient", "auxiliary"), codec)}
+
+
+@pytest.mark.parametrize(("order", "codec"), CASES)
 def test_one_round_of_fsl_sage(
-    order: str, tree: dict[str, Any], models: tuple[nn.Module, nn.Module, nn.Module]
+    order: str, codec: str, tree: dict[str, Any], models: tuple[nn.Module, nn.Module, nn.Module]
 ) -> None:
     client_model, server, auxiliary = models
     clients = [copy.deepcopy(client_model) for _ in PARTS]
@@ -115,7 +124,7 @@ def test_one_round_of_fsl_sage(
         x, y = batches[i][k]
         z = clients[i](x)
         if k % UPLOAD_EVERY == 0:
-            uploaded = z.detach().clone()
+            uploaded = travelled(codec, z)
             loss = F.cross_entropy(server(uploaded), y)
             losses.append((loss.item(), len(y)))
             step(server_optimizer, loss)
@@ -130,6 +139,9 @@ def test_one_round_of_fsl_sage(
                 for (z_a, y_a), target in zip(chunks, targets, strict=True):
                     estimate = gradient_at(auxiliaries[i], z_a, y_a, graph=True)
                     step(auxiliary_optimizer, ((estimate - target) ** 2).sum())
+            for fitted, in_use in zip(auxiliaries[i].parameters(), auxiliary.parameters(), strict=True):
+                if codec == "bf16":
+                    fitted.data = in_use.data + travelled(codec, fitted - in_use)
         optimizers[i].zero_grad()
         z.backward(gradient_at(auxiliaries[i], z, y))
         optimizers[i].step()
@@ -138,7 +150,7 @@ def test_one_round_of_fsl_sage(
     for i, k in turns if order == "client_major" else sorted(turns, key=lambda turn: (turn[1], turn[0])):
         local_step(i, k)
 
-    outcome = train_locally({**tree, "server": {"order": order}})
+    outcome = train_locally({**tree, "server": {"order": order}, "comm": codecs(codec)})
     assert close(outcome.tensors["client 1/floats"], flat(mean(clients, SHARES)))
     assert close(outcome.tensors["server of 1/floats"], flat(list(server.parameters())))
     assert close(outcome.tensors["client 1 auxiliary/floats"], flat(mean(auxiliaries, SHARES)))
@@ -146,9 +158,9 @@ def test_one_round_of_fsl_sage(
     assert outcome.lines[0]["train_loss"] == pytest.approx(expected_loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("order", ["round_robin", "client_major"])
+@pytest.mark.parametrize(("order", "codec"), CASES)
 def test_one_round_of_splitfed_v1(
-    order: str, tree: dict[str, Any], models: tuple[nn.Module, nn.Module, nn.Module]
+    order: str, codec: str, tree: dict[str, Any], models: tuple[nn.Module, nn.Module, nn.Module]
 ) -> None:
     client_model, server_model, _ = models
     clients = [copy.deepcopy(client_model) for _ in PARTS]
@@ -158,11 +170,17 @@ def test_one_round_of_splitfed_v1(
         whole = nn.Sequential(clients[i], replicas[i])
         optimizer = adam(whole)
         for x, y in client_batches(i):
-            loss = F.cross_entropy(whole(x), y)
+            z = clients[i](x)
+            uploaded = travelled(codec, z).requires_grad_()
+            loss = F.cross_entropy(replicas[i](uploaded), y)
             losses.append((loss.item(), len(y)))
-            step(optimizer, loss)
+            optimizer.zero_grad()
+            loss.backward()
+            z.backward(travelled(codec, uploaded.grad))
+            optimizer.step()
 
-    outcome = train_locally({**tree, "algorithm": {"name": "splitfed_v1"}, "server": {"order": order}})
+    algorithm = {"algorithm": {"name": "splitfed_v1"}, "server": {"order": order}, "comm": codecs(codec)}
+    outcome = train_locally({**tree, **algorithm})
     assert close(outcome.tensors["client 2/floats"], flat(mean(clients, SHARES)))
     for client in range(3):
         assert close(outcome.tensors[f"server of {client}/floats"], flat(mean(replicas, SHARES)))

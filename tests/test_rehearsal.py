@@ -28,7 +28,7 @@ from support.user_input import mistake
 DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
 OF_THE_ROUND_LOOP = {
     *("batches", "end_round", "state", "load_state"),
-    *("auxiliary", "owns_auxiliary"),
+    *("auxiliary", "owns_auxiliary", "encode", "decode"),
 }
 """of a client, what no `client_step` has a use for"""
 
@@ -88,7 +88,7 @@ def test_it_computes_tensors_like_a_clients(name: str, precision: str) -> None:
         assert rehearsal._auxiliary is not None
         models.append((rehearsal._auxiliary, client.auxiliary_weights))
     for weights, expected in models:
-        assert weights.bytes == expected.bytes
+        assert weights.nbytes == expected.nbytes
         assert weights.floats.dtype == expected.floats.dtype
 
 

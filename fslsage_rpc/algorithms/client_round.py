@@ -6,7 +6,17 @@ from types import GeneratorType
 from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.parties.client import Client, NoAuxiliary
-from fslsage_rpc.parties.requests import KINDS, Align, Ask, BeginStep, ClientRound, ClientStep, End, Exchange
+from fslsage_rpc.parties.requests import (
+    KINDS,
+    Align,
+    Ask,
+    BeginStep,
+    ClientRound,
+    ClientStep,
+    End,
+    Exchange,
+    Push,
+)
 
 
 def client_round(
@@ -39,11 +49,32 @@ def client_round(
         if asking is None or step in asking:
             yield BeginStep(step)
         requests = algorithm.client_step(client, t, step, *next(batches))
-        yield from watched(algorithm, client, requests, step, notice)
+        yield from travelling(client, watched(algorithm, client, requests, step, notice), made)
         if rehearsed is not None and len(made) < len(rehearsed) and rehearsed[len(made)].step == step:
             raise _departure(algorithm, step, None, rehearsed[len(made)])
     if rehearsed is None:
         yield End()
+
+
+def travelling(client: Client, requests: ClientStep, made: list[Ask]) -> ClientStep:
+    """The requests of a local step as they travel, coded; each is resumed with the decoded answer.
+
+    Args:
+        made: ends with each request as it is made; its bytes are put in once they are known.
+    """
+    answer = None
+    while True:
+        try:
+            body = requests.send(answer)
+        except StopIteration:
+            return
+        coded = client.encode(body, len(made) - 1)
+        reply = yield coded
+        if isinstance(coded, Exchange | Push):
+            made[-1] = made[-1]._replace(smashed_bytes=coded.z.nbytes)
+        if reply is not None:
+            made[-1] = made[-1]._replace(answer_bytes=reply.nbytes)
+        answer = client.decode(reply)
 
 
 def watched(
@@ -72,13 +103,18 @@ def watched(
         if isinstance(body, Align):
             if algorithm.auxiliary != "aligned":
                 raise refusal(algorithm, f"yields Align, where auxiliary is {algorithm.auxiliary!r}")
-            notice(Ask(step, body.kind, answer_bytes=client.auxiliary_weights.bytes))
+            weights = client.auxiliary_weights
+            down = client.codings.weights_nbytes(weights)
+            notice(Ask(step, body.kind, answer_bytes=down, uncoded_bytes=weights.nbytes))
         else:
             if not 0 < body.z.shape[0] == body.y.shape[0]:
                 sizes = f"smashed data of {body.z.shape[0]} samples with {body.y.shape[0]} labels"
                 raise refusal(algorithm, f"yields {sizes}, expected as many, and at least one")
-            down = body.z.nbytes if isinstance(body, Exchange) else 0
-            notice(Ask(step, body.kind, body.y.shape[0], body.z.nbytes, body.y.nbytes, down))
+            like, returned = (body.z.shape, body.z.dtype), isinstance(body, Exchange)
+            up = client.codings.smashed.nbytes(*like)
+            down = client.codings.gradient.nbytes(*like) if returned else 0
+            uncoded = body.z.nbytes * (2 if returned else 1)
+            notice(Ask(step, body.kind, body.y.shape[0], up, body.y.nbytes, down, uncoded))
         answer = yield body
 
 

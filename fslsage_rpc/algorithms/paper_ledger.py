@@ -1,6 +1,7 @@
 """The paper ledger: the bytes on the communication-load axis of FSL-SAGE's figures (arXiv 2505.23182)."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fslsage_rpc.algorithms.base import Algorithm
 from fslsage_rpc.algorithms.rehearsal import Course
@@ -37,9 +38,21 @@ def hands_auxiliary_over(algorithm: Algorithm, course: Course) -> bool:
     return algorithm.auxiliary == "aligned" and course.trains_auxiliary
 
 
-def paper_bytes(algorithm: Algorithm, course: Course, sizes: Sizes) -> int:
+class PaperBytes(NamedTuple):
     """All participants' bytes of a round: averaged models up and down, smashed data up, and what the server
     answers: gradients and aligned auxiliary models. Labels are not in it.
     """
-    asked = sum(ask.smashed_bytes + ask.answer_bytes for asks in course.asks.values() for ask in asks)
-    return 2 * averaged_bytes(algorithm, course, sizes) * len(course.asks) + asked
+
+    coded: int | None
+    """as they travel; None where that depends on values that are not there yet"""
+    uncoded: int
+    """without codecs: the paper's rule"""
+
+
+def paper_bytes(algorithm: Algorithm, course: Course, sizes: Sizes) -> PaperBytes:
+    """The paper ledger of a round."""
+    averaged = 2 * averaged_bytes(algorithm, course, sizes) * len(course.asks)
+    asked = [ask for asks in course.asks.values() for ask in asks]
+    coded = sum((ask.smashed_bytes or 0) + (ask.answer_bytes or 0) for ask in asked)
+    uncoded = averaged + sum(ask.uncoded_bytes for ask in asked)
+    return PaperBytes(averaged + coded if course.sized else None, uncoded)

@@ -23,6 +23,7 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.flat import Weights, sorted_weights
 from fslsage_rpc.models.splitting import SplitModel
 from fslsage_rpc.parties.client import Client, NoAuxiliary
+from fslsage_rpc.parties.coding import Coded, Codings
 from fslsage_rpc.parties.requests import KINDS, Align, Ask, Exchange, Push, SmashedData
 from fslsage_rpc.tasks import Task
 
@@ -48,8 +49,10 @@ class StandIn:
         smashed: Callable[[int], Tensor],
         weights: Weights,
         auxiliary_weights: Weights | None,
+        codings: Codings,
     ):
         self.id = client_id
+        self.codings = codings
         self.weights = weights
         self.events: list[str | Ask] = []
         self._smashed = smashed
@@ -143,6 +146,12 @@ class Course:
     asks: dict[int, list[Ask]]
     trains_auxiliary: bool
 
+    @property
+    def sized(self) -> bool:
+        """Are the bytes of all requests and answers known?"""
+        asked = [ask for asks in self.asks.values() for ask in asks]
+        return not any(None in (ask.smashed_bytes, ask.answer_bytes) for ask in asked)
+
     @classmethod
     def joined(cls, parts: Sequence["Course"]) -> "Course":
         """All participants' course, from those of some each."""
@@ -173,6 +182,7 @@ class Rehearsal:
         self._algorithm = algorithm
         self._federation = algorithm.federation
         self._buffer_size = algorithm.keys.alignment.buffer_size
+        self._codings = Codings(task.config.comm.codec, task.config.seed)
         self._formats = (
             (task.sample_shape, task.precision.weights),
             (task.label_shape, task.label_dtype),
@@ -230,7 +240,9 @@ class Rehearsal:
     def client(self, client: int, t: int) -> ClientRehearsal:
         """The round of a client, if it takes part."""
         sizes = self._federation.batch_sizes[client]
-        stand_in = StandIn(client, lambda size: self._batch(size)[2], self._weights, self._auxiliary)
+        stand_in = StandIn(
+            client, lambda size: self._batch(size)[2], self._weights, self._auxiliary, self._codings
+        )
         return ClientRehearsal([self._step(stand_in, t, k, size) for k, size in enumerate(sizes)])
 
     def buffered(self, client: int, t: int) -> int:
@@ -260,7 +272,7 @@ class Rehearsal:
                 step,
                 client.note,
             )
-            answer: Tensor | Weights | None = None
+            answer: Tensor | Coded | Weights | None = None
             while True:
                 body = requests.send(answer)
                 answer = client.auxiliary_weights if isinstance(body, Align) else None
@@ -296,7 +308,7 @@ class Rehearsal:
                 raise refusal(
                     self._algorithm,
                     f"yields {name} {_shown(tensor.shape)} of {tensor.dtype}, expected "
-                    f"{_shown((len(tensor), *shape))} of {dtype}",
+                    f"{_shown((tensor.shape[0], *shape))} of {dtype}",
                 )
 
     def _batch(self, samples: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -329,9 +329,10 @@ def _paper_bytes(experiment: Experiment, algorithm: Algorithm) -> float | None:
     sizes, total, rounds = experiment.sizes(), 0, rounds_counted(experiment)
     for round in range(rounds):
         course = rehearsal.course(round)
-        if course is None:
+        sent = paper_bytes(algorithm, course, sizes).coded if course else None
+        if sent is None:
             return None
-        total += paper_bytes(algorithm, course, sizes)
+        total += sent
     return total / rounds
 
 

@@ -9,6 +9,8 @@ class Phase:
     DATA = "data"
     FORWARD_BACKWARD = "forward_backward"
     ESTIMATE = "estimate"
+    ENCODE = "encode"
+    DECODE = "decode"
     UPLOAD_WAIT = "upload_wait"
     GRADIENT_WAIT = "gradient_wait"
     ALIGNMENT_WAIT = "alignment_wait"
@@ -20,11 +22,13 @@ class Phase:
     ALIGNMENT = "alignment"
 
 
-COMPUTE: tuple[str, ...] = (Phase.DATA, Phase.FORWARD_BACKWARD, Phase.ESTIMATE)
+CODING: tuple[str, ...] = (Phase.ENCODE, Phase.DECODE)
+"""of a client rank and of a lane, where codecs are configured"""
+COMPUTE: tuple[str, ...] = (Phase.DATA, Phase.FORWARD_BACKWARD, Phase.ESTIMATE, *CODING)
 WAITS: tuple[str, ...] = (Phase.UPLOAD_WAIT, Phase.GRADIENT_WAIT, Phase.ALIGNMENT_WAIT, Phase.DRAIN_WAIT)
 OF_CLIENTS: tuple[str, ...] = (*COMPUTE, *WAITS, Phase.AVERAGING)
 """of a client rank; `other` is what they leave of a round"""
-OF_LANES: tuple[str, ...] = (Phase.STEP, Phase.TARGETS, Phase.DRIFT)
+OF_LANES: tuple[str, ...] = (Phase.STEP, Phase.TARGETS, Phase.DRIFT, *CODING)
 PARTS: Mapping[str, tuple[str, ...]] = {
     "compute": COMPUTE,
     "wait": (Phase.UPLOAD_WAIT, Phase.GRADIENT_WAIT, Phase.DRAIN_WAIT),

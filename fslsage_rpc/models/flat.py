@@ -25,9 +25,9 @@ class Weights:
     integers: Tensor
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """|C|, |S| or |A| of the paper ledger: the size of all trainable parameters and buffers."""
-        return sum(t.numel() * t.element_size() for t in (self.floats, self.integers))
+        return self.floats.nbytes + self.integers.nbytes
 
     def finite(self) -> bool:
         """Is every number finite? Waits for the device, and takes no memory to speak of."""

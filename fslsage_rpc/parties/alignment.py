@@ -60,10 +60,12 @@ class Alignment:
         execution, fit = self._execution, self._fit
         queue = fit.context.queue
         with queue.after(execution.place):
-            with execution.part("fit"), fit.context.timeline.phase(Phase.ALIGNMENT):
-                computed = targets()
-                queue.keep(*(tensor for target in computed for tensor in target))
-                weights = fit.fit(computed, execution.at)
-            execution.answer_once_done(weights, queue, "fit", execution.request.client)
+            with execution.part("fit"):
+                with fit.context.timeline.phase(Phase.ALIGNMENT):
+                    computed = targets()
+                    queue.keep(*(tensor for target in computed for tensor in target))
+                    fitted = fit.fit(computed, execution.at)
+                handed_out = fit.hand_out(fitted, execution.at, execution.request.number)
+            execution.answer_once_done(handed_out, queue, "fit", execution.request.client)
         if next(_fits_made) % FITS_BETWEEN == 0:
             give_back_free_pages()

@@ -14,9 +14,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from fslsage_rpc.config.schema import AlignmentKeys
 from fslsage_rpc.device.graphs import Tensors
 from fslsage_rpc.device.memory import on_own_pages
+from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, flatten, trainable
 from fslsage_rpc.models.segment import differentiated_twice
+from fslsage_rpc.parties.coding import CodedWeights
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.losses import Loss
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -165,6 +167,8 @@ class AuxiliaryFit:
     With graphs the optimizer's steps are captured; those of L-BFGS are not.
 
     Attributes:
+        weights: those in use, by this client and for the drift; during a fit, those that are fitted.
+        left_out: `[n]`, by how much the fitted weights differ from those in use, where these travel coded.
         agreement: of estimates with the true gradients of uploads, since it was last read.
         record: of the last fit, likewise.
     """
@@ -175,6 +179,8 @@ class AuxiliaryFit:
         self.model = model
         self.weights = flatten(model)
         self.optimizer = optimizer
+        self.left_out = torch.zeros_like(self.weights.floats) if context.codings.auxiliary else None
+        self._in_use = self.weights.floats  # a copy, between a fit and its handing out
         self.buffer = AlignmentBuffer(keys.buffer_size)
         self.context = context
         self.agreement = Agreement()
@@ -208,18 +214,46 @@ class AuxiliaryFit:
     def fit(self, targets: list[Target], at: LocalStep = START) -> Weights:
         """Fit the auxiliary model to true gradients (arXiv 2505.23182): minimise sum_samples ||ĝ - g||^2.
 
+        It starts from the weights that were fitted last, or from their average.
+
         Args:
             at: the local step of the alignment.
 
         Returns:
             A copy of the fitted weights.
         """
+        self.start()
         before = self._agreement(targets, at)
         by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
         passes = by(targets, at)
         weights = self.weights.clone()
         self.record = FitRecord(before, self._agreement(targets, at), passes)
         return weights
+
+    def start(self) -> None:
+        """Put what was left out of the weights in use back into them."""
+        if self.left_out is not None:
+            self._in_use = self.weights.floats.clone()
+            self.weights.floats += self.left_out
+
+    def hand_out(self, fitted: Weights, at: LocalStep, number: int) -> Weights | CodedWeights:
+        """Fitted weights as they travel to the client; from here on they are in use as it decodes them.
+
+        A codec codes their change from those in use so far. What it leaves out is in the start of the next
+        fit: error feedback.
+
+        Args:
+            number: of the client's request in its round.
+        """
+        if self.left_out is None:
+            return fitted
+        coding, timeline = self.context.codings.auxiliary, self.context.timeline
+        with timeline.phase(Phase.ENCODE):
+            change = coding.encode(fitted.floats - self._in_use, at.round, at.client, number)
+        with timeline.phase(Phase.DECODE):
+            torch.add(self._in_use, coding.decode(change), out=self.weights.floats)
+            torch.sub(fitted.floats, self.weights.floats, out=self.left_out)
+        return CodedWeights(change, fitted.integers)
 
     def take_records(self) -> tuple[dict[str, float] | None, dict[str, float] | None]:
         """The last fit's agreement and the drift of the round that has ended; None where there is none."""
@@ -298,6 +332,7 @@ class AuxiliaryFit:
             "weights": self.weights.state(),
             "optimizer": self.optimizer.state(),
             "buffer": self.buffer.state(),
+            **({} if self.left_out is None else {"left_out": self.left_out}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -305,6 +340,8 @@ class AuxiliaryFit:
         self.weights.load_state(state["weights"])
         self.optimizer.load_state(state["optimizer"])
         self.buffer.load_state(state["buffer"], self.weights.floats.device)
+        if self.left_out is not None:
+            self.left_out.copy_(state["left_out"])
 
     def _agreement(self, targets: list[Target], at: LocalStep) -> Agreement:
         agreement = Agreement()

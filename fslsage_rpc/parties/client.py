@@ -12,9 +12,11 @@ from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.client_auxiliary import ClientAuxiliary
+from fslsage_rpc.parties.coding import Coded, CodedWeights
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.parties.requests import Body, Exchange, Push
 from fslsage_rpc.randomness import LocalStep
 
 
@@ -44,6 +46,7 @@ class Client:
         self.weights = flatten(model)
         self.optimizer = optimizer
         self.losses = LossSum()  # of a client that trains the whole model
+        self.codings = context.codings
         self._draw = draw
         self._loss = context.loss
         self._phase = partial(context.timeline.phase, row=f"client {client_id}")
@@ -119,6 +122,23 @@ class Client:
         with self._phase(Phase.FORWARD_BACKWARD):
             self.passes.finish(self._backward, z, gradient)
             self.optimizer.advance()
+
+    def encode(self, body: Body, number: int) -> Body:
+        """The client's request of this number as it travels: its smashed data are coded."""
+        if not (self.codings.smashed and isinstance(body, Push | Exchange) and isinstance(body.z, Tensor)):
+            return body
+        with self._phase(Phase.ENCODE):
+            return type(body)(self.codings.smashed.encode(body.z, self._at.round, self.id, number), body.y)
+
+    def decode(self, answer: Any) -> Any:
+        """An answer as it arrives; of an auxiliary model, what the server has in use from here on."""
+        if not isinstance(answer, Coded | CodedWeights):
+            return answer
+        with self._phase(Phase.DECODE):
+            if isinstance(answer, Coded):
+                return self.codings.gradient.decode(answer)
+            change = self.codings.auxiliary.decode(answer.change)
+            return Weights(self.auxiliary_weights.floats + change, answer.integers)
 
     def end_round(self) -> None:
         """Learning rates that follow the rounds move on; absent clients' too."""

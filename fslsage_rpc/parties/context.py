@@ -10,6 +10,7 @@ from fslsage_rpc.device.placement import CPU
 from fslsage_rpc.device.streams import WorkQueue
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.dropout import Masks
+from fslsage_rpc.parties.coding import Codings
 from fslsage_rpc.parties.losses import Loss
 
 
@@ -26,6 +27,7 @@ class Context:
     graphs: bool = False
     """steps are captured, but for those of models that draw masks"""
     queue: WorkQueue = field(default_factory=WorkQueue)
+    codings: Codings = field(default_factory=Codings)
 
     def graphed(self, masks: Masks, optimizer: CapturedOptimizer | None = None) -> Graphed:
         """A computation of a model with these masks, which is captured or not."""

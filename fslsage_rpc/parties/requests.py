@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fslsage_rpc.measure.phases import Phase
+from fslsage_rpc.parties.coding import Coded
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,17 @@ class BeginStep:
 
 @dataclass
 class SmashedData:
-    """Smashed data z `[B, ...]` with its labels y `[B, ...]`; z is cut off its autograd graph."""
+    """Smashed data z `[B, ...]` with its labels y `[B, ...]`; z is cut off its autograd graph.
 
-    z: Tensor
+    It travels coded where a codec is configured.
+    """
+
+    z: Tensor | Coded
     y: Tensor
 
     def __post_init__(self) -> None:
-        self.z = self.z.detach()
+        if isinstance(self.z, Tensor):
+            self.z = self.z.detach()
 
     def to(self, device: torch.device) -> Self:
         """The same request with its tensors on a device."""
@@ -95,16 +100,32 @@ class Ask(NamedTuple):
     """the client's local step that it is made at, from 0"""
     kind: str
     samples: int = 0
-    smashed_bytes: int = 0
+    smashed_bytes: int | None = 0
+    """as they travel; None while they depend on values that are not there yet"""
     label_bytes: int = 0
-    answer_bytes: int = 0
-    """of a gradient, or an auxiliary model"""
+    answer_bytes: int | None = 0
+    """of a gradient, or an auxiliary model; likewise"""
+    uncoded_bytes: int = 0
+    """of both without codecs"""
     at_once: bool = False
     """of a rehearsed one: the client computes nothing between the request before, of its step, and this"""
 
+    @property
+    def up_bytes(self) -> int:
+        """Of all its tensors, where that is known."""
+        assert self.smashed_bytes is not None
+        return self.smashed_bytes + self.label_bytes
+
+    @property
+    def down_bytes(self) -> int:
+        """Of its answer, where that is known."""
+        assert self.answer_bytes is not None
+        return self.answer_bytes
+
     def __str__(self) -> str:
-        amount = f" of {self.samples} samples, {self.smashed_bytes:,} bytes" if self.samples else ""
-        return f"{self.kind}{amount}"
+        amount = f" of {self.samples} samples" if self.samples else ""
+        size = f", {self.smashed_bytes:,} bytes" if self.smashed_bytes else ""
+        return f"{self.kind}{amount}{size}"
 
 
 @dataclass
@@ -129,6 +150,8 @@ Announced = Sequence[int] | None
 @dataclass
 class Answer:
     """What a request comes to (a gradient, `Weights`, or None for a push), and how long it took the server.
+
+    A gradient and weights are coded where a codec is configured.
 
     `queue_seconds`: from its arrival to its turn; `compute_seconds`: its execution; by the clock of the
     server's host, which on a GPU has then only queued it: what the GPU took is in the server's report.

@@ -14,6 +14,7 @@ from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten, load_mean
 from fslsage_rpc.parties.alignment import Alignment
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
+from fslsage_rpc.parties.coding import Coded
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.crew import Crew, Execution, Reply, Start
 from fslsage_rpc.parties.lane import Lane
@@ -70,7 +71,7 @@ class Server:
         self.fits = fits
         self.measure_drift = measure_drift
         self._distinct = list({id(lane): lane for lane in lanes.values()}.values())
-        self._device, self._timeline = context.device, context.timeline
+        self._device, self._timeline, self._codings = context.device, context.timeline, context.codings
         self._crew = Crew(start, context.device)
         self._arrived: dict[tuple[int, int], Execution] = {}
         self._round = 0
@@ -239,22 +240,30 @@ class Server:
 
     def _train(
         self, lane: Lane, body: Exchange | Push, fit: AuxiliaryFit | None, execution: Execution
-    ) -> Tensor | None:
-        """One step of the lane. An upload is kept for an alignment, and the estimate compared on it.
+    ) -> Tensor | Coded | None:
+        """One step of the lane, on decoded smashed data. An upload is kept for an alignment, and the estimate
+        compared on it.
 
         Returns:
-            The cut-layer gradient `[B, ...]`, where it was computed.
+            The cut-layer gradient `[B, ...]` as it travels, for an exchange.
         """
         body = body.to(self._device)
-        lane.context.queue.keep(body.z, body.y)
+        z, y, at = body.z, body.y, execution.at
+        lane.context.queue.keep(*(z.parts if isinstance(z, Coded) else (z,)), y)
+        if isinstance(z, Coded):
+            with lane.phase(Phase.DECODE):
+                z = self._codings.smashed.decode(z)
         uploads = isinstance(body, Push) and fit is not None
         gradient_wanted = isinstance(body, Exchange) or (uploads and self.measure_drift)
         with lane.phase(Phase.STEP, execution.arrow):
-            gradient = lane.train(body.z, body.y, gradient_wanted, execution.at)
+            gradient = lane.train(z, y, gradient_wanted, at)
             if fit is not None and uploads:
-                fit.buffer.add(body.z, body.y)
+                fit.buffer.add(z, y)
+        if gradient is not None and isinstance(body, Exchange) and self._codings.gradient:
+            with lane.phase(Phase.ENCODE):
+                return self._codings.gradient.encode(gradient, at.round, at.client, execution.request.number)
         if fit is not None and uploads and gradient is not None:
             # The last fit of this client has been answered, so the device is through with it.
             with lane.phase(Phase.DRIFT):
-                fit.compare(body.z, body.y, gradient, execution.at)
+                fit.compare(z, y, gradient, at)
         return gradient

@@ -27,17 +27,16 @@ from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.measure.phases import COMPUTE
 from fslsage_rpc.parties.requests import KINDS
 from fslsage_rpc.plan.prediction import averaging_seconds, planned_bound
-from fslsage_rpc.plan.scenario import Costs, Scenario, with_algorithm
+from fslsage_rpc.plan.scenario import DEPENDS_ON_VALUES, Costs, Scenario, with_algorithm
 from fslsage_rpc.runs.round_numbers import FIRST_ROUND
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
 
-DEPENDS_ON_VALUES = "its requests depend on values"
 LARGEST = 1e18
 """number that is believed"""
 WORK = ["data.name", "data.arguments", "algorithm.arguments", "model", "clients.batch_size"]
-WORK += ["precision", "tf32", "graphs", "device"]
+WORK += ["precision", "tf32", "graphs", "device", "comm.codec"]
 WORK_OF_ALIGNMENT = ["alignment.solver", "alignment.epochs", "alignment.batch_size", "alignment.tolerance"]
 WORK_OF_ALIGNMENT += ["measure_drift"]
 """keys, these of the algorithm, that change what a step or an alignment costs, with all below them"""
@@ -200,7 +199,7 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
 
     cpu = [line["cpu_seconds"] for line in lines]
     main = [each["client"] for each in cpu]  # of the client ranks' main threads, their mean
-    computing = ranks * sum(each[phase] for each in main for phase in COMPUTE)
+    computing = ranks * sum(each.get(phase, 0.0) for each in main for phase in COMPUTE)
     sending = ranks * sum(sum(each.values()) - each["averaging"] for each in main) - computing
     # What is left are the transport's threads, without the further ones of operations.
     handling = sum(sum(each["ranks"]) for each in cpu) - threads[-1] * computing - sending
@@ -210,9 +209,10 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
         for line, each in zip(lines, planned, strict=True)
     ]
     compute = [{**each, **gpu.get("client", {})} for each, gpu in zip(main, on_gpu, strict=True)]
-    seconds = ranks * sum(each[phase] for each in compute for phase in COMPUTE)
+    seconds = ranks * sum(each.get(phase, 0.0) for each in compute for phase in COMPUTE)
     uploads, requests = ("push", "exchange"), asked("count") or 1
-    uploaded = asked("up_bytes", *uploads) / scenario.sample_bytes
+    asks = [ask for each in planned for client in each.clients.values() for ask in client.asks]
+    uploaded = sum(ask.samples for ask in asks if ask.kind in uploads)
     costs = Costs(
         _each(seconds, sum(map(sum, batches))),
         _each(asked(work, *uploads), uploaded),

@@ -35,7 +35,7 @@ def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction
     if not {ask.kind for ask in asks} <= {*costs.kinds}:
         return "it makes requests of a kind that was not measured"
     bounds = [planned_bound(scenario, costs, server_workers, each) for each in rounds]
-    asked = sum(ask.smashed_bytes + ask.label_bytes + ask.answer_bytes for ask in asks)
+    asked = sum(ask.up_bytes + ask.down_bytes for ask in asks)
     averaged = sum(2 * (scenario.client_ranks - 1) * each.averaged_bytes for each in rounds)
     return Prediction(
         statistics.fmean(bounds) / costs.efficiency,
@@ -56,8 +56,8 @@ def planned_bound(scenario: Scenario, costs: Costs, server_workers: int, planned
             times = RequestTimes(
                 count=1,
                 compute_seconds=costs.alignment * next(buffered) if aligns else costs.server * ask.samples,
-                up_bytes=ask.smashed_bytes + ask.label_bytes,
-                down_bytes=ask.answer_bytes,
+                up_bytes=ask.up_bytes,
+                down_bytes=ask.down_bytes,
             )
             of_kind.setdefault(ask.kind, RequestTimes()).add(times)
         rank, compute = home_of(client, scenario.client_ranks), costs.client * sum(sizes)

@@ -14,9 +14,12 @@ from fslsage_rpc.config.loading import from_tree, to_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.data.partitions import divided
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.parties.requests import KINDS
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import model_sizes
+
+DEPENDS_ON_VALUES = "its requests depend on values"
 
 
 class Costs(NamedTuple):
@@ -61,8 +64,6 @@ def with_algorithm(config: Config, name: str, keys: Sequence[str] = ()) -> Confi
 class Scenario:
     """A configuration whose clients all have the same number of samples; it needs no data.
 
-    `sample_bytes`: of one sample's smashed data and label.
-
     Args:
         shared_cores: of the one machine that all ranks are on, over the threads of an operation; infinite
             where each has a machine of its own.
@@ -81,17 +82,23 @@ class Scenario:
         with torch.device("meta"):
             split = task.build()
         self.sizes = model_sizes(split, task.precision)
-        self.sample_bytes = self.sizes.smashed + task.label_bytes
         self._rehearsal = Rehearsal(self.algorithm, task, split)
 
     def round(self, number: int) -> PlannedRound:
-        """The work of this round, from 0; not of an algorithm whose requests depend on values."""
-        course, clients = self._rehearsal.course(number), self._rehearsal.clients(number)
-        assert course is not None
+        """The work of this round, from 0.
+
+        Raises:
+            InputError: the requests of the algorithm, or the bytes of a codec, depend on values.
+        """
+        course = self._rehearsal.course(number)
+        paid = paper_bytes(self.algorithm, course, self.sizes).coded if course else None
+        if course is None or paid is None:
+            raise InputError(DEPENDS_ON_VALUES)
+        clients = self._rehearsal.clients(number)
         aligned = {client: self._rehearsal.aligned(client, number) for client in clients}
         return PlannedRound(
             clients,
             {client: samples for client, samples in aligned.items() if samples},
             averaged_bytes(self.algorithm, course, self.sizes),
-            paper_bytes(self.algorithm, course, self.sizes),
+            paid,
         )

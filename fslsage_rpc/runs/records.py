@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fslsage_rpc.algorithms.paper_ledger import PaperBytes
 from fslsage_rpc.measure.host_load import CoreTimes, host_busy
 from fslsage_rpc.measure.phases import OF_CLIENTS, Phase
 from fslsage_rpc.measure.request_times import ByClient, by_kind
@@ -102,6 +103,7 @@ class RoundRecorder:
         self.client_bytes: WireBytes = {}
         self._elapsed_seconds = 0.0
         self._paper_bytes = 0
+        self._uncoded_bytes = 0
         self._round_seconds = array("d")
         self._evaluation_seconds = 0.0
         self._cpu_seconds = 0.0
@@ -127,7 +129,7 @@ class RoundRecorder:
         server: ServerReport,
         score: Score | None,
         evaluation_seconds: float,
-        paper_bytes: int,
+        paper_bytes: PaperBytes,
         participants: list[int],
         finite: bool,
     ) -> dict[str, Any]:
@@ -135,11 +137,13 @@ class RoundRecorder:
 
         Args:
             t: the round, from 0.
+            paper_bytes: of what has been sent, so that all of it is known.
             finite: are the weights? Where they or a loss are not, the line has `diverged`, and no score.
         """
         seconds = round_seconds(reports)
         self._elapsed_seconds += seconds
-        self._paper_bytes += paper_bytes
+        paid = paper_bytes.coded or 0
+        self._paper_bytes += paid
         wire_bytes = dict.fromkeys(WIRE_KINDS, 0)
         for report in reports:
             for client, kinds in report.wire.items():
@@ -171,7 +175,7 @@ class RoundRecorder:
             "host_busy": host_busy([report.cores for report in reports]),
             "requests": {kind: times.record() for kind, times in requests.items()},
             "wire_bytes": wire_bytes,
-            "paper_bytes": paper_bytes,
+            "paper_bytes": paid,
             "paper_bytes_total": self._paper_bytes,
             "participants": participants,
             "alignment": _mean_record(server.alignments),
@@ -180,6 +184,8 @@ class RoundRecorder:
         on_devices = {"client": client_device_seconds(reports), "server": server.device_seconds}
         if any(on_devices.values()):
             line["device_seconds"] = on_devices
+        if paper_bytes.uncoded != paid:
+            line["paper_bytes_uncoded"] = paper_bytes.uncoded
         if not finite:
             line["diverged"] = True
         line = _finite(line)
@@ -201,6 +207,7 @@ class RoundRecorder:
                 total[name] = total.get(name, 0.0) + seconds
         for kind in WIRE_KINDS:
             self._wire_bytes[kind] += line["wire_bytes"][kind]
+        self._uncoded_bytes += line.get("paper_bytes_uncoded", line["paper_bytes"])
         if line.get("diverged") and self.diverged is None:
             self.diverged = line["round"]
         if line["test_accuracy"] is not None:
@@ -236,6 +243,7 @@ class RoundRecorder:
                 str(client): kinds for client, kinds in sorted(self.client_bytes.items()) if client != RANK
             },
             "paper_bytes_total": self._paper_bytes,
+            "paper_bytes_uncoded_total": self._uncoded_bytes,
         }
 
 

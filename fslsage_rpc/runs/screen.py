@@ -245,6 +245,9 @@ def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) 
     paper = summary["paper_bytes_total"]
     table.add_section()
     add("paper ledger (modelled)", _mib(paper), _mib(paper / rounds))
+    uncoded = summary.get("paper_bytes_uncoded_total", paper)
+    if uncoded != paper:
+        add("  without codecs", _mib(uncoded), _mib(uncoded / rounds))
     return table
 
 

@@ -16,6 +16,7 @@ from fslsage_rpc.models.flat import copy_of, flatten, trainable
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.client_auxiliary import ClientAuxiliary
+from fslsage_rpc.parties.coding import Codings
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.lane import Lane
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -89,7 +90,14 @@ def build_server(
 def shared_context(experiment: Experiment, world: World, timeline: Timeline) -> Context:
     """The context that all parties of this rank share, with a timeline."""
     graphs = experiment.config.graphs == "auto" and can_capture(world.device)
-    return Context(world.device, timeline, experiment.task.loss, experiment.config.seed, graphs)
+    return Context(
+        device=world.device,
+        timeline=timeline,
+        loss=experiment.task.loss,
+        seed=experiment.config.seed,
+        graphs=graphs,
+        codings=Codings(experiment.config.comm.codec, experiment.config.seed),
+    )
 
 
 def hosted_clients(experiment: Experiment, world: World) -> range:

@@ -24,7 +24,9 @@ from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
 from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
 from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
+from fslsage_rpc.parties.coding import Codings
 from fslsage_rpc.parties.optimizers import check_scheduler
+from fslsage_rpc.parties.requests import Align, Exchange, Push
 from fslsage_rpc.tasks import Samples, Task, open_task
 from fslsage_rpc.tasks.hashes import sample_hashes
 from fslsage_rpc.tasks.images import ImageTask
@@ -44,6 +46,7 @@ def check(config: Config, ranks: int) -> None:
     if config.transport == "rpc":
         _check_ranks(config, ranks)
     arguments(config.algorithm)
+    Codings(config.comm.codec)
     name, order = config.algorithm.name, config.server.order
     algorithm = find(name)
     unknown = algorithm.requests_depend_on_values and not algorithm.client_holds_whole_model
@@ -192,7 +195,11 @@ class Experiment:
             algorithm=algorithm,
             rehearsal=rehearsal,
             split=split,
-            warnings=[*_check_draws(task, split, algorithm), *_check_outputs(task, split, train)],
+            warnings=[
+                *_check_draws(task, split, algorithm),
+                *_check_outputs(task, split, train),
+                *_unused_codecs(config, rehearsal, algorithm.interval),
+            ],
         )
 
     @cached_property
@@ -281,6 +288,22 @@ def _check_outputs(task: Task, split: SplitModel, train: Samples) -> list[str]:
             f"model.name: {name} has {outputs[0]} outputs, where the training samples have {labels} labels"
         ]
     return []
+
+
+def _unused_codecs(config: Config, rehearsal: Rehearsal, interval: int) -> list[str]:
+    """One line for each codec of what this algorithm does not send."""
+    rounds = min(config.rounds, interval + 1)  # a warm start puts alignments off by one
+    asked = rehearsal.kinds(range(rounds))
+    sent_by = {
+        "smashed": {Push.kind, Exchange.kind},
+        "gradient": {Exchange.kind},
+        "auxiliary": {Align.kind},
+    }
+    return [
+        f"comm.codec.{kind} is not used by {config.algorithm.name}"
+        for kind, keys in vars(config.comm.codec).items()
+        if keys.name != "none" and not sent_by[kind] & asked
+    ]
 
 
 def _check_memory_format(task: Task, split: SplitModel, algorithm: Algorithm) -> None:

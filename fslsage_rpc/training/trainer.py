@@ -189,7 +189,7 @@ class Trainer:
             )
         if self.server:
             self.server.wait()
-        self.course = course or self._gathered(made)
+        self.course = course if course and course.sized else self._gathered(course, made)
         owns = any(client.owns_auxiliary for client in self.clients.values())
         if owns and algorithm.auxiliary == "aligned" and not self.course.trains_auxiliary:
             raise refusal(algorithm, "trains the auxiliary model, which it did not in its rehearsal")
@@ -243,7 +243,8 @@ class Trainer:
             Was it the last one? If not, has a rank been asked to stop after it?
         """
         paid = paper_bytes(self._algorithm, self.course, self._sizes)
-        self._paper_bytes_total += paid
+        assert paid.coded is not None
+        self._paper_bytes_total += paid.coded
         last = t == self._config.rounds - 1 or self._paper_limit_reached()
         evaluated = evaluate or last or (t + 1) % self._config.evaluation.every == 0
         ended = clock()
@@ -306,9 +307,10 @@ class Trainer:
         places = self._transport.gather((" and ".join(hosts), offset))
         return TraceFile(*zip(*places, strict=True)) if places else None
 
-    def _gathered(self, made: dict[int, list[Ask]]) -> Course:
+    def _gathered(self, rehearsed: Course | None, made: dict[int, list[Ask]]) -> Course:
         """Collective: the course of the round that has ended, from what each rank's clients have asked."""
-        trained = any(client.owns_auxiliary for client in self.clients.values())
+        owns = any(client.owns_auxiliary for client in self.clients.values())
+        trained = rehearsed.trains_auxiliary if rehearsed else owns
         with self._timeline.phase(Phase.DRAIN_WAIT):
             parts = self._transport.gather(Course(made, trained))
             course: Course = self._transport.broadcast(parts and Course.joined(parts))

@@ -13,7 +13,7 @@ from fslsage_rpc.device.clock import Reading, clock, device_clock
 from fslsage_rpc.measure.request_times import RequestLog, RequestTimes
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.predictor import FinishedServer
-from fslsage_rpc.parties.requests import Announced, Answer, Request, SmashedData
+from fslsage_rpc.parties.requests import Align, Announced, Answer, Request, SmashedData
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.transport.base import Take, Transport
 from fslsage_rpc.transport.endpoint import ServerEndpoint
@@ -69,8 +69,8 @@ class ServerLink:
     def initial_weights(self, client: int) -> tuple[Weights, Weights | None]:
         """The client and auxiliary weights that this client starts from."""
         weights, auxiliary = self._transport.call("initial")
-        bytes = weights.bytes + (auxiliary.bytes if auxiliary else 0)
-        self.ledger.count("initial_broadcast", bytes, client)
+        size = weights.nbytes + (auxiliary.nbytes if auxiliary else 0)
+        self.ledger.count("initial_broadcast", size, client)
         return weights, auxiliary
 
     def measure_speed(self) -> LinkSpeed:
@@ -111,7 +111,7 @@ class ServerLink:
         client, body = request.client, request.body
         up = {}
         if isinstance(body, SmashedData):
-            up = {"smashed_up": _bytes(body.z), "labels_up": _bytes(body.y)}
+            up = {"smashed_up": body.z.nbytes, "labels_up": body.y.nbytes}
         for kind, bytes in up.items():
             self.ledger.count(kind, bytes, client)
 
@@ -128,12 +128,10 @@ class ServerLink:
                 cpu_seconds=answer.cpu_seconds,
                 up_bytes=sum(up.values()),
             )
-            if isinstance(answer.value, Tensor):
-                times.down_bytes = _bytes(answer.value)
-                self.ledger.count("gradient_down", times.down_bytes, client)
-            elif isinstance(answer.value, Weights):
-                times.down_bytes = answer.value.bytes
-                self.ledger.count("auxiliary_down", times.down_bytes, client)
+            if answer.value is not None:
+                times.down_bytes = answer.value.nbytes
+                down = "auxiliary_down" if isinstance(body, Align) else "gradient_down"
+                self.ledger.count(down, times.down_bytes, client)
             self.log.add(client, body.kind, times)
             self.log.add_round_trip(client, body.kind, sent, there)
             return answer.value
@@ -144,20 +142,16 @@ class ServerLink:
 
     def deposit_average(self, weights: Weights) -> None:
         """Give the server the averaged client model, to evaluate it and keep it."""
-        self.ledger.count("evaluation", weights.bytes)
+        self.ledger.count("evaluation", weights.nbytes)
         self._transport.call("deposit_average", weights)
 
     def deposit_auxiliary(self, weights: Weights) -> None:
         """Give the server the averaged auxiliary model, which it fits from here on: after a warm start."""
-        self.ledger.count("weights_allreduce", weights.bytes)
+        self.ledger.count("weights_allreduce", weights.nbytes)
         self._transport.call("deposit_auxiliary", weights)
 
     def predict(self, z: Tensor) -> Tensor:
         """Ask a finished model's server for its outputs for smashed data z."""
         outputs: Tensor = self._transport.call("predict", z)
-        self.ledger.count("evaluation", _bytes(z) + _bytes(outputs))
+        self.ledger.count("evaluation", z.nbytes + outputs.nbytes)
         return outputs
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

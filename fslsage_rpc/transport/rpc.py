@@ -26,6 +26,7 @@ from fslsage_rpc.device.clock import device_clock, synchronise
 from fslsage_rpc.device.placement import CPU, GpuPlace
 from fslsage_rpc.errors import ConnectionLost
 from fslsage_rpc.models.flat import Weights
+from fslsage_rpc.parties.coding import CodedWeights
 from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.transport import choices
 from fslsage_rpc.transport.base import OnAnswer, Transport
@@ -207,7 +208,7 @@ class RpcTransport(Transport):
                 dist.all_reduce(travelling.integers, dist.ReduceOp.MAX, self._averaging_group)
         if travelling is not weights:
             weights.load(travelling)
-        return ring_share(weights.bytes, self.client_ranks, self.client_rank)
+        return ring_share(weights.nbytes, self.client_ranks, self.client_rank)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -300,8 +301,8 @@ def _submit(request: Request, device_map: bool) -> Future[Answer]:
 def _on_gpu(answer: Answer) -> Answer:
     """The answer as it is, but for an empty tensor, which has no address on a GPU to be sent from."""
     weights = answer.value
-    if isinstance(weights, Weights) and not weights.integers.numel():
-        return replace(answer, value=Weights(weights.floats, weights.integers.to(CPU)))
+    if isinstance(weights, Weights | CodedWeights) and not weights.integers.numel():
+        return replace(answer, value=replace(weights, integers=weights.integers.to(CPU)))
     return answer
 
 

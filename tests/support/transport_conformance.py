@@ -331,7 +331,7 @@ def all_reduce_sums_and_takes_the_maximum(transport: Transport) -> None:
         others = sum(range(ranks))
         torch.testing.assert_close(summed.floats.cpu(), ranks * (floats.cpu() - mine) + others)
         assert summed.integers.tolist() == [ranks - 1, 0]
-        assert sent == ring_share(summed.bytes, ranks, mine)
+        assert sent == ring_share(summed.nbytes, ranks, mine)
         empty = Weights(floats[:1].clone(), torch.zeros(0, dtype=torch.int64, device=transport.device))
         transport.all_reduce(empty)
         assert empty.integers.numel() == 0

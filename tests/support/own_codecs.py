@@ -1,0 +1,33 @@
+"""Codecs of a user's own."""
+
+import torch
+from torch import Tensor
+
+from fslsage_rpc.parties.codecs import Codec
+
+
+class Raw(Codec):
+    """Everything, as it is."""
+
+    def encode(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def decode(self, parts: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return parts[0]
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        return shape.numel() * dtype.itemsize
+
+
+class NonZero(Codec):
+    """The values that are not 0, and a mask: how many bytes that takes depends on them."""
+
+    def encode(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return x[x != 0], x != 0
+
+    def decode(self, parts: tuple[Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        values, mask = parts
+        return torch.zeros(shape, dtype=dtype, device=mask.device).masked_scatter_(mask, values)
+
+    def nbytes(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        return None
