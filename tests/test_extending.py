@@ -28,6 +28,7 @@ from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.models.splitting import build
 from fslsage_rpc.models.zoo import ModelEntry
 from fslsage_rpc.notebook import Run
+from fslsage_rpc.parties.codecs import create as create_codec
 from fslsage_rpc.parties.requests import ClientStep
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.scenario import Costs, Scenario
@@ -115,7 +116,7 @@ def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_there_is_one_of_each_and_each_is_short() -> None:
     algorithms = ["An algorithm", "An algorithm that asks by values"]
     models = ["A model", "A model with defaults"]
-    assert [*models, "A dataset", *algorithms, "An auxiliary model", "A task"] == TRAINED
+    assert [*models, "A dataset", *algorithms, "An auxiliary model", "A task", "A codec"] == TRAINED
     for listing in LISTINGS.values():
         lines = [*listing.code.splitlines(), *listing.keys.splitlines()]
         assert len(lines) < 40
@@ -165,6 +166,22 @@ def test_an_entry_has_its_defaults_and_its_arguments(working_directory: Path) ->
     said = mistake(build, replace(keys, arguments={"wide": 1}), 10, (1, 8, 8), 0, torch.float32)
     unknown = "model.arguments.wide: unknown argument of small:net"
     assert said == f"{unknown}; did you mean model.arguments.width?"
+
+
+def test_a_codec_of_signs_keeps_them_and_the_mean_magnitude(working_directory: Path) -> None:
+    keys = from_tree(LISTINGS["A codec"].configuration()).comm.codec.gradient
+    x = torch.tensor([[[1.0, -2.0], [3.0, -2.0]], [[0.5, 0.5], [0.5, -0.5]]])
+    decoded = torch.tensor([[[2.0, -2.0], [2.0, -2.0]], [[0.5, 0.5], [0.5, -0.5]]])
+    for kind, given, expected in (
+        ("gradient", x, decoded),
+        ("smashed", x, decoded),
+        ("auxiliary", x[0].flatten(), decoded[0].flatten()),
+    ):
+        codec = create_codec(keys, kind)
+        assert codec is not None
+        parts = codec.encode(given, torch.Generator())
+        assert torch.equal(codec.decode(parts, given.shape, given.dtype), expected)
+        assert codec.nbytes(given.shape, given.dtype) == sum(part.nbytes for part in parts)
 
 
 def two_layers(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:

@@ -247,7 +247,7 @@ def _misbehaviour(codec: Codec, shape: torch.Size) -> str | None:
     """Where a codec is not what `Codec` says, on a random tensor of this shape; None where it is."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     dtype, given, said = x.dtype, x.clone(), codec.nbytes(shape, x.dtype)
-    coded = [codec.encode(x, torch.Generator().manual_seed(1)) for _ in range(2)]
+    coded: list[Any] = [codec.encode(x, torch.Generator().manual_seed(1)) for _ in range(2)]
     on = f"for {dtype} {list(shape)}"
     if not torch.equal(x, given):
         return "whose encode changes the tensor that it is given"
@@ -257,7 +257,7 @@ def _misbehaviour(codec: Codec, shape: torch.Size) -> str | None:
     size = sum(part.nbytes for part in coded[0])
     if said is not None and said != size:
         return f"whose nbytes is {said} {on}, where the parts have {size} bytes"
-    decoded = [codec.decode(parts, shape, dtype) for parts in (*coded, coded[0])]
+    decoded: list[Any] = [codec.decode(parts, shape, dtype) for parts in (*coded, coded[0])]
     for each in decoded:
         if not isinstance(each, Tensor):
             return f"whose decode gives {type(each).__name__} {on}, expected a tensor"
