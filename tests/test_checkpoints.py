@@ -48,6 +48,7 @@ ABSENT = {"clients": {"count": CLIENTS, "batch_size": 16, "participation": 0.5}}
 WARM = {"algorithm": {"name": "fsl_sage", "warm_start": True}, **ABSENT}
 COSINE = {"name": "CosineAnnealingLR", "arguments": {"T_max": 20}}
 STEPS = {"optimizer": {party: {"scheduler": {**COSINE, "per": "step"}} for party in ("client", "server")}}
+CODED = {"smashed": {"name": "int8", "arguments": {"stochastic": True}}, "auxiliary": "topk"}
 ROUNDS = {"optimizer": {"auxiliary": {"lr": 3e-3, "scheduler": {**COSINE, "per": "round"}}}}
 CASES: dict[str, list[Tree]] = {
     "fsl_sage": [],
@@ -58,6 +59,7 @@ CASES: dict[str, list[Tree]] = {
             "data": {"partition": "iid", "train_limit": 60},
         }
     ],
+    "fsl_sage, coded, absent": [{"comm": {"codec": CODED}}, ABSENT],
     "splitfed_v1": [{"algorithm": {"name": "splitfed_v1"}}, STEPS],
     "splitfed_v2": [{"algorithm": {"name": "splitfed_v2"}}, ABSENT],
     "cse_fsl": [{"algorithm": {"name": "cse_fsl"}}, ABSENT, ROUNDS],

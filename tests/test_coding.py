@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from fslsage_rpc.algorithms.bound import NO_LINK
+from fslsage_rpc.check.findings import Outlook
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import AlignmentKeys, CodecKeys, CodecsKeys, OptimizerKeys
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.coding import CodedWeights, Codings
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.randomness import LocalStep
 from fslsage_rpc.training.experiment import Experiment
 from support.equality import assert_same_bits
@@ -174,3 +178,11 @@ def test_draws_follow_from_seed_round_client_and_request() -> None:
 def test_codecs_of_what_is_not_sent_are_named(name: str, codecs: dict[str, Any], unused: list[str]) -> None:
     warnings = Experiment.prepare(from_tree(tree(name, **codecs))).warnings
     assert warnings == [f"comm.codec.{kind} is not used by {name}" for kind in unused]
+
+
+def test_nobody_knows_beforehand_the_bytes_that_depend_on_values() -> None:
+    config = from_tree(tree("fsl_sage", smashed=f"{OWN}:NonZero"))
+    foreseen = Outlook.of(Experiment.prepare(config), None).paper_bytes
+    assert {name for name, size in foreseen.items() if size is not None} == {"fedavg"}
+    with pytest.raises(InputError, match="depend on values"):
+        Scenario(config, NO_LINK, client_ranks=1).round(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config
@@ -103,6 +104,21 @@ def test_nor_in_whatever_order_two_client_ranks_are_served(
     train_on_threads(cuda, keys, monkeypatch, ranks=3, seed=1)
     cuda.check()
     assert cuda.replays > cuda.captures > 0
+
+
+@pytest.mark.parametrize("device_maps", ["auto", "never"])
+@pytest.mark.parametrize("algorithm", ["fsl_sage", "splitfed_v1"])
+def test_nor_where_tensors_travel_coded(
+    algorithm: str, device_maps: str, cuda: Cuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codecs = {"smashed": "int8", "gradient": "int8", "auxiliary": "topk"}
+    alone = config(tmp_path, algorithm, "cpu", transport="local", comm={"codec": codecs})
+    expected = train(Experiment.prepare(alone), LocalWorld(alone))
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())  # none is drawn from
+    keys = config(tmp_path, algorithm, comm={"codec": codecs, "device_maps": device_maps})
+    assert_same_bits(expected, train_on_threads(cuda, keys, monkeypatch))
+    cuda.check()
 
 
 class InMemory:
