@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 import fslsage_rpc
 from fslsage_rpc.config.loading import from_tree
+from fslsage_rpc.config.own import source_hash
 from fslsage_rpc.config.schema import AggregationKeys
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.aggregation import Adam, Aggregation, Aggregator, create
 from fslsage_rpc.runs.checkpoint_files import Manifest, RankState, extent_of, write_part
 from fslsage_rpc.training.experiment import check
+from fslsage_rpc.training.sameness import own_sources
 from support.batch_norm_model import CUT
 from support.equality import assert_same
 from support.rank_program import Outcome, train_locally, train_on_ranks
@@ -498,6 +500,12 @@ def test_arguments_of_the_users_own_are_held_to_its_signature() -> None:
     fails = "which fails (ZeroDivisionError: float division by zero)"
     assert wrong(f"{HERE}:Tuned", lr=1.0) == f"aggregation.name: got '{HERE}:Tuned', {fails}"
     assert "unknown argument" in wrong(f"{HERE}:Clipped", clap=1.0)
+
+
+def test_ranks_compare_the_source_of_the_users_own() -> None:
+    config = from_tree({"aggregation": {"name": f"{HERE}:Hoarder"}})
+    assert own_sources(config) == {"aggregation.name": source_hash(f"{HERE}:Hoarder")}
+    assert own_sources(config)["aggregation.name"] is not None
 
 
 def test_a_rule_that_fails_later_ends_the_run_in_one_line() -> None:

@@ -134,6 +134,7 @@ class Aggregator:
     clients take the result, too. Floating-point numbers are averaged by weight, integers by maximum.
 
     Args:
+        keys: which rule, with its arguments.
         members: by client.
         parameters: how many of their `floats`, the first ones, are parameters.
 

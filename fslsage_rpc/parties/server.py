@@ -73,9 +73,6 @@ class Server:
         self.lanes = lanes
         self.fits = fits
         self._replicas = replicas
-        self._auxiliaries = Aggregator(
-            AggregationKeys(), {client: fit.weights for client, fit in fits.items()}, 0
-        )
         self.measure_drift = measure_drift
         self._distinct = list({id(lane): lane for lane in lanes.values()}.values())
         self._device, self._timeline = context.device, context.timeline
@@ -137,7 +134,8 @@ class Server:
             if self._replicas:
                 self._replicas.aggregate(shares)
             if auxiliaries and self.fits:
-                self._auxiliaries.aggregate(shares)
+                weights = {client: fit.weights for client, fit in self.fits.items()}
+                Aggregator(AggregationKeys(), weights, 0).aggregate(shares)
             synchronise(self._device)
 
     def take_auxiliary(self, weights: Weights) -> None:
@@ -198,7 +196,7 @@ class Server:
         for lane, saved in zip(self._distinct, state["lanes"], strict=True):
             lane.load_state(saved)
         if self._replicas:
-            self._replicas.load_state(state.get("replicas", {}))  # older versions have none
+            self._replicas.load_state(state.get("replicas", {}))  # not there: the rule keeps nothing
         for client, fit in self.fits.items():
             queue = self.lanes[client].context.queue  # where its buffer grows
             with queue.after(current_place(self._device)):
