@@ -69,7 +69,7 @@ def rows(folders: Sequence[Path]) -> list[list[str]]:
 
 
 def row(name: str, records: Sequence[dict[str, Any]], accuracies: Sequence[float]) -> list[str]:
-    """What a variant has come to, with each seed."""
+    """One variant, over all seeds."""
     seconds = [record["round_seconds"]["median"] for record in records]
     coding = [
         sum(record["phases"][party][phase] for party in ("client", "server") for phase in CODING)

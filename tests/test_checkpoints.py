@@ -64,6 +64,11 @@ CASES: dict[str, list[Tree]] = {
     "splitfed_v2": [{"algorithm": {"name": "splitfed_v2"}}, ABSENT],
     "cse_fsl": [{"algorithm": {"name": "cse_fsl"}}, ABSENT, ROUNDS],
     "fedavg": [{"algorithm": {"name": "fedavg"}}, ABSENT],
+    "fsl_sage, adam": [{"aggregation": {"name": "adam"}}, ABSENT],
+    "splitfed_v1, momentum": [
+        {"algorithm": {"name": "splitfed_v1"}, "aggregation": {"name": "momentum"}},
+        ABSENT,
+    ],
 }
 
 

@@ -18,6 +18,7 @@ from fslsage_rpc.training.experiment import check
 from support.elastic_job import ElasticJob, assert_equals_one_process, gone_on_with_after_the_servers_death
 from support.trees import tree
 
+ADAM = {"aggregation": {"name": "adam"}}
 SGD = {"optimizer": {"client": {"name": "sgd", "lr": 0.05}, "auxiliary": {"name": "sgd", "lr": 0.05}}}
 FOUR = {"clients": {"count": 4, "batch_size": 16}, "data": {"train_limit": 120}}
 
@@ -93,7 +94,7 @@ def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
 @pytest.mark.timeout(400)
 def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
     """Without optimizer state at the clients, what is back is exactly what would have been there."""
-    keys = keys_of(tmp_path, SGD, rounds=60)
+    keys = keys_of(tmp_path, SGD, ADAM, rounds=60)
     with ElasticJob(3, keys, tmp_path, PACE="0.5").start("2:2:step:kill") as job:
         job.wait_until("is lost")
         job.start(ranks=iter([2]))
@@ -134,7 +135,7 @@ def test_a_replacement_with_other_samples_is_refused_and_the_others_go_on(
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_below_the_minimum_the_run_gives_up_and_all_ranks_go_on_from_its_checkpoint(tmp_path: Path) -> None:
-    keys = keys_of(tmp_path, SGD, {"clients": {"minimum": 2}}, rounds=6)
+    keys = keys_of(tmp_path, SGD, ADAM, {"clients": {"minimum": 2}}, rounds=6)
     with ElasticJob(3, keys, tmp_path) as job:
         job.start("2:2:step:kill", iter([2]))
         job.start("1:4:step:kill", iter([0, 1]))
@@ -167,6 +168,7 @@ ALGORITHMS: list[dict[str, Any]] = [
     {"algorithm": {"name": "splitfed_v2"}},
     {"algorithm": {"name": "cse_fsl"}},
     {"algorithm": {"name": "fedavg"}},
+    {"algorithm": {"name": "splitfed_v1"}, **ADAM},
 ]
 FAULTS = [
     ("2:0:step:kill", 1.0),

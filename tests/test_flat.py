@@ -1,4 +1,4 @@
-"""Flat weights: one buffer under a model, weighted sums of buffers, and the federated average over ranks."""
+"""Flat weights: one buffer under a model."""
 
 import copy
 from collections.abc import Callable
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fslsage_rpc.models.flat import Weights, flatten, module_bytes, weighted_sum
-from fslsage_rpc.parties.aggregation import federated_average
+from fslsage_rpc.models.flat import flatten, module_bytes, parameter_count
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -140,97 +139,11 @@ def test_weights_move_to_a_device_with_both_buffers() -> None:
     assert moved.floats.device.type == moved.integers.device.type == "meta"
 
 
-# Weighted sums
-
-
-def numbers(*floats: float, counter: int = 0) -> Weights:
-    return Weights(torch.tensor(floats, dtype=torch.float64), torch.tensor([counter]))
-
-
-def plain(weights: Weights) -> tuple[list[float], list[int]]:
-    return weights.floats.tolist(), weights.integers.tolist()
-
-
-def test_a_weighted_sum_is_new_and_holds_the_weighted_mean_and_the_greatest_counter() -> None:
-    members = [numbers(1.0, -8.0, counter=3), numbers(3.0, 0.0, counter=11), numbers(-4.0, 16.0, counter=5)]
-    kept = [plain(member) for member in members]
-    assert plain(weighted_sum(members, [0.5, 0.25, 0.25], members[0])) == ([0.25, 0.0], [11])
-    assert [plain(member) for member in members] == kept
-
-
-def test_a_weighted_sum_of_nothing_is_zeros() -> None:
-    like = numbers(1.0, 2.0, counter=9)
-    assert plain(weighted_sum([], [], like)) == ([0.0, 0.0], [0])
-    assert plain(like) == ([1.0, 2.0], [9])
-
-
-def test_a_weighted_sum_needs_as_many_shares_as_members() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        weighted_sum([numbers(1.0)], [0.5, 0.5], numbers(1.0))
-
-
-# Federated averages
-
-
-def alone(_: Weights) -> None:
-    """The all-reduce of the only rank."""
-
-
-def test_the_federated_average_of_one_rank_is_a_new_weighted_mean_of_each_model() -> None:
-    models = {
-        0: (numbers(1.0, 2.0, counter=4), numbers(10.0, counter=1)),
-        1: (numbers(5.0, -2.0, counter=6), numbers(-10.0, counter=0)),
-    }
-    averages = federated_average(models, {0: 0.75, 1: 0.25}, alone)
-    assert [plain(average) for average in averages] == [([2.0, 1.0], [6]), ([5.0], [1])]
-    (copied,) = federated_average({0: models[0][:1]}, {0: 1.0}, alone)
-    copied.floats.zero_()
-    copied.integers.zero_()
-    assert plain(models[0][0]) == ([1.0, 2.0], [4])
-
-
-def test_all_models_travel_in_one_all_reduce() -> None:
-    models = {client: (flatten(small(client)), flatten(small(client + 9))) for client in range(3)}
-    seen: list[Weights] = []
-    federated_average(models, dict.fromkeys(range(3), 1 / 3), seen.append)
-    (joint,) = seen
-    assert (joint.floats.numel(), joint.integers.numel()) == (2 * models[0][0].floats.numel(), 2)
-
-
-Models = dict[int, tuple[Weights, ...]]
-
-
-def average_over_ranks(ranks: list[Models], shares: dict[int, float]) -> list[tuple[Weights, ...]]:
-    """What each rank gets, with an all-reduce that adds up what all ranks bring."""
-    brought: list[Weights] = []
-    for models in ranks:
-        federated_average(models, shares, lambda joint: brought.append(joint.clone()))
-
-    def all_reduce(joint: Weights) -> None:
-        joint.floats.copy_(torch.stack([other.floats for other in brought]).sum(0))
-        joint.integers.copy_(torch.stack([other.integers for other in brought]).amax(0))
-
-    return [federated_average(models, shares, all_reduce) for models in ranks]
-
-
-@pytest.mark.parametrize("participants", [(0, 1, 2, 3, 4), (0, 2, 4), (0, 1), (3,)], ids=str)
-def test_the_average_is_that_of_the_participants_over_two_ranks_as_over_one(
-    participants: tuple[int, ...],
-) -> None:
-    samples = [3, 10, 1, 7, 29]
-    total = sum(samples[client] for client in participants)
-    shares = {client: samples[client] / total for client in participants}
-    models: Models = {}
-    for client in range(5):
-        model = small(client)
-        model[1].num_batches_tracked.fill_(10 * client)
-        models[client] = (flatten(model), flatten(nn.Linear(4, 3).double()))
-    whole = federated_average(models, shares, alone)
-    first, second = average_over_ranks([{c: models[c] for c in cs} for cs in ((0, 1), (2, 3, 4))], shares)
-    for i in (0, 1):
-        exact = sum(samples[client] * models[client][i].floats for client in participants) / total
-        for average in (whole[i], first[i], second[i]):
-            assert (average.floats - exact).abs().max() <= 1e-14 * exact.abs().max()
-        assert torch.equal(first[i].floats, second[i].floats)
-    counters = [average[0].integers.tolist() for average in (whole, first, second)]
-    assert counters == [[10 * max(participants)]] * 3
+def test_parameters_come_before_buffers() -> None:
+    model = small()
+    model[4].bias.requires_grad_(False)  # frozen, so in neither
+    weights = flatten(model)
+    trained = [p.detach().reshape(-1) for p in model.parameters() if p.requires_grad]
+    assert torch.equal(weights.floats[: parameter_count(model)], torch.cat(trained))
+    buffers = torch.cat([model[1].running_mean, model[1].running_var])
+    assert torch.equal(weights.floats[parameter_count(model) :], buffers)

@@ -17,10 +17,11 @@ from torch import Tensor
 import fslsage_rpc
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.own import source_hash
+from fslsage_rpc.config.schema import AggregationKeys
 from fslsage_rpc.errors import RankRefused
 from fslsage_rpc.job.local_world import LocalWorld
-from fslsage_rpc.models.flat import Weights, check_shares, load_mean
-from fslsage_rpc.parties.aggregation import federated_average
+from fslsage_rpc.models.flat import Weights, check_shares
+from fslsage_rpc.parties.aggregation import Aggregator
 from fslsage_rpc.tasks import hashes as hashes_module
 from fslsage_rpc.tasks.hashes import sample_hashes
 from fslsage_rpc.tasks.tensors import TensorSamples
@@ -213,13 +214,12 @@ def test_a_run_that_says_nothing_of_its_data_goes_on(begun: dict[str, Any], foun
 
 def test_an_average_takes_no_shares_of_another_sum() -> None:
     models = {client: Weights(torch.ones(3), torch.zeros(1, dtype=torch.int64)) for client in range(3)}
+    average = Aggregator(AggregationKeys(), models, 3)
     thirds = dict.fromkeys(range(3), 1 / 3)
     for shares in ({**thirds, 2: 1 / 3 - 0.0025}, {0: float("nan"), 1: 1.0}):
         with pytest.raises(ValueError, match=r"shares of an average add up to .*, not to 1"):
-            load_mean(models, shares)
-        with pytest.raises(ValueError, match="shares of an average add up to"):
-            federated_average({c: (m,) for c, m in models.items()}, shares, lambda sums: None)
-    load_mean(models, thirds)
+            average.aggregate(shares)
+    average.aggregate(thirds)
     check_shares([7 / 10_007] * 1429 + [4 / 10_007])
 
 

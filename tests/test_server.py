@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from fslsage_rpc.config.schema import AlignmentKeys, OptimizerKeys
+from fslsage_rpc.config.schema import AggregationKeys, AlignmentKeys, OptimizerKeys
 from fslsage_rpc.device.streams import WorkQueue
 from fslsage_rpc.models.flat import Weights, flatten
+from fslsage_rpc.parties.aggregation import Aggregator
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.lane import Lane
@@ -41,7 +42,10 @@ def lane_of(model: nn.Module) -> Lane:
 
 
 def make_server(
-    lanes: dict[int, Lane], pool: ThreadPoolExecutor, fits: dict[int, AuxiliaryFit] | None = None
+    lanes: dict[int, Lane],
+    pool: ThreadPoolExecutor,
+    fits: dict[int, AuxiliaryFit] | None = None,
+    replicas: Aggregator | None = None,
 ) -> Server:
     return Server(
         initial=(flatten(nn.Linear(2, 4)), None),
@@ -51,6 +55,7 @@ def make_server(
         measure_drift=False,
         start=lambda kind, number, work: pool.submit(work),
         context=Context(),
+        replicas=replicas,
     )
 
 
@@ -74,7 +79,9 @@ def test_replicas_are_trained_at_the_same_time() -> None:
 
 def test_replicas_are_averaged_by_weight_and_counted() -> None:
     with ThreadPoolExecutor(2) as pool:
-        server = make_server({c: lane_of(nn.Linear(4, 3)) for c in (0, 1, 2)}, pool)
+        lanes = {c: lane_of(nn.Linear(4, 3)) for c in (0, 1, 2)}
+        replicas = Aggregator(AggregationKeys(), {c: lane.weights for c, lane in lanes.items()}, 15)
+        server = make_server(lanes, pool, replicas=replicas)
         before = [lane.weights.floats.clone() for lane in server.lanes.values()]
         server.average(
             {0: 0.25, 1: 0.75}, auxiliaries=False

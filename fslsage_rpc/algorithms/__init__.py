@@ -7,7 +7,7 @@ from fslsage_rpc.algorithms.cse_fsl import CseFsl
 from fslsage_rpc.algorithms.fedavg import FedAvg
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV1, SplitFedV2
-from fslsage_rpc.config.own import checked_arguments, first_line, import_own, is_own
+from fslsage_rpc.config.own import checked_arguments, first_line, import_class, is_own
 from fslsage_rpc.config.schema import AlgorithmKeys
 from fslsage_rpc.data.participation import Federation
 from fslsage_rpc.errors import InputError
@@ -29,12 +29,9 @@ def find(name: str) -> type[Algorithm]:
     """
     if not is_own(name):
         return ALGORITHMS[name]
-    expected = "a subclass of fslsage_rpc.algorithms.Algorithm"
-    found = import_own("algorithm.name", name, expected)
-    if not (isinstance(found, type) and issubclass(found, Algorithm)):
-        raise InputError(f"algorithm.name: got {name!r}, expected {expected}")
-    if missing := sorted(found.__abstractmethods__):
-        raise InputError(f"algorithm.name: got {name!r}, which lacks {', '.join(missing)}")
+    found: type[Algorithm] = import_class(
+        "algorithm.name", name, Algorithm, "fslsage_rpc.algorithms.Algorithm"
+    )
     if found.auxiliary not in AUXILIARY:
         raise InputError(
             f"algorithm.name: got {name!r}, whose auxiliary is {found.auxiliary!r}, expected one of "

@@ -49,6 +49,25 @@ def import_own(key: str, name: str, expected: str) -> Callable[..., Any]:
     return found
 
 
+def import_class(key: str, name: str, base: type, known_as: str) -> Any:
+    """The class of that name, which is a subclass and lacks no method.
+
+    Args:
+        key: of the configuration.
+        known_as: the dotted name of the base class; for the message.
+
+    Raises:
+        InputError: it cannot be imported, or is something else.
+    """
+    expected = f"a subclass of {known_as}"
+    found = import_own(key, name, expected)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputError(f"{key}: got {name!r}, expected {expected}")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise InputError(f"{key}: got {name!r}, which lacks {', '.join(missing)}")
+    return found
+
+
 def checked_arguments(
     key: str,
     name: str,

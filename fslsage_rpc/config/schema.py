@@ -176,6 +176,17 @@ class AlgorithmKeys:
 
 
 @dataclass(kw_only=True)
+class AggregationKeys:
+    """How the average of a round becomes the next global weights."""
+
+    name: Annotated[str, OrOwn(("mean", "momentum", "adam", "yogi"), own="package.module:Class")] = "mean"
+    """the mean itself, or a server optimizer (arXiv 2003.00295) that steps towards it; package.module:Class
+    is the user's own subclass of `fslsage_rpc.parties.aggregation.Aggregation`"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """of momentum {lr: 1, momentum: 0.9}; of adam and yogi {lr: 0.01, beta1: 0.9, beta2: 0.99, tau: 0.001}"""
+
+
+@dataclass(kw_only=True)
 class SchedulerKeys:
     """The course of a learning rate: one of torch.optim.lr_scheduler, or a linear warm-up and decay."""
 
@@ -360,6 +371,7 @@ class Config:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     algorithm: AlgorithmKeys = field(default_factory=AlgorithmKeys)
+    aggregation: AggregationKeys = field(default_factory=AggregationKeys)
     optimizer: Optimizers = field(default_factory=Optimizers)
     loss: LossKeys = field(default_factory=LossKeys)
     server: ServerKeys = field(default_factory=ServerKeys)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,11 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers of a module's `Weights.floats`, the first ones, are parameters and not of buffers."""
+    return sum(parameter.numel() for parameter in trainable(module))
+
+
 def module_bytes(module: nn.Module) -> int:
     """The size of a module's `Weights`: of all trainable parameters and buffers."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in _weights(module))
@@ -133,29 +138,3 @@ def check_shares(shares: Iterable[float]) -> None:
     total = math.fsum(shares)
     if not abs(total - 1) <= SHARE_TOLERANCE:
         raise ValueError(f"shares of an average add up to {total!r}, not to 1")
-
-
-def weighted_sum(members: Sequence[Weights], shares: Sequence[float], like: Weights) -> Weights:
-    """sum_i shares_i * floats_i and the maximum of the integers, as new buffers shaped like `like`.
-
-    With shares that add up to 1 this is the weighted mean; no members give zeros, which is what a rank
-    without participants adds to the others' sums.
-    """
-    total = Weights(torch.zeros_like(like.floats), torch.zeros_like(like.integers))
-    for member, share in zip(members, shares, strict=True):
-        total.floats.add_(member.floats, alpha=share)
-        torch.maximum(total.integers, member.integers, out=total.integers)
-    return total
-
-
-def load_mean(models: Mapping[int, Weights], shares: Mapping[int, float]) -> None:
-    """Give all models the weighted mean of those that have a share.
-
-    Raises:
-        ValueError: the shares do not add up to 1.
-    """
-    check_shares(shares.values())
-    members = [models[client] for client in shares]
-    mean = weighted_sum(members, list(shares.values()), like=members[0])
-    for weights in models.values():
-        weights.load(mean)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fslsage_rpc.config.own import checked_arguments, first_line, import_own, is_own, refuse_arguments
+from fslsage_rpc.config.own import checked_arguments, first_line, import_class, is_own, refuse_arguments
 from fslsage_rpc.config.schema import CodecKeys, NonNegative, Positive, Share
 from fslsage_rpc.errors import InputError
 
@@ -234,12 +234,7 @@ def create(keys: CodecKeys, kind: Kind) -> Codec | None:
 def _find(key: str, name: str) -> type[Codec]:
     if not is_own(name):
         return CODECS[name]
-    expected = "a subclass of fslsage_rpc.parties.codecs.Codec"
-    found = import_own(key, name, expected)
-    if not (isinstance(found, type) and issubclass(found, Codec)):
-        raise InputError(f"{key}: got {name!r}, expected {expected}")
-    if missing := sorted(found.__abstractmethods__):
-        raise InputError(f"{key}: got {name!r}, which lacks {', '.join(missing)}")
+    found: type[Codec] = import_class(key, name, Codec, "fslsage_rpc.parties.codecs.Codec")
     return found
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fslsage_rpc.config.schema import AggregationKeys
 from fslsage_rpc.device.clock import synchronise
 from fslsage_rpc.device.streams import current_place
 from fslsage_rpc.measure.phases import OF_LANES, Phase
 from fslsage_rpc.measure.request_times import ByClient
 from fslsage_rpc.measure.timeline import Timeline
-from fslsage_rpc.models.flat import Weights, flatten, load_mean
+from fslsage_rpc.models.flat import Weights, flatten
+from fslsage_rpc.parties.aggregation import Aggregator
 from fslsage_rpc.parties.alignment import Alignment
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.coding import Coded
@@ -52,6 +54,7 @@ class Server:
         measure_drift: compare estimate and true gradient on every upload; may change between rounds.
         start: see `World.start`.
         context: whose timeline is that of the main thread, which averages.
+        replicas: of the lanes' models, where each client has its own.
     """
 
     def __init__(
@@ -63,12 +66,14 @@ class Server:
         measure_drift: bool,
         start: Start,
         context: Context,
+        replicas: Aggregator | None = None,
     ):
         self.initial = initial
         self.averaged = averaged
         self.averaged_weights = flatten(averaged)
         self.lanes = lanes
         self.fits = fits
+        self._replicas = replicas
         self.measure_drift = measure_drift
         self._distinct = list({id(lane): lane for lane in lanes.values()}.values())
         self._device, self._timeline, self._codings = context.device, context.timeline, context.codings
@@ -123,15 +128,15 @@ class Server:
         synchronise(self._device)
 
     def average(self, shares: Mapping[int, float], auxiliaries: bool) -> None:
-        """Replace replicas (and, if asked, auxiliary models) by their weighted means over the participants.
-
-        Everyone, absent or not, goes on from the mean.
+        """Aggregate replicas, and replace auxiliary models, if asked, by their weighted mean over the
+        participants.
         """
         with self._timeline.phase(Phase.AVERAGING):
-            if len(self._distinct) > 1:
-                load_mean({client: lane.weights for client, lane in self.lanes.items()}, shares)
+            if self._replicas:
+                self._replicas.aggregate(shares)
             if auxiliaries and self.fits:
-                load_mean({client: fit.weights for client, fit in self.fits.items()}, shares)
+                weights = {client: fit.weights for client, fit in self.fits.items()}
+                Aggregator(AggregationKeys(), weights, 0).aggregate(shares)
             synchronise(self._device)
 
     def take_auxiliary(self, weights: Weights) -> None:
@@ -178,17 +183,21 @@ class Server:
 
     def state(self) -> dict[str, Any]:
         """Everything that stays from round to round; asked for between two of them."""
-        return {
+        state = {
             "averaged": self.averaged_weights.state(),
             "lanes": [lane.state() for lane in self._distinct],
             "fits": {client: fit.state() for client, fit in self.fits.items()},
         }
+        kept = self._replicas.state if self._replicas else {}
+        return state | ({"replicas": kept} if kept else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from such a state."""
         self.averaged_weights.load_state(state["averaged"])
         for lane, saved in zip(self._distinct, state["lanes"], strict=True):
             lane.load_state(saved)
+        if self._replicas:
+            self._replicas.load_state(state.get("replicas", {}))  # not there: the rule keeps nothing
         for client, fit in self.fits.items():
             queue = self.lanes[client].context.queue  # where its buffer grows
             with queue.after(current_place(self._device)):

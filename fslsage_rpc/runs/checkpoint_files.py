@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class RankState:
     """Everything of the parties that one rank hosts, between two rounds, as tensors and plain values.
 
     `server` and `client_bytes` (the wire ledger of all rounds so far, by client) are the server's rank's.
+    `aggregation` is what the rule keeps of the client models: on all client ranks the same.
     """
 
     rounds: int
@@ -57,6 +58,7 @@ class RankState:
     clients: dict[int, State]
     server: State | None
     client_bytes: dict[int, dict[str, int]]
+    aggregation: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class Manifest:
             if mine or the_servers:
                 saved = self._read_part(rank)
                 state.clients |= {client: saved.clients[client] for client in mine}
+                state.aggregation = saved.aggregation or state.aggregation  # rank 0 has none of clients away
                 if the_servers:
                     state.server, state.client_bytes = saved.server, saved.client_bytes
         return state
@@ -171,7 +174,8 @@ def write_part(folder: Path, rank: int, state: RankState) -> Part:
         OSError: it cannot be written; nothing is left of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = serialised(vars(state))
+    # An aggregation that keeps nothing is left out, as older versions know of none.
+    data = serialised({key: kept for key, kept in vars(state).items() if key != "aggregation" or kept})
     write_durably(part_path(folder, rank), data)
     return Part(extent_of(data), sorted(state.clients))
 

@@ -1,7 +1,7 @@
 """Builds the server and the clients of an experiment on the ranks that host them."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +12,8 @@ from fslsage_rpc.device.streams import STREAMS, WorkQueue, can_capture
 from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import Tracer
-from fslsage_rpc.models.flat import copy_of, flatten, trainable
+from fslsage_rpc.models.flat import copy_of, flatten, parameter_count, trainable
+from fslsage_rpc.parties.aggregation import Aggregator
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.client_auxiliary import ClientAuxiliary
@@ -71,6 +72,10 @@ def build_server(
         lanes = {client: lane(f"lane of client {client}", client) for client in clients}
     else:
         lanes = dict.fromkeys(clients, lane("lane"))
+    replicas = None
+    if lanes and algorithm.server_replicas:
+        weights = {client: lane.weights for client, lane in lanes.items()}
+        replicas = Aggregator(config.aggregation, weights, parameter_count(split.server))
     auxiliary = None if algorithm.auxiliary == "none" else flatten(fresh(split.auxiliary))
     server = Server(
         initial=(flatten(fresh(experiment.client_model())), auxiliary),
@@ -80,6 +85,7 @@ def build_server(
         measure_drift=config.algorithm.measure_drift,
         start=world.start,
         context=shared,
+        replicas=replicas,
     )
     if saved is not None:
         assert saved.server is not None
@@ -139,3 +145,15 @@ def build_clients(
         return client
 
     return {id: build(id) for id in hosted_clients(experiment, world)}
+
+
+def build_aggregator(
+    experiment: Experiment, clients: Mapping[int, Client], saved: RankState | None
+) -> Aggregator:
+    """It averages the clients of this rank, which are as they were saved or at the start."""
+    weights = {id: client.weights for id, client in clients.items()}
+    parameters = parameter_count(experiment.client_model())
+    aggregator = Aggregator(experiment.config.aggregation, weights, parameters)
+    if saved is not None:
+        aggregator.load_state(saved.aggregation)
+    return aggregator

@@ -20,9 +20,10 @@ from fslsage_rpc.device.memory import physical_memory
 from fslsage_rpc.device.placement import choose_device
 from fslsage_rpc.errors import HostError, InputError
 from fslsage_rpc.models.draws import unkeyed_draws
-from fslsage_rpc.models.flat import module_bytes, sorted_weights, trainable
+from fslsage_rpc.models.flat import module_bytes, parameter_count, sorted_weights, trainable
 from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
+from fslsage_rpc.parties.aggregation import try_out
 from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 from fslsage_rpc.parties.coding import Codings
 from fslsage_rpc.parties.optimizers import check_scheduler
@@ -61,7 +62,11 @@ def check(config: Config, ranks: int) -> None:
             f"clients.minimum: got {clients.minimum}, expected at most clients.count, {clients.count}"
         )
     with torch.device("meta"):
-        _check_weights(config, task.build())
+        split = task.build()
+        _check_weights(config, split)
+    client = split.whole() if algorithm.client_holds_whole_model else split.client
+    for model in (client, split.server) if algorithm.server_replicas else (client,):
+        try_out(config.aggregation, parameter_count(model), task.precision.weights)
     for party, keys in vars(config.optimizer).items():
         check_scheduler(keys, party)
     choose_device(config.device, 0)

@@ -42,6 +42,7 @@ def from_checkpoint(
     saved = read_state(manifest, mine, world.hosts_server)
     if returning := [client for client in mine if client not in present]:
         others = read_state(manifest, present[:1], server=True)
+        saved.aggregation = others.aggregation
         for client in returning:
             left = saved.clients.get(client)
             saved.clients[client] = returning_state(client, others.clients[present[0]], left, others)
@@ -87,9 +88,10 @@ def from_memory(
     mine = memory.get(rounds)
     state = mine and snapshot(mine)
     if newcomers and rounds:
-        returning = _send_back(experiment, world, state, newcomers, rounds)
+        returning, aggregation = _send_back(experiment, world, state, newcomers, rounds)
         if state is None:
-            state = RankState(rounds, {c: returning[c] for c in hosted_clients(experiment, world)}, None, {})
+            clients = {c: returning[c] for c in hosted_clients(experiment, world)}
+            state = RankState(rounds, clients, None, {}, aggregation)
         elif world.hosts_server:
             state.clients = {c: kept for c, kept in state.clients.items() if c not in returning}
     checkpoints.memory = {rounds: state and snapshot(state)}
@@ -98,21 +100,29 @@ def from_memory(
 
 def _send_back(
     experiment: Experiment, world: World, state: RankState | None, homes: Sequence[int], rounds: int
-) -> dict[int, State]:
-    """Collective: the states of the newcomers' clients, which rank 0 makes of its own and a client rank's."""
-    mine = next(iter(state.clients.values())) if state and not world.hosts_server else None
+) -> tuple[dict[int, State], State]:
+    """Collective: the states of the newcomers' clients, which rank 0 makes of its own and a client rank's;
+    and that of their aggregation.
+    """
+    mine = None
+    if state and not world.hosts_server:
+        mine = next(iter(state.clients.values())), state.aggregation
     peers = world.transport.gather(mine)
     returning = None
     if peers:
         assert state is not None
-        peer = next((one for one in peers if one is not None), None)
+        peer = next((each for each in peers if each is not None), None)
         if peer is None:
             raise TooFewClients(
                 "only ranks that have just joined are left: the run ends at its last checkpoint"
             )
+        one, aggregation = peer
         clients = [id for home in homes for id in hosted_by(home, world.homes, len(experiment.parts))]
-        returning = {id: returning_state(id, peer, state.clients.get(id), state) for id in clients}
-    states: dict[int, State] = world.transport.broadcast(returning)
+        returning = (
+            {id: returning_state(id, one, state.clients.get(id), state) for id in clients},
+            aggregation,
+        )
+    states: tuple[dict[int, State], State] = world.transport.broadcast(returning)
     return states
 
 

@@ -101,6 +101,7 @@ def own_sources(config: Config) -> Hashes:
         "model.name": config.model.name,
         "model.auxiliary.kind": config.model.auxiliary.kind,
         "algorithm.name": config.algorithm.name,
+        "aggregation.name": config.aggregation.name,
         **{f"comm.codec.{kind}": keys.name for kind, keys in vars(config.comm.codec).items()},
     }
     return {key: source_hash(name) for key, name in names.items() if is_own(name)}

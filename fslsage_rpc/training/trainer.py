@@ -21,7 +21,6 @@ from fslsage_rpc.measure.request_times import RequestLog, on_device
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.measure.trace import ClockOffset, TraceFile, Tracer, estimate_offset
 from fslsage_rpc.models.flat import check_shares
-from fslsage_rpc.parties.aggregation import federated_average
 from fslsage_rpc.parties.requests import Ask
 from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
@@ -29,7 +28,7 @@ from fslsage_rpc.runs.checkpoint_files import RankState
 from fslsage_rpc.runs.checkpoints import Checkpoints
 from fslsage_rpc.runs.records import RankReport, RoundRecorder, is_scored, round_seconds
 from fslsage_rpc.tasks import Batches, Score
-from fslsage_rpc.training.assembly import build_clients, build_server, shared_context
+from fslsage_rpc.training.assembly import build_aggregator, build_clients, build_server, shared_context
 from fslsage_rpc.training.evaluation import evaluate
 from fslsage_rpc.training.experiment import Experiment
 from fslsage_rpc.transport.link import ServerLink, connect, measure_links
@@ -88,6 +87,7 @@ class Trainer:
             self.clients = (
                 build_clients(experiment, world, self._link, self._context, saved) if self._link else {}
             )
+            self._aggregator = build_aggregator(experiment, self.clients, saved) if self.clients else None
             experiment.prepared.clear()  # a rank keeps only what its clients have taken
             self._test_data = self._load_test_data() if self.server else None
         # On the server's rank: the clients that are away, as a checkpoint had them last.
@@ -225,6 +225,7 @@ class Trainer:
             clients={**self._away, **{id: client.state() for id, client in self.clients.items()}},
             server=self.server.state() if self.server else None,
             client_bytes=self.recorder.client_bytes,
+            aggregation=self._aggregator.state if self._aggregator else {},
         )
 
     def final_model(self) -> dict[str, torch.Tensor]:
@@ -317,18 +318,15 @@ class Trainer:
         return course
 
     def _average_clients(self, shares: dict[int, float], auxiliary: bool) -> None:
-        """Give every client of this rank, absent ones too, the weighted mean over all participants of all
+        """Give every client of this rank, absent ones too, what comes of those that took part, on all
         ranks.
         """
-        models = {
-            id: (client.weights, client.auxiliary_weights) if auxiliary else (client.weights,)
-            for id, client in self.clients.items()
-        }
+        assert self._aggregator is not None
+        averaged = (
+            {id: client.auxiliary_weights for id, client in self.clients.items()} if auxiliary else None
+        )
         reduce, count = self._transport.all_reduce, self._ledger.count
-        means = federated_average(models, shares, lambda sums: count("weights_allreduce", reduce(sums)))
-        for weights in models.values():
-            for model, mean in zip(weights, means, strict=True):
-                model.load(mean)
+        self._aggregator.aggregate(shares, lambda sums: count("weights_allreduce", reduce(sums)), averaged)
 
     def _hand_auxiliary_over(self, link: ServerLink) -> None:
         """The server goes on from the average of the auxiliary models that the clients have trained."""
