@@ -126,7 +126,6 @@ def fit(**codecs: Any) -> AuxiliaryFit:
 
 def test_what_a_codec_leaves_out_of_the_auxiliary_model_comes_with_a_later_one() -> None:
     one = fit(auxiliary=CodecKeys(name="topk", arguments={"share": 0.25}))
-    assert one.left_out is not None
 
     def hand_out(*fitted: float) -> CodedWeights:
         integers = torch.empty(0, dtype=torch.int64)
@@ -134,14 +133,15 @@ def test_what_a_codec_leaves_out_of_the_auxiliary_model_comes_with_a_later_one()
         assert isinstance(coded, CodedWeights)
         return coded
 
-    one.start()
+    one.restore_left_out()
     coded = hand_out(1.0, 3.0, 0.0, 0.0)
     assert [part.tolist() for part in coded.change.parts] == [[[3.0]], [[1]]]
     assert coded.nbytes == 4 + 1
     assert one.weights.floats.tolist() == [0.0, 3.0, 0.0, 0.0]  # in use
+    assert one.left_out is not None
     assert one.left_out.tolist() == [1.0, 0.0, 0.0, 0.0]
     one.weights.load(Weights(torch.tensor([0.5, 2.5, 0.0, 0.0]), one.weights.integers))  # they are averaged
-    one.start()
+    one.restore_left_out()
     assert one.weights.floats.tolist() == [1.5, 2.5, 0.0, 0.0]  # the next fit's start
     hand_out(1.5, 2.5, 0.0, 0.25)  # moves the last number only
     assert one.weights.floats.tolist() == [1.5, 2.5, 0.0, 0.0]
@@ -186,3 +186,31 @@ def test_nobody_knows_beforehand_the_bytes_that_depend_on_values() -> None:
     assert {name for name, size in foreseen.items() if size is not None} == {"fedavg"}
     with pytest.raises(InputError, match="depend on values"):
         Scenario(config, NO_LINK, client_ranks=1).round(0)
+
+
+def test_two_requests_in_one_step_draw_and_count_by_themselves() -> None:
+    plain = train_locally(tree(f"{OWN}:Twice"))
+    lossless = {"smashed": f"{OWN}:NonZero", "gradient": f"{OWN}:NonZero"}
+    counted = train_locally(tree(f"{OWN}:Twice", **lossless))
+    for line, before in zip(counted.lines, plain.lines, strict=True):
+        wire, without = line["wire_bytes"], before["wire_bytes"]
+        moved = wire["smashed_up"] + wire["gradient_down"]
+        uncoded = without["smashed_up"] + without["gradient_down"]
+        assert line["paper_bytes"] - moved == before["paper_bytes"] - uncoded
+        assert line["paper_bytes_uncoded"] == before["paper_bytes"]
+        assert line["train_loss"] == before["train_loss"]
+
+
+def test_a_codec_that_has_said_another_size_is_refused_when_it_is_seen() -> None:
+    keys = {**tree("cse_fsl", smashed=f"{OWN}:Miscounted"), "precision": "bf16"}
+    with pytest.raises(InputError) as refused:
+        train_locally(keys)
+    assert str(refused.value) == (
+        f"comm.codec.smashed: got '{OWN}:Miscounted', whose nbytes is 16384 for torch.bfloat16 "
+        "[16, 64, 2, 2], where the parts have 8192 bytes"
+    )
+
+
+def test_a_change_of_a_model_that_the_client_has_trained_is_refused() -> None:
+    with pytest.raises(InputError, match=r"yields Align for an auxiliary model that the client has trained"):
+        train_locally(tree(f"{OWN}:TrainedThenAligned", auxiliary="bf16"))

@@ -64,6 +64,13 @@ def coded(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def counted(tree: dict[str, Any]) -> dict[str, Any]:
+    """A codec whose bytes depend on values."""
+    tree["comm"]["codec"] = dict.fromkeys(("smashed", "auxiliary"), "support.own_codecs:NonZero")
+    tree["algorithm"]["average_auxiliary"] = "round"
+    return tree
+
+
 def with_noise(tree: dict[str, Any]) -> dict[str, Any]:
     """Noise on smashed data."""
     tree["comm"]["codec"] = {"smashed": {"name": "gaussian", "arguments": {"clip": 1.0, "sigma": 0.1}}}
@@ -99,7 +106,8 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         with_dropout(tree(path, "fsl_sage", "round_robin"), "copied", "1", until="5"),
         with_dropout(tree(path, "splitfed_v1", "round_robin"), "wet", "between", until=None),
         with_dropout(tree(path, "splitfed_v2", "client_major"), "wet", "between", until=None),
-        coded(tree(path, "fsl_sage", "round_robin")),
+        coded(warm(tree(path, "fsl_sage", "round_robin"))),
+        counted(tree(path, "fsl_sage", "round_robin")),
         coded(tree(path, "splitfed_v1", "round_robin")),
         with_noise(tree(path, "splitfed_v2", "client_major")),
         warm(tree(path, "fsl_sage", "round_robin")),
@@ -191,7 +199,7 @@ def test_bf16_is_the_same_over_rpc_and_halves_the_bytes(
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("case", range(len(CASES), len(CASES) + 6))
+@pytest.mark.parametrize("case", range(len(CASES), len(CASES) + 7))
 def test_masks_and_codecs_draw_the_same_on_every_transport_and_number_of_ranks(
     case: int, local: list[Outcome], two_ranks: list[Outcome], three_ranks: list[Outcome]
 ) -> None:

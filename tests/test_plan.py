@@ -365,7 +365,10 @@ def test_the_command_calibrates_this_machine_and_says_that_it_predicts(
     assert all(float(row[2]) > 0 for row in rows[:-2])
     assert "Seconds are the lower bound of a round; no such round was measured." in done.stdout
     assert rows[-2:] == [[own(Adaptive), count, *["unknown"] * 3] for count in ("10", "100")]
-    assert done.stdout.splitlines()[-1] == f"{own(Adaptive)}: unknown, as its requests depend on values"
+    assert (
+        done.stdout.splitlines()[-1]
+        == f"{own(Adaptive)}: unknown, as its requests, or their bytes, depend on values"
+    )
 
 
 @pytest.mark.parametrize(
@@ -399,7 +402,7 @@ def test_costs_of_this_machine_hold_no_transport_and_each_partys_own_seconds() -
     names = [*ALGORITHMS, own(Mixed), own(Seldom), own(Adaptive)]
     costs = calibrate_here(config, names).costs
     assert list(costs) == names
-    assert costs.pop(own(Adaptive)) == "its requests depend on values"
+    assert costs.pop(own(Adaptive)) == "its requests, or their bytes, depend on values"
     for each in costs.values():
         assert (each.sending, each.handling) == (SENDING, HANDLING)  # here a call holds the server's work
         assert 0 < each.client < 0.1
@@ -451,7 +454,7 @@ def test_a_benchmark_calibrates_algorithms_of_the_users_own(tmp_path: Path) -> N
     found = read(own(Mixed))
     assert {*found} == {own(Mixed), *NOT_READ, "splitfed_v2"}
     assert found[own(Mixed)].kinds == {"push", "exchange", "align"}
-    assert found[own(Adaptive)] == "its requests depend on values"
+    assert found[own(Adaptive)] == "its requests, or their bytes, depend on values"
     assert found["nowhere:Away"].startswith("algorithm.name: got 'nowhere:Away', which cannot be")
     more = read(own(Mixed), alignment={"epochs": 3})  # of the second variant
     per_sample, per_more = (each[own(Mixed)].alignment for each in (found, more))
@@ -466,7 +469,7 @@ def test_a_benchmark_calibrates_algorithms_of_the_users_own(tmp_path: Path) -> N
     assert smaller.endswith(", which measured clients.batch_size=16, expected 8 as planned")
     only = bench_folder(tmp_path / "only", {"adaptive": adaptive})
     assert read_calibration(only, from_tree(tree(own(Adaptive)))).costs == {
-        own(Adaptive): "its requests depend on values"
+        own(Adaptive): "its requests, or their bytes, depend on values"
     }
 
 

@@ -32,7 +32,7 @@ class ClientPieces:
     rank: int
     steps: int
     compute_seconds: float
-    """data, forward and backward passes, estimates and optimizer steps of the client"""
+    """data, forward and backward passes, estimates, codecs and optimizer steps of the client"""
     asks: Sequence[Ask]
     """in the order that it makes them"""
     of_kind: Mapping[str, RequestTimes]

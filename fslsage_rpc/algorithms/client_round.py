@@ -43,24 +43,28 @@ def client_round(
             same = expected and expected._replace(at_once=False, label_bytes=ask.label_bytes)
             if ask != same:
                 raise _departure(algorithm, ask.step, ask, expected)
+            ask = ask._replace(at_once=expected is not None and expected.at_once)
         made.append(ask)
 
     for step in range(algorithm.federation.steps(client.id)):
         if asking is None or step in asking:
             yield BeginStep(step)
         requests = algorithm.client_step(client, t, step, *next(batches))
-        yield from travelling(client, watched(algorithm, client, requests, step, notice), made)
+        yield from travelling(algorithm, client, watched(algorithm, client, requests, step, notice), made)
         if rehearsed is not None and len(made) < len(rehearsed) and rehearsed[len(made)].step == step:
             raise _departure(algorithm, step, None, rehearsed[len(made)])
     if rehearsed is None:
         yield End()
 
 
-def travelling(client: Client, requests: ClientStep, made: list[Ask]) -> ClientStep:
+def travelling(algorithm: Algorithm, client: Client, requests: ClientStep, made: list[Ask]) -> ClientStep:
     """The requests of a local step as they travel, coded; each is resumed with the decoded answer.
 
     Args:
         made: ends with each request as it is made; its bytes are put in once they are known.
+
+    Raises:
+        InputError: a coded change would come to an auxiliary model that the server does not know.
     """
     answer = None
     while True:
@@ -68,6 +72,12 @@ def travelling(client: Client, requests: ClientStep, made: list[Ask]) -> ClientS
             body = requests.send(answer)
         except StopIteration:
             return
+        if isinstance(body, Align) and client.codings.auxiliary and client.owns_auxiliary:
+            raise refusal(
+                algorithm,
+                "yields Align for an auxiliary model that the client has trained in the same round; with "
+                "comm.codec.auxiliary a change comes, of the model that the server has in use",
+            )
         coded = client.encode(body, len(made) - 1)
         reply = yield coded
         if isinstance(coded, Exchange | Push):

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fslsage_rpc.algorithms import find
 from fslsage_rpc.check.findings import COPIES, Findings, Outlook, Rank, sized
 from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.parties.requests import Align
@@ -139,7 +140,7 @@ class CheckScreen:
                 f" if all are like this one, {_duration(outlook.run_seconds(aligned))} if {aligned} are and "
                 "the others have no alignment"
             )
-        unknown = outlook.paper_bytes[outlook.config.algorithm.name] is None
+        unknown = find(outlook.config.algorithm.name).requests_depend_on_values
         self._say(text + (", though others may ask for more." if unknown else "."))
 
     def _show_disk(self, findings: Findings) -> None:

@@ -168,7 +168,8 @@ class AuxiliaryFit:
 
     Attributes:
         weights: those in use, by this client and for the drift; during a fit, those that are fitted.
-        left_out: `[n]`, by how much the fitted weights differ from those in use, where these travel coded.
+        left_out: `[n]`, by how much the fitted weights differ from those in use; None before they have
+            travelled, and where they do not travel coded.
         agreement: of estimates with the true gradients of uploads, since it was last read.
         record: of the last fit, likewise.
     """
@@ -179,8 +180,8 @@ class AuxiliaryFit:
         self.model = model
         self.weights = flatten(model)
         self.optimizer = optimizer
-        self.left_out = torch.zeros_like(self.weights.floats) if context.codings.auxiliary else None
-        self._in_use = self.weights.floats  # a copy, between a fit and its handing out
+        self.left_out: Tensor | None = None
+        self._in_use: Tensor | None = None  # from the start of a fit to its handing out
         self.buffer = AlignmentBuffer(keys.buffer_size)
         self.context = context
         self.agreement = Agreement()
@@ -214,7 +215,7 @@ class AuxiliaryFit:
     def fit(self, targets: list[Target], at: LocalStep = START) -> Weights:
         """Fit the auxiliary model to true gradients (arXiv 2505.23182): minimise sum_samples ||ĝ - g||^2.
 
-        It starts from the weights that were fitted last, or from their average.
+        It starts from the weights in use, and what was left out of them.
 
         Args:
             at: the local step of the alignment.
@@ -222,7 +223,7 @@ class AuxiliaryFit:
         Returns:
             A copy of the fitted weights.
         """
-        self.start()
+        self.restore_left_out()
         before = self._agreement(targets, at)
         by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
         passes = by(targets, at)
@@ -230,10 +231,11 @@ class AuxiliaryFit:
         self.record = FitRecord(before, self._agreement(targets, at), passes)
         return weights
 
-    def start(self) -> None:
-        """Put what was left out of the weights in use back into them."""
-        if self.left_out is not None:
+    def restore_left_out(self) -> None:
+        """Add to the weights in use what a codec has left out of them."""
+        if self.context.codings.auxiliary:
             self._in_use = self.weights.floats.clone()
+        if self.left_out is not None:
             self.weights.floats += self.left_out
 
     def hand_out(self, fitted: Weights, at: LocalStep, number: int) -> Weights | CodedWeights:
@@ -245,14 +247,15 @@ class AuxiliaryFit:
         Args:
             number: of the client's request in its round.
         """
-        if self.left_out is None:
+        in_use, self._in_use = self._in_use, None
+        if in_use is None:
             return fitted
         coding, timeline = self.context.codings.auxiliary, self.context.timeline
         with timeline.phase(Phase.ENCODE):
-            change = coding.encode(fitted.floats - self._in_use, at.round, at.client, number)
+            change = coding.encode(fitted.floats - in_use, at.round, at.client, number)
         with timeline.phase(Phase.DECODE):
-            torch.add(self._in_use, coding.decode(change), out=self.weights.floats)
-            torch.sub(fitted.floats, self.weights.floats, out=self.left_out)
+            torch.add(in_use, coding.decode(change), out=self.weights.floats)
+            self.left_out = fitted.floats - self.weights.floats
         return CodedWeights(change, fitted.integers)
 
     def take_records(self) -> tuple[dict[str, float] | None, dict[str, float] | None]:
@@ -340,8 +343,8 @@ class AuxiliaryFit:
         self.weights.load_state(state["weights"])
         self.optimizer.load_state(state["optimizer"])
         self.buffer.load_state(state["buffer"], self.weights.floats.device)
-        if self.left_out is not None:
-            self.left_out.copy_(state["left_out"])
+        left_out = state.get("left_out")
+        self.left_out = None if left_out is None else left_out.to(self.weights.floats.device, copy=True)
 
     def _agreement(self, targets: list[Target], at: LocalStep) -> Agreement:
         agreement = Agreement()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fslsage_rpc.config.schema import CodecKeys, CodecsKeys
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.codecs import Codec, Kind, create
 from fslsage_rpc.randomness import keyed_seed
@@ -56,7 +57,7 @@ class Coding:
 
     def __init__(self, keys: CodecKeys, kind: Kind, seed: int):
         self._codec: Codec | None = create(keys, kind)
-        self._purpose, self._seed = f"codec of {kind}", seed
+        self._name, self._kind, self._seed = keys.name, kind, seed
 
     def __bool__(self) -> bool:
         return self._codec is not None
@@ -66,12 +67,22 @@ class Coding:
 
         Args:
             t: the round, and `number`: that of the client's request in it, to which x belongs.
+
+        Raises:
+            InputError: the user's own codec has said another size.
         """
         assert self._codec is not None
-        key = keyed_seed(self._seed, self._purpose, t, client, number)
+        key = keyed_seed(self._seed, f"codec of {self._kind}", t, client, number)
         with torch.no_grad():
             parts = self._codec.encode(x.detach(), torch.Generator(x.device).manual_seed(key))
-        return Coded(parts, x.shape, x.dtype)
+        coded = Coded(parts, x.shape, x.dtype)
+        said = self._codec.nbytes(x.shape, x.dtype)
+        if said not in (None, coded.nbytes):
+            raise InputError(
+                f"comm.codec.{self._kind}: got {self._name!r}, whose nbytes is {said} for {x.dtype} "
+                f"{list(x.shape)}, where the parts have {coded.nbytes} bytes"
+            )
+        return coded
 
     def decode(self, coded: Coded) -> Tensor:
         """The tensor as it arrives, of the shape and type that it had."""

@@ -29,8 +29,9 @@ class ServerReport:
     """What the server has to say of one round; `phases` are mean seconds per lane, and `alignment` those in
     which nothing but fits of auxiliary models ran.
 
-    Likewise `cpu_seconds`, of its threads; of `alignment` the sum over all fits, which overlap. Of a GPU,
-    empty on a CPU: `device_seconds`, as `cpu_seconds`; `requests`, their queue and compute seconds.
+    Likewise `cpu_seconds`, of its threads; of `alignment`, and of codecs in fits, sums over all fits, which
+    overlap. Of a GPU, empty on a CPU: `device_seconds`, as `cpu_seconds`; `requests`, their queue and compute
+    seconds.
     """
 
     loss_sum: float

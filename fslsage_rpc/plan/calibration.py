@@ -148,6 +148,7 @@ def _costs_here(config: Config) -> Costs:
     config = from_tree(to_tree(config), keys)
     check(config, ranks=1)
     scenario, lines = Scenario(config, NO_LINK, 1), list[Line]()
+    scenario.round(0)  # raises where nobody can know what it sends
     config = replace(config, rounds=max(ROUNDS, 1 + scenario.algorithm.interval))
     Trainer(Experiment.prepare(config), open_world(config)).train(lambda line, _: lines.append(line))
     costs = measure_costs(lines[1:], scenario, [torch.get_num_threads()])

@@ -19,7 +19,7 @@ from fslsage_rpc.parties.requests import KINDS
 from fslsage_rpc.tasks import open_task
 from fslsage_rpc.training.experiment import model_sizes
 
-DEPENDS_ON_VALUES = "its requests depend on values"
+DEPENDS_ON_VALUES = "its requests, or their bytes, depend on values"
 
 
 class Costs(NamedTuple):

@@ -33,7 +33,7 @@ from fslsage_rpc.runs.screen import can_be_shown
 from fslsage_rpc.runs.tensorboard import TensorBoard
 
 FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
-"""what may differ between a run and the run whose folder it finds"""
+"""what may differ between a run and the run whose folder it finds, all below included but for codecs"""
 STOPPED = "STOPPED"
 DIVERGED = "DIVERGED"
 ENDINGS = (STOPPED, DIVERGED, "summary.json", "model.pt", "trace.json", "links.json")
@@ -270,7 +270,7 @@ class RunFolder:
         """
         old = self._old_config()
         for key, (was, is_now) in changed_keys(old or self._config, self._config).items():
-            if key.split(".")[0] not in FREE_KEYS:
+            if key.split(".")[0] not in FREE_KEYS or key.startswith("comm.codec."):
                 raise InputError(
                     f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
                 )

@@ -297,6 +297,9 @@ def _check_outputs(task: Task, split: SplitModel, train: Samples) -> list[str]:
 
 def _unused_codecs(config: Config, rehearsal: Rehearsal, interval: int) -> list[str]:
     """One line for each codec of what this algorithm does not send."""
+    coded = [kind for kind, keys in vars(config.comm.codec).items() if keys.name != "none"]
+    if not coded:
+        return []
     rounds = min(config.rounds, interval + 1)  # a warm start puts alignments off by one
     asked = rehearsal.kinds(range(rounds))
     sent_by = {
@@ -306,8 +309,8 @@ def _unused_codecs(config: Config, rehearsal: Rehearsal, interval: int) -> list[
     }
     return [
         f"comm.codec.{kind} is not used by {config.algorithm.name}"
-        for kind, keys in vars(config.comm.codec).items()
-        if keys.name != "none" and not sent_by[kind] & asked
+        for kind in coded
+        if not sent_by[kind] & asked
     ]
 
 

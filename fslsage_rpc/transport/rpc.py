@@ -11,7 +11,7 @@ the device and then, on the CPU, for the other client ranks, before it averages.
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -26,7 +26,6 @@ from fslsage_rpc.device.clock import device_clock, synchronise
 from fslsage_rpc.device.placement import CPU, GpuPlace
 from fslsage_rpc.errors import ConnectionLost
 from fslsage_rpc.models.flat import Weights
-from fslsage_rpc.parties.coding import CodedWeights
 from fslsage_rpc.parties.requests import Answer, Request
 from fslsage_rpc.transport import choices
 from fslsage_rpc.transport.base import OnAnswer, Transport
@@ -144,6 +143,8 @@ class RpcTransport(Transport):
 
     def submit(self, request: Request, on_answer: OnAnswer) -> None:
         travelling = replace(request, body=request.body.to(self.carrier))
+        if self.rank in self._maps:
+            travelling = _with_addresses(travelling)
 
         def deliver(answered: Future[Any]) -> None:
             # torch calls this on a thread of its own. The current stream there waits for the answer's tensors
@@ -293,17 +294,23 @@ def _submit(request: Request, device_map: bool) -> Future[Answer]:
     assert endpoint is not None
     future: Future[Answer] = Future(devices=[endpoint.device] if device_map else None)
     endpoint.submit(
-        request, lambda answer: future.set_result(_on_gpu(answer) if device_map else answer.to(CPU))
+        request,
+        lambda answer: future.set_result(_with_addresses(answer) if device_map else answer.to(CPU)),
     )
     return future
 
 
-def _on_gpu(answer: Answer) -> Answer:
-    """The answer as it is, but for an empty tensor, which has no address on a GPU to be sent from."""
-    weights = answer.value
-    if isinstance(weights, Weights | CodedWeights) and not weights.integers.numel():
-        return replace(answer, value=replace(weights, integers=weights.integers.to(CPU)))
-    return answer
+def _with_addresses(value: Any) -> Any:
+    """A request or answer, or a part of one, with empty tensors in host memory: on a GPU they have no address
+    to be sent from.
+    """
+    if isinstance(value, torch.Tensor):
+        return value if value.numel() else value.to(CPU)
+    if type(value) is tuple:
+        return tuple(map(_with_addresses, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{name: _with_addresses(part) for name, part in vars(value).items()})
+    return value
 
 
 def _in_host_memory(value: Any) -> Any:
