@@ -114,7 +114,7 @@ def test_requests_on_a_gpu_are_timed_by_its_clock(process: Process) -> None:
     assert times.queue_seconds == pytest.approx(0.004)
     assert times.compute_seconds == pytest.approx(0.012)
     assert report.device_seconds == pytest.approx(
-        {"step": 0.006, "targets": 0.002, "drift": 0.0, "alignment": 0.002}
+        {"step": 0.006, "targets": 0.002, "drift": 0.0, "encode": 0.0, "decode": 0.0, "alignment": 0.002}
     )
     assert log.take() == server.report(1.0).requests == {}
 

@@ -140,7 +140,8 @@ class CheckScreen:
                 f" if all are like this one, {_duration(outlook.run_seconds(aligned))} if {aligned} are and "
                 "the others have no alignment"
             )
-        unknown = find(outlook.config.algorithm.name).requests_depend_on_values
+        algorithm = find(outlook.config.algorithm.name)
+        unknown = algorithm.requests_depend_on_values and not algorithm.client_holds_whole_model
         self._say(text + (", though others may ask for more." if unknown else "."))
 
     def _show_disk(self, findings: Findings) -> None:
