@@ -1,5 +1,6 @@
-"""The cost of codecs beside a client's step: milliseconds of encoding and decoding, by turns in one process
-with one thread.
+"""The cost of codecs beside a client's step: CPU milliseconds of encoding and decoding, by turns in one
+process with one thread. On an idle machine that is the time they take; on a busy one wall-clock time would
+tell more of others.
 
     python benchmarks/codec_cost.py
 
@@ -71,10 +72,10 @@ def codecs() -> Iterator[tuple[str, Kind, Codec]]:
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """The seconds of one call, and what it gives."""
-    started = time.perf_counter()
+    """The CPU seconds of one call, and what it gives."""
+    started = time.process_time()
     given = work()
-    return time.perf_counter() - started, given
+    return time.process_time() - started, given
 
 
 def table(model: str) -> None:
