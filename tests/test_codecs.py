@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fslsage_rpc.config.schema import CodecKeys
-from fslsage_rpc.parties.codecs import Bf16, Codec, Gaussian, Int8, Kind, Parts, TopK, create
+from fslsage_rpc.parties.codecs import Bf16, Codec, Gaussian, Int8, Kind, Parts, TopK, create, try_out
 from support.user_input import mistake
 
 HERE = "test_codecs"
@@ -392,14 +392,15 @@ DRAWN = "which decodes to other numbers the second time: draws come from encode'
         (Unkeyed, DRAWN),
         (Spoiling, "whose encode changes the tensor that it is given"),
         (SpoilingParts, DRAWN),
-        (Failing, "which fails (RuntimeError: too)"),
+        (Failing, "which fails on torch.float32 [2, 3, 4, 4] (RuntimeError: too)"),
         (Unfinished, "which lacks decode, nbytes"),
         (CodecKeys, "expected a subclass of fslsage_rpc.parties.codecs.Codec"),
     ],
 )
 def test_what_is_no_codec_is_refused(own: type, words: str) -> None:
     name = f"{HERE}:{own.__name__}"
-    assert mistake(create, CodecKeys(name=name), "smashed") == f"comm.codec.smashed: got {name!r}, {words}"
+    said = mistake(try_out, CodecKeys(name=name), "smashed", torch.Size([2, 3, 4, 4]), torch.float32)
+    assert said == f"comm.codec.smashed: got {name!r}, {words}"
 
 
 def test_a_users_own_has_arguments() -> None:

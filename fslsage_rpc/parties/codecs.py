@@ -200,8 +200,6 @@ class Gaussian(Codec):
 
 
 CODECS: dict[str, type[Codec]] = {"bf16": Bf16, "int8": Int8, "topk": TopK, "gaussian": Gaussian}
-TRIED: dict[Kind, tuple[int, ...]] = {"smashed": (2, 3, 4, 4), "gradient": (2, 3, 4, 4), "auxiliary": (40,)}
-"""shapes on which a codec of the user's own is tried"""
 
 
 def create(keys: CodecKeys, kind: Kind) -> Codec | None:
@@ -209,7 +207,6 @@ def create(keys: CodecKeys, kind: Kind) -> Codec | None:
 
     Raises:
         InputError: there is none of that name, or its arguments are not what it takes.
-            Or the user's own fails on a small tensor, or is not what `Codec` says.
     """
     key = f"comm.codec.{kind}"
     if keys.name == "none":
@@ -217,18 +214,30 @@ def create(keys: CodecKeys, kind: Kind) -> Codec | None:
         return None
     made = _find(key, keys.name)
     more: dict[str, Any] = checked_arguments(f"{key}.arguments", keys.name, made, keys.arguments, first=1)
-    if not is_own(keys.name):
-        return made(kind, **more)
     try:
-        codec = made(kind, **more)
-        wrong = _misbehaviour(codec, torch.Size(TRIED[kind]))
+        return made(kind, **more)
     except InputError:
         raise
     except Exception as error:  # the user's class may raise anything
         raise InputError(f"{key}: got {keys.name!r}, which fails ({first_line(error)})") from None
+
+
+@torch.no_grad()
+def try_out(keys: CodecKeys, kind: Kind, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Find what can be found wrong with a codec: the user's own codes a random tensor on the CPU.
+
+    Raises:
+        InputError: see `create`; or it fails, or is not what `Codec` says.
+    """
+    codec = create(keys, kind)
+    if codec is None or not is_own(keys.name):
+        return
+    try:
+        wrong = _misbehaviour(codec, shape, dtype)
+    except Exception as error:  # the user's class may raise anything
+        wrong = f"which fails on {dtype} {list(shape)} ({first_line(error)})"
     if wrong:
-        raise InputError(f"{key}: got {keys.name!r}, {wrong}")
-    return codec
+        raise InputError(f"comm.codec.{kind}: got {keys.name!r}, {wrong}")
 
 
 def _find(key: str, name: str) -> type[Codec]:
@@ -238,10 +247,10 @@ def _find(key: str, name: str) -> type[Codec]:
     return found
 
 
-def _misbehaviour(codec: Codec, shape: torch.Size) -> str | None:
+def _misbehaviour(codec: Codec, shape: torch.Size, dtype: torch.dtype) -> str | None:
     """Where a codec is not what `Codec` says, on a random tensor of this shape; None where it is."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    dtype, given, said = x.dtype, x.clone(), codec.nbytes(shape, x.dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    given, said = x.clone(), codec.nbytes(shape, dtype)
     coded: list[Any] = [codec.encode(x, torch.Generator().manual_seed(1)) for _ in range(2)]
     on = f"for {dtype} {list(shape)}"
     if not torch.equal(x, given):

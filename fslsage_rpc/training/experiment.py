@@ -23,9 +23,8 @@ from fslsage_rpc.models.draws import unkeyed_draws
 from fslsage_rpc.models.flat import module_bytes, parameter_count, sorted_weights, trainable
 from fslsage_rpc.models.image_order import failure_by_order
 from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
-from fslsage_rpc.parties.aggregation import try_out
+from fslsage_rpc.parties import aggregation, codecs
 from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
-from fslsage_rpc.parties.coding import Codings
 from fslsage_rpc.parties.optimizers import check_scheduler
 from fslsage_rpc.parties.requests import Align, Exchange, Push
 from fslsage_rpc.tasks import Samples, Task, open_task
@@ -47,7 +46,6 @@ def check(config: Config, ranks: int) -> None:
     if config.transport == "rpc":
         _check_ranks(config, ranks)
     arguments(config.algorithm)
-    Codings(config.comm.codec)
     name, order = config.algorithm.name, config.server.order
     algorithm = find(name)
     unknown = algorithm.requests_depend_on_values and not algorithm.client_holds_whole_model
@@ -66,7 +64,12 @@ def check(config: Config, ranks: int) -> None:
         _check_weights(config, split)
     client = split.whole() if algorithm.client_holds_whole_model else split.client
     for model in (client, split.server) if algorithm.server_replicas else (client,):
-        try_out(config.aggregation, parameter_count(model), task.precision.weights)
+        aggregation.try_out(config.aggregation, parameter_count(model), task.precision.weights)
+    smashed = torch.Size([2, *split.smashed_shape]), task.precision.smashed
+    fitted = torch.Size([sum(map(torch.numel, sorted_weights(split.auxiliary)[0]))])
+    codecs.try_out(config.comm.codec.smashed, "smashed", *smashed)
+    codecs.try_out(config.comm.codec.gradient, "gradient", *smashed)
+    codecs.try_out(config.comm.codec.auxiliary, "auxiliary", fitted, task.precision.weights)
     for party, keys in vars(config.optimizer).items():
         check_scheduler(keys, party)
     choose_device(config.device, 0)
