@@ -96,12 +96,14 @@ def described(folder: Path) -> str:
     """Versions, machine, and links as they were measured."""
     environment = json.loads((folder / "bench.json").read_text())["environment"]
     rank, links = environment["ranks"][0], environment.get("links", {}).get("clients", {})
-    said = f"torch {environment['versions']['torch']}, {rank['cores']} cores ({rank['device_name']}), "
-    said += f"{rank['threads']} thread per rank, {len(environment['ranks'])} ranks"
+    said = [
+        f"torch {environment['versions']['torch']} on {rank['cores']} cores of {rank['device_name']}, "
+        f"{len(environment['ranks'])} ranks of {rank['threads']} thread."
+    ]
     for number, link in links.items():
         up, down = (link["measured"][f"{way}_bits_per_second"] / 1e6 for way in ("up", "down"))
-        said += f"; client rank {number}: {up:.1f} Mbit/s up, {down:.1f} down"
-    return f"{said}."
+        said.append(f"Link of client rank {number}: {up:.1f} Mbit/s up, {down:.1f} Mbit/s down.")
+    return "\n".join(said)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

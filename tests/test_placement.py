@@ -25,7 +25,8 @@ from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.roll_call import Presence
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
-from fslsage_rpc.parties.requests import Answer
+from fslsage_rpc.parties.coding import Coded
+from fslsage_rpc.parties.requests import Answer, Push, Request
 from fslsage_rpc.transport.choices import (
     SHARED_GPUS,
     choose_averaging,
@@ -33,7 +34,7 @@ from fslsage_rpc.transport.choices import (
     device_maps,
     hidden_gpus,
 )
-from fslsage_rpc.transport.rpc import _on_gpu
+from fslsage_rpc.transport.rpc import _with_addresses
 from support.forked_ranks import run_ranks
 from support.user_input import mistake
 
@@ -195,12 +196,17 @@ def test_tensors_are_found_in_answers() -> None:
 
 def test_an_empty_tensor_is_not_sent_from_a_gpu() -> None:
     full, empty = flatten(nn.BatchNorm1d(2)), flatten(nn.Linear(2, 2))
-    assert _on_gpu(Answer(full, 0.0, 0.0)).value is full
-    sent = _on_gpu(Answer(empty, 1.0, 2.0))
+    assert _with_addresses(Answer(full, 0.0, 0.0)).value.integers is full.integers
+    sent = _with_addresses(Answer(empty, 1.0, 2.0))
     assert isinstance(sent.value, Weights)
     assert sent.value.floats is empty.floats
     assert sent.value.integers.device == CPU
     assert (sent.queue_seconds, sent.compute_seconds) == (1.0, 2.0)
+    z = Coded((torch.ones(0), torch.ones(3)), torch.Size([3]), torch.float32)
+    request = _with_addresses(Request(1, 2, 3, Push(z, torch.zeros(3))))
+    assert (request.client, request.number, request.step, request.body.z.shape) == (1, 2, 3, z.shape)
+    assert request.body.z.parts[0].device == CPU
+    assert request.body.z.parts[1] is z.parts[1]
 
 
 def test_streams_and_device_clocks_do_nothing_on_a_cpu() -> None:

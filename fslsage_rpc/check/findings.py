@@ -52,7 +52,7 @@ class Rank:
         """
         if self.use is None or self.use.peak is None or self.machine.resident_bytes is None:
             return 0
-        return self.use.peak - self.machine.resident_bytes + COPIES * self.use.checkpoint
+        return max(0, self.use.peak - self.machine.resident_bytes) + COPIES * self.use.checkpoint
 
 
 @dataclass(frozen=True)
