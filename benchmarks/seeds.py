@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fslsage_rpc.bench.table import round_bytes, table
+from fslsage_rpc.bench.table import BUSY_MARK, round_bytes, table
 from fslsage_rpc.config.loading import load
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.units import MIB
@@ -35,6 +35,7 @@ HEADERS = (
 )
 MARKS = "<!-- measured -->", "<!-- end of measured -->"
 CODING = ("encode", "decode")
+BUSY = f"\\{BUSY_MARK} others had a part of the host's cores meanwhile: do not trust these seconds."
 
 
 def measure(path: Path, config: Config, seed: int, data: str, runs: Path, link: str | None) -> Path:
@@ -68,9 +69,18 @@ def rows(folders: Sequence[Path]) -> list[list[str]]:
     ]
 
 
+def results(folders: Sequence[Path]) -> str:
+    """The table and what is to be known of it, in Markdown."""
+    found = rows(folders)
+    busy = any(BUSY_MARK in cell for each in found for cell in each)
+    said = [table(HEADERS, found), described(folders[0])]
+    return "\n\n".join([*said, BUSY] if busy else said)
+
+
 def row(name: str, records: Sequence[dict[str, Any]], accuracies: Sequence[float]) -> list[str]:
     """One variant, over all seeds."""
     seconds = [record["round_seconds"]["median"] for record in records]
+    mark = BUSY_MARK if any(record["busy_samples"] for record in records) else ""
     coding = [
         sum(record["phases"][party][phase] for party in ("client", "server") for phase in CODING)
         for record in records
@@ -79,7 +89,7 @@ def row(name: str, records: Sequence[dict[str, Any]], accuracies: Sequence[float
         f"`{name}`",
         f"{statistics.fmean(accuracies):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})",
         f"{statistics.fmean(map(round_bytes, records)) / MIB:.2f}",
-        f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+        f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}){mark}",
         f"{statistics.median(record['bound_seconds'] for record in records):.2f}",
         f"{statistics.fmean(coding):.3f} s",
     ]
@@ -119,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path, runs = options.config.resolve(), options.runs.resolve()
     config, data = load(path), str(Path(options.data).resolve())
     folders = [measure(path, config, seed, data, runs, options.link) for seed in SEEDS]
-    measured = f"{table(HEADERS, rows(folders))}\n\n{described(folders[0])}"
+    measured = results(folders)
     print(measured)
     page = ROOT / "docs" / "results" / f"{config.name}.md"
     if page.exists():
