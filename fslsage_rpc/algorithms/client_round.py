@@ -15,7 +15,7 @@ from fslsage_rpc.parties.requests import (
     ClientStep,
     End,
     Exchange,
-    Push,
+    SmashedData,
 )
 
 
@@ -80,7 +80,7 @@ def travelling(algorithm: Algorithm, client: Client, requests: ClientStep, made:
             )
         coded = client.encode(body, len(made) - 1)
         reply = yield coded
-        if isinstance(coded, Exchange | Push):
+        if isinstance(coded, SmashedData):
             made[-1] = made[-1]._replace(smashed_bytes=coded.z.nbytes)
         if reply is not None:
             made[-1] = made[-1]._replace(answer_bytes=reply.nbytes)

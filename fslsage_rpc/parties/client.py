@@ -16,7 +16,7 @@ from fslsage_rpc.parties.coding import Coded, CodedWeights
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.losses import LossSum
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.parties.requests import Body, Exchange, Push
+from fslsage_rpc.parties.requests import Body, SmashedData
 from fslsage_rpc.randomness import LocalStep
 
 
@@ -125,7 +125,7 @@ class Client:
 
     def encode(self, body: Body, number: int) -> Body:
         """The client's request of this number as it travels: its smashed data are coded."""
-        if not (self.codings.smashed and isinstance(body, Push | Exchange) and isinstance(body.z, Tensor)):
+        if not (self.codings.smashed and isinstance(body, SmashedData) and isinstance(body.z, Tensor)):
             return body
         with self._phase(Phase.ENCODE):
             return type(body)(self.codings.smashed.encode(body.z, self._at.round, self.id, number), body.y)

@@ -116,7 +116,7 @@ class Scheduler:
             self._send(request, lambda take: self._replies.put((progress, step, body, take)))
 
     def _settle_next(self, phase: str | None = None) -> None:
-        """TakeValue in the next answer, waiting for it if need be.
+        """Take in the next answer, waiting for it if need be.
 
         Args:
             phase: that the time is entered under; None: what the request waits as.
