@@ -276,7 +276,7 @@ def test_overrides_lie_over_a_name_alone_and_bring_one(tmp_path: Path) -> None:
             "int9",
             ".name: got 'int9', expected one of none, bf16, int8, topk, gaussian, or package.module:Class",
         ),
-        ("{nam: int8}", ".nam: unknown key; did you mean comm.codec.smashed.name?"),
+        ("{names: int8}", ".names: unknown key; did you mean comm.codec.smashed.name?"),
     ],
 )
 def test_what_is_no_such_section_is_refused(value: str, line: str) -> None:
