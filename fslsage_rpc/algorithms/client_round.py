@@ -8,7 +8,7 @@ from fslsage_rpc.errors import InputError
 from fslsage_rpc.parties.client import Client, NoAuxiliary
 from fslsage_rpc.parties.requests import (
     KINDS,
-    Align,
+    TAKING_UP,
     Ask,
     BeginStep,
     ClientRound,
@@ -72,10 +72,10 @@ def travelling(algorithm: Algorithm, client: Client, requests: ClientStep, made:
             body = requests.send(answer)
         except StopIteration:
             return
-        if isinstance(body, Align) and client.codings.auxiliary and client.owns_auxiliary:
+        if body.kind in TAKING_UP and client.codings.auxiliary and client.owns_auxiliary:
             raise refusal(
                 algorithm,
-                "yields Align for an auxiliary model that the client has trained in the same round; with "
+                f"yields {type(body).__name__} for an auxiliary model that the client has trained; with "
                 "comm.codec.auxiliary a change comes, of the model that the server has in use",
             )
         coded = client.encode(body, len(made) - 1)
@@ -106,16 +106,20 @@ def watched(
         except NoAuxiliary:
             raise refusal(algorithm, "uses an auxiliary model, where auxiliary is 'none'") from None
         if KINDS.get(getattr(body, "kind", "")) is not type(body):
-            raise refusal(algorithm, f"yields {type(body).__name__}, expected Push, Exchange or Align")
+            expected = ", ".join(kind.__name__ for kind in KINDS.values())
+            raise refusal(algorithm, f"yields {type(body).__name__}, expected one of {expected}")
         if algorithm.client_holds_whole_model:
             wrong = f"yields {type(body).__name__}, where client_holds_whole_model leaves no server model"
             raise refusal(algorithm, wrong)
-        if isinstance(body, Align):
+        if not isinstance(body, SmashedData):
             if algorithm.auxiliary != "aligned":
-                raise refusal(algorithm, f"yields Align, where auxiliary is {algorithm.auxiliary!r}")
+                name = type(body).__name__
+                raise refusal(algorithm, f"yields {name}, where auxiliary is {algorithm.auxiliary!r}")
             weights = client.auxiliary_weights
-            down = client.codings.weights_nbytes(weights)
-            notice(Ask(step, body.kind, answer_bytes=down, uncoded_bytes=weights.nbytes))
+            coded = client.codings.weights_nbytes(weights)
+            answered = body.kind in TAKING_UP
+            uncoded = weights.nbytes if answered else 0
+            notice(Ask(step, body.kind, answer_bytes=coded if answered else 0, uncoded_bytes=uncoded))
         else:
             if not 0 < body.z.shape[0] == body.y.shape[0]:
                 sizes = f"smashed data of {body.z.shape[0]} samples with {body.y.shape[0]} labels"

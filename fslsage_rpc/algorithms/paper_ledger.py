@@ -30,7 +30,7 @@ def averages_auxiliary(algorithm: Algorithm, course: Course) -> bool:
     if hands_auxiliary_over(algorithm, course):
         return True
     when = "never" if algorithm.auxiliary == "none" else algorithm.average_auxiliary
-    return when == "round" or (when == "alignment" and course.aligns)
+    return when == "round" or (when == "alignment" and course.takes_up)
 
 
 def hands_auxiliary_over(algorithm: Algorithm, course: Course) -> bool:

@@ -24,7 +24,17 @@ from fslsage_rpc.models.flat import Weights, sorted_weights
 from fslsage_rpc.models.splitting import SplitModel
 from fslsage_rpc.parties.client import Client, NoAuxiliary
 from fslsage_rpc.parties.coding import Coded, Codings
-from fslsage_rpc.parties.requests import KINDS, Align, Ask, Exchange, Push, SmashedData
+from fslsage_rpc.parties.requests import (
+    ALIGNING,
+    KINDS,
+    TAKING_UP,
+    Ask,
+    BeginAlignment,
+    Collect,
+    Exchange,
+    Push,
+    SmashedData,
+)
 from fslsage_rpc.tasks import Task
 
 META = torch.device("meta")
@@ -122,6 +132,11 @@ class ClientRehearsal:
         """The samples that go into the client's alignment buffer."""
         return sum(ask.samples for ask in self.asks if ask.kind == Push.kind)
 
+    @property
+    def alignments(self) -> list[str]:
+        """The kinds of the requests by which the client is aligned, in order."""
+        return [ask.kind for ask in self.asks if ask.kind in ALIGNING | TAKING_UP]
+
     def aligned(self, buffered: int, size: int) -> list[int]:
         """The samples in the client's alignment buffer at each of its alignments.
 
@@ -132,7 +147,7 @@ class ClientRehearsal:
         for ask in self.asks:
             if ask.kind == Push.kind:
                 buffered = min(buffered + ask.samples, size)
-            elif ask.kind == Align.kind:
+            elif ask.kind in ALIGNING:
                 found.append(buffered)
         return found
 
@@ -159,13 +174,17 @@ class Course:
         return cls(asks, any(part.trains_auxiliary for part in parts))
 
     def steps(self, client: int) -> list[int]:
-        """The local steps at which a client makes requests: one entry for each."""
-        return [ask.step for ask in self.asks[client]]
+        """The local steps at which a client makes requests that are in order: one entry for each."""
+        return [ask.step for ask in self.asks[client] if KINDS[ask.kind].in_order]
+
+    def collects(self, client: int) -> bool:
+        """Does a client collect an auxiliary model that was fitted behind the training?"""
+        return any(ask.kind == Collect.kind for ask in self.asks[client])
 
     @property
-    def aligns(self) -> bool:
-        """Is a client aligned?"""
-        return any(ask.kind == Align.kind for asks in self.asks.values() for ask in asks)
+    def takes_up(self) -> bool:
+        """Does a client take up an auxiliary model that the server has fitted?"""
+        return any(ask.kind in TAKING_UP for asks in self.asks.values() for ask in asks)
 
 
 class Rehearsal:
@@ -232,8 +251,10 @@ class Rehearsal:
             rehearsed = {client: self.client(client, t) for client in participants}
             for client, its in rehearsed.items():
                 if 0 in its.aligned(0, self._buffer_size) and not self.buffered(client, t):
-                    wrong = f"yields Align in round {t + 1} for client {client}, which has pushed nothing"
+                    wrong = f"aligns client {client} in round {t + 1}, which has pushed nothing"
                     raise refusal(self._algorithm, wrong)
+                if is_own(self._algorithm.keys.name):
+                    self._check_alignments(client, t, its)
             self._last = (t, participants), rehearsed
         return self._last[1]
 
@@ -259,6 +280,29 @@ class Rehearsal:
         """The samples in the client's alignment buffer at each of its alignments in a round."""
         return self.client(client, t).aligned(self.buffered(client, t), self._buffer_size)
 
+    def _check_alignments(self, client: int, t: int, rehearsed: ClientRehearsal) -> None:
+        """An alignment that is begun is collected, once, before the next.
+
+        Raises:
+            InputError: it is not.
+        """
+        alignments = rehearsed.alignments
+        begun = bool(alignments) and self._begun(client, t)
+        for kind in alignments:
+            if begun != (kind == Collect.kind):
+                which = "has one to collect" if begun else "has begun none"
+                yields = f"yields {KINDS[kind].__name__} in round {t + 1} for client {client}, which {which}"
+                raise refusal(self._algorithm, yields)
+            begun = kind == BeginAlignment.kind
+
+    def _begun(self, client: int, t: int) -> bool:
+        """Has the client begun an alignment before a round that it has yet to collect?"""
+        for past in reversed(range(t)):
+            there = client in self._federation.participants(past)
+            if there and (alignments := self.client(client, past).alignments):
+                return alignments[-1] == BeginAlignment.kind
+        return False
+
     def _step(self, client: StandIn, t: int, step: int, samples: int) -> list[str | Ask]:
         """The events of a local step, in order."""
         algorithm, (x, y, _) = self._algorithm, self._batch(samples)
@@ -275,7 +319,7 @@ class Rehearsal:
             answer: Tensor | Coded | Weights | None = None
             while True:
                 body = requests.send(answer)
-                answer = client.auxiliary_weights if isinstance(body, Align) else None
+                answer = client.auxiliary_weights if body.kind in TAKING_UP else None
                 if isinstance(body, SmashedData):
                     self._check_formats(body)
                     answer = body.z if isinstance(body, Exchange) else None

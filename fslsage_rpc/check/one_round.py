@@ -10,7 +10,7 @@ from fslsage_rpc.check.machine import status_bytes
 from fslsage_rpc.device.placement import forget_peak, peak_device_bytes
 from fslsage_rpc.device.streams import current_place
 from fslsage_rpc.job.world import World
-from fslsage_rpc.parties.requests import Align
+from fslsage_rpc.parties.requests import ALIGNING
 from fslsage_rpc.runs.checkpoint_files import serialised
 from fslsage_rpc.runs.checkpoints import snapshot
 from fslsage_rpc.training.experiment import Experiment
@@ -46,6 +46,7 @@ def train_one_round(experiment: Experiment, world: World) -> tuple[Use, Mapping[
     trainer = Trainer(experiment, world)
     fill_buffers(trainer, number)
     trainer.complete_round(number, lambda line, _: lines.append(line), evaluate=True)
+    trainer.close()
     peaks = status_bytes("VmHWM"), peak_device_bytes(world.device)
     checkpoint = 0 if config.checkpoint.every is None else _checkpoint_bytes(trainer)
     return Use(*peaks, checkpoint), lines[0] if lines else None
@@ -61,7 +62,7 @@ def dearest_round(experiment: Experiment) -> int:
 
     def alignments(number: int) -> int:
         clients = experiment.rehearsal.clients(number).values()
-        return sum(ask.kind == Align.kind for client in clients for ask in client.asks)
+        return sum(ask.kind in ALIGNING for client in clients for ask in client.asks)
 
     return max(range(max(0, rounds - algorithm.interval), rounds), key=alignments)
 

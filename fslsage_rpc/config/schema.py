@@ -148,6 +148,9 @@ class AlignmentKeys:
     """newest samples kept per client"""
     tolerance: Share | None = None
     """stop when a pass lowers the objective by less than this share of it; null: make all passes"""
+    lag: Annotated[int, Bounds(minimum=0)] = 0
+    """r: clients go on while the server fits, and take the fitted model up r rounds later, with r <
+    align_every; 0: they wait"""
     solver: Literal["optimizer", "lbfgs"] = "optimizer"
     """`lbfgs` takes the whole buffer at once, on at most `epochs` passes; for a linear auxiliary model"""
 

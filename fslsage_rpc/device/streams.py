@@ -80,3 +80,8 @@ class WorkQueue:
             return None
         place: Place = self._stream.record_event(torch.cuda.Event(blocking=True))
         return place
+
+    def wait(self) -> None:
+        """Until the device has done all that was queued here so far."""
+        if self._stream is not None:
+            self._stream.synchronize()

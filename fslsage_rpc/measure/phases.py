@@ -14,6 +14,7 @@ class Phase:
     UPLOAD_WAIT = "upload_wait"
     GRADIENT_WAIT = "gradient_wait"
     ALIGNMENT_WAIT = "alignment_wait"
+    COLLECT_WAIT = "collect_wait"
     DRAIN_WAIT = "drain_wait"
     AVERAGING = "averaging"
     STEP = "step"
@@ -25,7 +26,13 @@ class Phase:
 CODING: tuple[str, ...] = (Phase.ENCODE, Phase.DECODE)
 """of a client rank and of a lane, where codecs are configured"""
 COMPUTE: tuple[str, ...] = (Phase.DATA, Phase.FORWARD_BACKWARD, Phase.ESTIMATE, *CODING)
-WAITS: tuple[str, ...] = (Phase.UPLOAD_WAIT, Phase.GRADIENT_WAIT, Phase.ALIGNMENT_WAIT, Phase.DRAIN_WAIT)
+WAITS: tuple[str, ...] = (
+    Phase.UPLOAD_WAIT,
+    Phase.GRADIENT_WAIT,
+    Phase.ALIGNMENT_WAIT,
+    Phase.COLLECT_WAIT,
+    Phase.DRAIN_WAIT,
+)
 OF_CLIENTS: tuple[str, ...] = (*COMPUTE, *WAITS, Phase.AVERAGING)
 """of a client rank; `other` is what they leave of a round"""
 OF_LANES: tuple[str, ...] = (Phase.STEP, Phase.TARGETS, Phase.DRIFT, *CODING)
@@ -33,6 +40,6 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "compute": COMPUTE,
     "wait": (Phase.UPLOAD_WAIT, Phase.GRADIENT_WAIT, Phase.DRAIN_WAIT),
     "averaging": (Phase.AVERAGING,),
-    "alignment": (Phase.ALIGNMENT_WAIT,),
+    "alignment": (Phase.ALIGNMENT_WAIT, Phase.COLLECT_WAIT),
 }
 """a client's round as tables and figures show it"""

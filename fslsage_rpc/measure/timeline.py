@@ -1,5 +1,6 @@
 """Where the time went: seconds per phase on one timeline of the host, phases never overlapping."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ from fslsage_rpc.measure.trace import Arrow, Span, Tracer
 
 
 class Timeline:
-    """Seconds per named phase of one thread of the host.
+    """Seconds per named phase of one thread of the host; another one may take them.
 
     Phases do not nest: entering one while another is open is a mistake in the program, not in the
     measurement. On a GPU the host only queues the work of a phase; what the device took for it stands apart.
@@ -32,6 +33,7 @@ class Timeline:
         self._device = device or CPU
         self._on_device: DeviceIntervals[str] = DeviceIntervals()
         self._open: str | None = None
+        self._lock = threading.Lock()
 
     @property
     def open_phase(self) -> str | None:
@@ -57,24 +59,28 @@ class Timeline:
             self._open = None
             self._on_device.add(name, began, began and device_clock(self._device))
             self.add(name, started, clock() - started, row, arrow)
-            self._cpu_seconds[name] = self._cpu_seconds.get(name, 0.0) + cpu_clock() - cpu_started
+            with self._lock:
+                self._cpu_seconds[name] = self._cpu_seconds.get(name, 0.0) + cpu_clock() - cpu_started
 
     def add(
         self, name: str, started: float, seconds: float, row: str | None = None, arrow: Arrow | None = None
     ) -> None:
         """Add a measured phase that began at a reading of the clock."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        with self._lock:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if self._tracer is not None:
             self._tracer.add(Span(name, row or self.row, started, seconds, arrow))
 
     def take(self) -> dict[str, float]:
         """The seconds so far; the timeline starts again from zero."""
-        taken, self.seconds = self.seconds, {}
+        with self._lock:
+            taken, self.seconds = self.seconds, {}
         return taken
 
     def take_cpu_seconds(self) -> dict[str, float]:
         """Per phase, the CPU seconds of the threads that were in it so far; starts again from zero."""
-        taken, self._cpu_seconds = self._cpu_seconds, {}
+        with self._lock:
+            taken, self._cpu_seconds = self._cpu_seconds, {}
         return taken
 
     def take_device_seconds(self) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """FSL-SAGE's alignment in numbers: an auxiliary model is fitted to the server model's cut-layer gradients."""
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from fslsage_rpc.device.graphs import Tensors
 from fslsage_rpc.device.memory import on_own_pages
 from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.models.dropout import Masks
-from fslsage_rpc.models.flat import Weights, flatten, trainable
+from fslsage_rpc.models.flat import Weights, copy_of, flatten, trainable
 from fslsage_rpc.models.segment import differentiated_twice
 from fslsage_rpc.parties.coding import CodedWeights
 from fslsage_rpc.parties.context import Context
@@ -144,7 +145,9 @@ class Agreement:
 
 @dataclass(frozen=True)
 class FitRecord:
-    """How well the estimates agreed with the targets before a fit, how well after it, and the passes made."""
+    """How well the estimates agreed with the targets on the first pass of a fit and on the last one, and the
+    passes made. On a pass each batch is compared before its step.
+    """
 
     before: Agreement
     after: Agreement
@@ -161,41 +164,102 @@ class FitRecord:
         return {**record, "passes": self.passes} if record else {}
 
 
+@dataclass
+class FitInputs:
+    """All that a fit behind the training depends on, as it was at its start: going on from a checkpoint makes
+    the fit again.
+
+    Attributes:
+        targets: None until they are computed.
+        rounds: that have ended since: the learning rate follows them once the fit is taken up.
+    """
+
+    at: LocalStep
+    weights: Weights
+    optimizer: dict[str, Any]
+    targets: list[Target] | None = None
+    rounds: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """As it was at the start; the targets are there at the end of a round."""
+        assert self.targets is not None
+        return {
+            "at": [self.at.round, self.at.client, self.at.step],
+            "weights": self.weights.state(),
+            "optimizer": self.optimizer,
+            "targets": [list(target) for target in self.targets],
+            "rounds": self.rounds,
+        }
+
+
 class AuxiliaryFit:
     """One client's part of the server: its auxiliary model, that model's optimizer, and the alignment buffer.
 
     With graphs the optimizer's steps are captured; those of L-BFGS are not.
 
+    There are two copies of the model where fits run behind the training, or travel coded: the one in use
+    stays as it is until the client takes up the fitted one.
+
+    Args:
+        model: that the optimizer's parameters are of.
+
     Attributes:
-        weights: those in use, by this client and for the drift; during a fit, those that are fitted.
+        model, weights: those in use, by this client and for the drift.
+        inputs: of a fit behind the training, until it is taken up.
         left_out: `[n]`, by how much the fitted weights differ from those in use; None before they have
             travelled, and where they do not travel coded.
         agreement: of estimates with the true gradients of uploads, since it was last read.
-        record: of the last fit, likewise.
+        record: of the last fit that was taken up, likewise.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: ScheduledOptimizer, keys: AlignmentKeys, context: Context
     ):
-        self.model = model
-        self.weights = flatten(model)
+        self._fitted = model
+        self._fitted_weights = flatten(model)
+        self._apart = bool(keys.lag) or bool(context.codings.auxiliary)
+        self.model = copy_of(model, context.device) if self._apart else model
+        self.weights = flatten(self.model) if self._apart else self._fitted_weights
         self.optimizer = optimizer
+        self.inputs: FitInputs | None = None
         self.left_out: Tensor | None = None
-        self._in_use: Tensor | None = None  # from the start of a fit to its handing out
+        self._next: Weights | None = None  # handed out, to be in use from the next turn on
+        self._made: FitRecord | None = None  # of the fit that is not taken up
         self.buffer = AlignmentBuffer(keys.buffer_size)
         self.context = context
         self.agreement = Agreement()
         self.record: FitRecord | None = None
         self.keys = keys
         self._masks = Masks(model, context.seed)
+        self._masks_in_use = Masks(self.model, context.seed)
         self.steps = context.graphed(self._masks, optimizer)
 
     def compare(self, z: Tensor, y: Tensor, gradient: Tensor, at: LocalStep) -> None:
         """Measure the drift on an upload: the estimate beside its true gradient `[B, ...]`."""
-        self._masks.begin(at)
+        self._masks_in_use.begin(at)
         self.agreement.add(cut_layer_gradient(self.model, z, y, self.context.loss), gradient)
 
-    def targets(self, server_model: nn.Module, at: LocalStep = START) -> list[Target]:
+    def start(self) -> None:
+        """A fit starts from the weights in use, and what was left out of them."""
+        if self._apart:
+            self._fitted_weights.load(self.weights)
+        if self.left_out is not None:
+            self._fitted_weights.floats += self.left_out
+
+    def begin(self, at: LocalStep) -> FitInputs:
+        """Start a fit behind the training. Nothing that comes before it is taken up changes its inputs."""
+        self.start()
+        optimizer = copy.deepcopy(self.optimizer.state())
+        self.inputs = FitInputs(at, self._fitted_weights.clone(), optimizer)
+        return self.inputs
+
+    def batches(self) -> list[Batch]:
+        """Copies of the buffer's samples as they are now, oldest first, in batches."""
+        return self.buffer.batches(self.keys.batch_size)
+
+    def targets(
+        self, server_model: nn.Module, at: LocalStep = START, batches: Sequence[Batch] | None = None
+    ) -> list[Target]:
         """The buffer in batches, oldest first, with the server model's true gradients on them.
 
         They are computed by train-mode passes that leave every parameter and buffer of the server model as
@@ -203,60 +267,68 @@ class AuxiliaryFit:
 
         Args:
             at: the local step of the alignment.
+            batches: of the buffer as it was then; None: as it is.
         """
         masks = Masks(server_model, self.context.seed)
         targets = []
         with untouched_statistics(server_model):
-            for number, (z, y) in enumerate(self.buffer.batches(self.keys.batch_size)):
+            for number, (z, y) in enumerate(self.batches() if batches is None else batches):
                 masks.begin_alignment(at, number, passes=0)
                 targets.append((z, y, cut_layer_gradient(server_model, z, y, self.context.loss)))
         return targets
 
-    def fit(self, targets: list[Target], at: LocalStep = START) -> Weights:
+    def fit(
+        self, targets: list[Target], at: LocalStep = START, before_each: Callable[[], None] = lambda: None
+    ) -> None:
         """Fit the auxiliary model to true gradients (arXiv 2505.23182): minimise sum_samples ||ĝ - g||^2.
-
-        It starts from the weights in use, and what was left out of them.
 
         Args:
             at: the local step of the alignment.
-
-        Returns:
-            A copy of the fitted weights.
+            before_each: called before the work on a batch; by what it raises the fit ends.
         """
-        self.restore_left_out()
-        before = self._agreement(targets, at)
         by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
-        passes = by(targets, at)
-        weights = self.weights.clone()
-        self.record = FitRecord(before, self._agreement(targets, at), passes)
-        return weights
+        self._made = by(targets, at, before_each)
 
-    def restore_left_out(self) -> None:
-        """Add to the weights in use what a codec has left out of them."""
-        if self.context.codings.auxiliary:
-            self._in_use = self.weights.floats.clone()
-        if self.left_out is not None:
-            self.weights.floats += self.left_out
-
-    def hand_out(self, fitted: Weights, at: LocalStep, number: int) -> Weights | CodedWeights:
-        """Fitted weights as they travel to the client; from here on they are in use as it decodes them.
+    def hand_out(self, at: LocalStep, number: int) -> Weights | CodedWeights:
+        """The fitted weights as they travel to the client, who has them in use as it decodes them.
 
         A codec codes their change from those in use so far. What it leaves out is in the start of the next
         fit: error feedback.
 
         Args:
+            at: the local step of the request.
             number: of the client's request in its round.
         """
-        in_use, self._in_use = self._in_use, None
-        if in_use is None:
-            return fitted
-        coding, timeline = self.context.codings.auxiliary, self.context.timeline
+        fitted, coding, timeline = self._fitted_weights, self.context.codings.auxiliary, self.context.timeline
+        if not coding:
+            self._next = fitted
+            return fitted.clone()
         with timeline.phase(Phase.ENCODE):
-            change = coding.encode(fitted.floats - in_use, at.round, at.client, number)
+            change = coding.encode(fitted.floats - self.weights.floats, at.round, at.client, number)
         with timeline.phase(Phase.DECODE):
-            torch.add(in_use, coding.decode(change), out=self.weights.floats)
-            self.left_out = fitted.floats - self.weights.floats
-        return CodedWeights(change, fitted.integers)
+            self._next = Weights(self.weights.floats + coding.decode(change), fitted.integers)
+        return CodedWeights(change, fitted.integers.clone())
+
+    def take_up(self) -> None:
+        """What was handed out is in use from here on."""
+        assert self._next is not None, "nothing was handed out"
+        if self._apart:
+            self.weights.load(self._next)
+        if self.context.codings.auxiliary:
+            self.left_out = self._fitted_weights.floats - self.weights.floats
+        self._next = None
+        self.record, self._made = self._made, None
+        if self.inputs is not None:
+            for _ in range(self.inputs.rounds):
+                self.optimizer.end_round()
+            self.inputs = None
+
+    def end_round(self) -> None:
+        """The learning rate follows the rounds; that of a fit behind the training stays as it was."""
+        if self.inputs is not None:
+            self.inputs.rounds += 1
+        else:
+            self.optimizer.end_round()
 
     def take_records(self) -> tuple[dict[str, float] | None, dict[str, float] | None]:
         """The last fit's agreement and the drift of the round that has ended; None where there is none."""
@@ -264,41 +336,54 @@ class AuxiliaryFit:
         self.record, self.agreement = None, Agreement()
         return record.read() if record else None, agreement.read()
 
-    def _fit_by_optimizer(self, targets: list[Target], at: LocalStep) -> int:
+    def _fit_by_optimizer(
+        self, targets: list[Target], at: LocalStep, before_each: Callable[[], None]
+    ) -> FitRecord:
         """Passes over the same batches, unshuffled, with a step on each and masks of their own.
 
         They are fewer than `epochs` where one lowers the objective by less than `tolerance` of it.
         """
-        last = math.inf
+        last, stops_early = math.inf, self.keys.tolerance is not None
+        first = agreement = Agreement()
         for passes in range(1, self.keys.epochs + 1):
+            watched = stops_early or passes in (1, self.keys.epochs)
+            agreement = first if passes == 1 else Agreement()
             objectives: list[Tensor] = []
             for number, target in enumerate(targets):
+                before_each()
                 self._masks.begin_alignment(at, number, passes)
-                objectives += self.steps(self._step, *target)
+                objective, estimate = self.steps(self._step, *target)
                 self.optimizer.advance()
+                objectives.append(objective)
+                if watched:
+                    agreement.add(estimate, target[2])
             if self.keys.tolerance is not None:
                 now = torch.stack(objectives).sum().item()  # waits for the device: only where it is asked for
                 if now > (1 - self.keys.tolerance) * last:
-                    return passes
+                    break
                 last = now
-        return self.keys.epochs
+        return FitRecord(first, agreement, passes)
 
-    def _fit_by_lbfgs(self, targets: list[Target], at: LocalStep) -> int:
+    def _fit_by_lbfgs(
+        self, targets: list[Target], at: LocalStep, before_each: Callable[[], None]
+    ) -> FitRecord:
         """L-BFGS on the whole buffer at once, with a strong Wolfe line search: at most `epochs` passes, the
         last search being brought to its end. It starts anew at every alignment. A line search needs one
         function, so all passes have the masks of the targets.
+
+        The last pass of a search need not be at the weights that it ends with: these are looked at once more.
         """
         wide = self.weights.floats.dtype
         scale = torch.stack([true.to(wide).square().sum() for _, _, true in targets]).sum()
         solver = torch.optim.LBFGS(
-            trainable(self.model),
+            trainable(self._fitted),
             max_iter=self.keys.epochs,
             max_eval=self.keys.epochs,
             tolerance_grad=0.0,
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",
         )
-        passes = 0
+        passes, first, last = 0, Agreement(), Agreement()
 
         def objective() -> Tensor:
             nonlocal passes
@@ -307,48 +392,62 @@ class AuxiliaryFit:
             # As a share of ||g||^2: the first step of the search assumes gradients of the order of 1.
             objectives = []
             for number, target in enumerate(targets):
+                before_each()
                 self._masks.begin_alignment(at, number, passes=0)
-                objectives.append(self._accumulate(target, scale))
+                accumulated, estimate = self._accumulate(target, scale)
+                objectives.append(accumulated)
+                if passes == 1:
+                    first.add(estimate, target[2])
             return torch.stack(objectives).sum()
 
         solver.step(objective)
         solver.zero_grad()
-        return passes
+        for number, (z, y, target) in enumerate(targets):
+            self._masks.begin_alignment(at, number, passes=0)
+            last.add(cut_layer_gradient(self._fitted, z, y, self.context.loss), target)
+        return FitRecord(first, last, passes)
 
     def _step(self, *target: Tensor) -> Tensors:
         z, y, true = target
-        objective = self._accumulate((z, y, true))
+        accumulated = self._accumulate((z, y, true))
         self.optimizer.apply()
-        return (objective,)
+        return accumulated
 
-    def _accumulate(self, target: Target, scale: Tensor | float = 1.0) -> Tensor:
-        """||ĝ - g||^2 / scale on one batch; its gradient is added to the parameters'."""
+    def _accumulate(self, target: Target, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        """||ĝ - g||^2 / scale on one batch, whose gradient is added to the parameters', and ĝ `[B, ...]`."""
         z, y, true = target
-        estimate = cut_layer_gradient(self.model, z, y, self.context.loss, create_graph=True)
+        estimate = cut_layer_gradient(self._fitted, z, y, self.context.loss, create_graph=True)
         objective = (estimate.to(self.weights.floats.dtype) - true).square().sum() / scale
-        objective.backward(inputs=trainable(self.model))
-        return objective.detach()
+        objective.backward(inputs=trainable(self._fitted))
+        return objective.detach(), estimate.detach()
 
     def state(self) -> dict[str, Any]:
         """Everything that stays from round to round."""
+        inputs = self.inputs
         return {
             "weights": self.weights.state(),
-            "optimizer": self.optimizer.state(),
+            "optimizer": self.optimizer.state() if inputs is None else inputs.optimizer,
             "buffer": self.buffer.state(),
             **({} if self.left_out is None else {"left_out": self.left_out}),
+            **({} if inputs is None else {"inputs": inputs.state()}),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from such a state."""
+        """Go on from such a state. A fit that was behind the training is to be made again from its inputs."""
+        device = self.weights.floats.device
         self.weights.load_state(state["weights"])
         self.optimizer.load_state(state["optimizer"])
-        self.buffer.load_state(state["buffer"], self.weights.floats.device)
-        left_out = state.get("left_out")
-        self.left_out = None if left_out is None else left_out.to(self.weights.floats.device, copy=True)
-
-    def _agreement(self, targets: list[Target], at: LocalStep) -> Agreement:
-        agreement = Agreement()
-        for number, (z, y, target) in enumerate(targets):
-            self._masks.begin_alignment(at, number, passes=0)
-            agreement.add(cut_layer_gradient(self.model, z, y, self.context.loss), target)
-        return agreement
+        self.buffer.load_state(state["buffer"], device)
+        left_out, inputs = state.get("left_out"), state.get("inputs")
+        self.left_out = None if left_out is None else left_out.to(device, copy=True)
+        self.inputs = None
+        if inputs is not None:
+            self._fitted_weights.load_state(inputs["weights"])
+            targets = [tuple(part.to(device, copy=True) for part in target) for target in inputs["targets"]]
+            self.inputs = FitInputs(
+                LocalStep(*inputs["at"]),
+                self._fitted_weights.clone(),
+                copy.deepcopy(inputs["optimizer"]),
+                targets,
+                inputs["rounds"],
+            )

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from fslsage_rpc.device.clock import clock, cpu_clock
+from fslsage_rpc.device.cores import server_workers
 from fslsage_rpc.device.streams import WorkQueue, current_place
 from fslsage_rpc.measure.activity import Activity
 from fslsage_rpc.measure.request_times import DeviceLog
@@ -26,7 +27,7 @@ class Crew:
     Attributes:
         changed: guards mailboxes and lanes; told when none is under way, and of a failure.
         failure: the first one of the round.
-        activity: of lanes and fits.
+        activity: of lanes and fits; it ends with a failure.
         on_device: what requests took of a GPU.
     """
 
@@ -34,18 +35,22 @@ class Crew:
         self.device = device
         self.changed = threading.Condition()
         self.failure: BaseException | None = None
-        self.activity = Activity()
+        self.activity = Activity(server_workers(device))
         self.on_device = DeviceLog()
         self._start = start
         self._under_way = 0
 
     @property
     def idle(self) -> bool:
-        """Has every piece ended?"""
+        """Has every piece ended that is awaited?"""
         return not self._under_way
 
-    def run(self, kind: str, number: int, work: Callable[[], None]) -> None:
-        """Start a piece of work."""
+    def run(self, kind: str, number: int, work: Callable[[], None], awaited: bool = True) -> None:
+        """Start a piece of work.
+
+        Args:
+            awaited: the round does not end before it has.
+        """
 
         def guarded() -> None:
             try:
@@ -54,9 +59,9 @@ class Crew:
                 self.fail(error)
                 raise
             finally:
-                self._count(-1)
+                self._count(-awaited)
 
-        self._count(1)
+        self._count(awaited)
         self._start(kind, number, guarded)
 
     def fail(self, error: BaseException) -> None:
@@ -64,6 +69,7 @@ class Crew:
         with self.changed:
             self.failure = self.failure or error
             self.changed.notify_all()
+        self.activity.end()
 
     def _count(self, by: int) -> None:
         with self.changed:

@@ -45,6 +45,7 @@ class Push(SmashedData):
     waits_as: ClassVar[str] = Phase.UPLOAD_WAIT
     blocks: ClassVar[bool] = False
     fits: ClassVar[bool] = False
+    in_order: ClassVar[bool] = True
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Exchange(SmashedData):
     waits_as: ClassVar[str] = Phase.GRADIENT_WAIT
     blocks: ClassVar[bool] = True
     fits: ClassVar[bool] = False
+    in_order: ClassVar[bool] = True
 
 
 @dataclass
@@ -65,6 +67,41 @@ class Align:
     waits_as: ClassVar[str] = Phase.ALIGNMENT_WAIT
     blocks: ClassVar[bool] = True
     fits: ClassVar[bool] = True
+    in_order: ClassVar[bool] = True
+
+    def to(self, device: torch.device) -> Self:
+        """There is nothing to move."""
+        return self
+
+
+@dataclass
+class BeginAlignment:
+    """Take the true cut-layer gradients of the client's alignment buffer, in turn, and fit its auxiliary
+    model to them behind the training: the client goes on at once.
+    """
+
+    kind: ClassVar[str] = "begin_alignment"
+    waits_as: ClassVar[str] = Phase.UPLOAD_WAIT
+    blocks: ClassVar[bool] = False
+    fits: ClassVar[bool] = False
+    in_order: ClassVar[bool] = True
+
+    def to(self, device: torch.device) -> Self:
+        """There is nothing to move."""
+        return self
+
+
+@dataclass
+class Collect:
+    """Return the `Weights` of the alignment that the client has begun, once they are fitted. It has no turn
+    in its lane's order.
+    """
+
+    kind: ClassVar[str] = "collect"
+    waits_as: ClassVar[str] = Phase.COLLECT_WAIT
+    blocks: ClassVar[bool] = True
+    fits: ClassVar[bool] = True
+    in_order: ClassVar[bool] = False
 
     def to(self, device: torch.device) -> Self:
         """There is nothing to move."""
@@ -78,19 +115,27 @@ class End:
     kind: ClassVar[str] = "end"
     waits_as: ClassVar[str] = Phase.DRAIN_WAIT
     blocks: ClassVar[bool] = False
+    in_order: ClassVar[bool] = True
 
     def to(self, device: torch.device) -> Self:
         """There is nothing to move."""
         return self
 
 
-Body = Push | Exchange | Align | End
-KINDS: Mapping[str, type[Push | Exchange | Align]] = {body.kind: body for body in (Push, Exchange, Align)}
-"""what an algorithm may ask, by the name of its kind; each takes its turn in its lane's order
+Asked = Push | Exchange | Align | BeginAlignment | Collect
+Body = Asked | End
+KINDS: Mapping[str, type[Asked]] = {
+    body.kind: body for body in (Push, Exchange, Align, BeginAlignment, Collect)
+}
+"""what an algorithm may ask, by the name of its kind
 
-A client waits for the answer to one that `blocks`. One that `fits` is executed beside its lane, from its turn
-on.
+A client waits for the answer to one that `blocks`. One that is `in_order` takes its turn in its lane's order.
+One that `fits` is executed beside its lane, from its turn on.
 """
+TAKING_UP = frozenset({Align.kind, Collect.kind})
+"""those whose answer is the client's auxiliary model from there on"""
+ALIGNING = frozenset({Align.kind, BeginAlignment.kind})
+"""those at whose turn true gradients are taken, and fitted to"""
 
 
 class Ask(NamedTuple):
@@ -132,7 +177,8 @@ class Ask(NamedTuple):
 class Request:
     """One request of one client; `number` counts the client's requests in the round from 0.
 
-    The transport does not keep the order of asynchronous calls, so the mailbox puts them back by number.
+    The transport does not keep the order of asynchronous calls, so the mailbox puts them back by number. One
+    that is not `in_order` is not counted: it has the number of the next one that is.
     """
 
     client: int

@@ -25,7 +25,7 @@ class ClientProgress:
     client: int
     place: int
     generator: ClientRound
-    requests: int = 0
+    requests: int = 0  # that are in order
     answer: Any = None
 
 
@@ -106,11 +106,12 @@ class Scheduler:
         """Send a request."""
         step = self._turns.sent(progress.place, not body.blocks)
         request = Request(progress.client, progress.requests, step, body)
-        progress.requests += 1
+        progress.requests += body.in_order
         if self._staged:
             with self._timeline.phase(Phase.FORWARD_BACKWARD):
                 synchronise(self._device)
-        row, arrow = f"client {request.client}", Arrow("request", request.client, request.number)
+        row = f"client {request.client}"
+        arrow = Arrow("request", request.client, request.number) if body.in_order else None
         # Handing over: serialising, and in the local transport the server's work too.
         with self._timeline.phase(body.waits_as, row, arrow):
             self._send(request, lambda take: self._replies.put((progress, step, body, take)))

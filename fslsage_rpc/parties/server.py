@@ -1,26 +1,39 @@
 """The server: lanes that train the server model, and the alignment of each client's auxiliary model."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from fslsage_rpc.config.schema import AggregationKeys
-from fslsage_rpc.device.clock import synchronise
+from fslsage_rpc.device.clock import synchronise_stream
 from fslsage_rpc.device.streams import current_place
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.measure.phases import OF_LANES, Phase
 from fslsage_rpc.measure.request_times import ByClient
 from fslsage_rpc.measure.timeline import Timeline
 from fslsage_rpc.models.flat import Weights, flatten
 from fslsage_rpc.parties.aggregation import Aggregator
-from fslsage_rpc.parties.alignment import Alignment
+from fslsage_rpc.parties.alignment import Alignment, AlignmentBehind
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit
 from fslsage_rpc.parties.coding import Coded
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.crew import Crew, Execution, Reply, Start
 from fslsage_rpc.parties.lane import Lane
-from fslsage_rpc.parties.requests import Align, Announced, End, Exchange, Push, Request
+from fslsage_rpc.parties.requests import (
+    Align,
+    Announced,
+    Answer,
+    BeginAlignment,
+    Collect,
+    End,
+    Exchange,
+    Push,
+    Request,
+)
 from fslsage_rpc.randomness import LocalStep
 
 
@@ -82,15 +95,26 @@ class Server:
         self._arrived: dict[tuple[int, int], Execution] = {}
         self._round = 0
         self._plans: dict[int, Announced] = {}  # of participants, until all have announced theirs
+        self._behind: dict[int, AlignmentBehind] = {}  # by client, from their turn until they are taken up
+        self._collecting: set[int] = set()  # clients that have yet to collect in this round
+        self._handed_out: dict[int, int] = {}  # by client: from its request of this number on it is in use
 
-    def announce(self, t: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
+    def announce(
+        self,
+        t: int,
+        plans: Mapping[int, Announced],
+        ranking: Sequence[int],
+        collecting: Collection[int] = (),
+    ) -> None:
         """Some participants announce their requests; the round opens when all have.
 
         Args:
             t: its number, of which masks follow.
             ranking: all participants, in the order that the server takes them in within a step.
+            collecting: those of them that will collect a fitted auxiliary model.
         """
         with self._crew.changed:
+            self._collecting |= set(collecting)
             self._plans |= plans
             if len(self._plans) == len(ranking):
                 for lane in self._distinct:
@@ -102,6 +126,9 @@ class Server:
 
     def submit(self, request: Request, reply: Reply) -> None:
         """Take in a request; `reply` is called with its answer, from some thread, once its turn is over."""
+        if isinstance(request.body, Collect):
+            self._collect(request, reply)
+            return
         try:
             with self._crew.changed:
                 lane = self.lanes[request.client]
@@ -126,7 +153,28 @@ class Server:
             self._crew.changed.wait_for(lambda: self._crew.failure or self._idle())
             if self._crew.failure:
                 raise self._crew.failure
-        synchronise(self._device)
+        for lane in self._distinct:
+            lane.context.queue.wait()
+        for client in list(self._handed_out):
+            self._take_up(client)
+
+    def rest(self) -> None:
+        """Between two rounds no fit computes: what is done off the clock has nothing beside it, and a fit
+        gains nothing by it. On return none does.
+        """
+        self._crew.activity.rest()
+
+    def go_on(self) -> None:
+        """A round begins: fits go on, those too that a checkpoint was made in the middle of."""
+        self._crew.activity.go_on()
+        for client, fit in self.fits.items():
+            if fit.inputs is not None and client not in self._behind:
+                self._behind[client] = AlignmentBehind(client, fit, self._crew)
+                self._behind[client].run()
+
+    def close(self) -> None:
+        """No more rounds: fits that nobody will collect are abandoned."""
+        self._crew.activity.end()
 
     def average(self, shares: Mapping[int, float], auxiliaries: bool) -> None:
         """Aggregate replicas, and replace auxiliary models, if asked, by their weighted mean over the
@@ -138,7 +186,7 @@ class Server:
             if auxiliaries and self.fits:
                 weights = {client: fit.weights for client, fit in self.fits.items()}
                 Aggregator(AggregationKeys(), weights, 0).aggregate(shares)
-            synchronise(self._device)
+            synchronise_stream(self._device)
 
     def take_auxiliary(self, weights: Weights) -> None:
         """Every client's auxiliary model is fitted from these weights on."""
@@ -150,7 +198,7 @@ class Server:
         for lane in self._distinct:
             lane.optimizer.end_round()
         for fit in self.fits.values():
-            fit.optimizer.end_round()
+            fit.end_round()
 
     def halves(self) -> list[nn.Module]:
         """The whole model of the federation: the averaged client model and the (averaged) server model."""
@@ -220,7 +268,37 @@ class Server:
         self._crew.fail(error)
 
     def _idle(self) -> bool:
-        return self._crew.idle and all(lane.mailbox.finished and not lane.busy for lane in self._distinct)
+        lanes_are = all(lane.mailbox.finished and not lane.busy for lane in self._distinct)
+        return self._crew.idle and lanes_are and not self._collecting
+
+    def _collect(self, request: Request, reply: Reply) -> None:
+        """The client waits for the alignment that it has begun, in no lane's order."""
+        client = request.client
+        try:
+            with self._crew.changed:
+                behind = self._behind.pop(client, None)
+                if behind is None:
+                    raise InputError(
+                        f"algorithm.name: got one that collects for client {client}, which has begun no "
+                        "alignment"
+                    )
+                at = LocalStep(self._round, client, request.step)
+            behind.collect(Execution(request, at, partial(self._collected, request, reply), self._crew))
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def _collected(self, request: Request, reply: Reply, answer: Answer) -> None:
+        """What the client does after its answer is by what it gets: so is the drift of its next uploads."""
+        with self._crew.changed:
+            self._handed_out[request.client] = request.number
+            self._collecting.discard(request.client)
+            self._crew.changed.notify_all()
+        reply(answer)
+
+    def _take_up(self, client: int) -> None:
+        del self._handed_out[client]
+        self.fits[client].take_up()
 
     def _work(self, lane: Lane) -> None:
         """Execute what the lane's mailbox has released, until there is no more of it."""
@@ -236,11 +314,23 @@ class Server:
 
     def _execute(self, lane: Lane, execution: Execution) -> None:
         """On the request's turn, on one thread at a time per lane."""
-        body, fit = execution.request.body, self.fits.get(execution.request.client)
-        if isinstance(body, Align):
+        request = execution.request
+        body, fit = request.body, self.fits.get(request.client)
+        if request.number >= self._handed_out.get(request.client, math.inf):
+            self._take_up(request.client)
+        if isinstance(body, Align | BeginAlignment):
             assert fit is not None, "the algorithm aligns nothing"
-            Alignment(execution, lane, fit, self._crew).run()
+            if request.client in self._behind:
+                raise InputError(
+                    f"algorithm.name: got one that aligns client {request.client}, which has yet to collect"
+                )
+            if isinstance(body, Align):
+                Alignment(execution, lane, fit, self._crew).run()
+                return
+            self._behind[request.client] = AlignmentBehind(request.client, fit, self._crew)
+            self._behind[request.client].begin(execution, lane)
             return
+        assert not isinstance(body, Collect), "it is in no lane's order"
         with execution.part("lane"):
             gradient = None if isinstance(body, End) else self._train(lane, body, fit, execution)
         if isinstance(body, Exchange):

@@ -26,7 +26,7 @@ from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
 from fslsage_rpc.parties import aggregation, codecs
 from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
-from fslsage_rpc.parties.requests import Align, Exchange, Push
+from fslsage_rpc.parties.requests import TAKING_UP, Exchange, Push
 from fslsage_rpc.tasks import Samples, Task, open_task
 from fslsage_rpc.tasks.hashes import sample_hashes
 from fslsage_rpc.tasks.images import ImageTask
@@ -308,7 +308,7 @@ def _unused_codecs(config: Config, rehearsal: Rehearsal, interval: int) -> list[
     sent_by = {
         "smashed": {Push.kind, Exchange.kind},
         "gradient": {Exchange.kind},
-        "auxiliary": {Align.kind},
+        "auxiliary": TAKING_UP,
     }
     return [
         f"comm.codec.{kind} is not used by {config.algorithm.name}"

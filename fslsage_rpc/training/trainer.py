@@ -124,19 +124,27 @@ class Trainer:
             if ended:
                 return False
         stops = False
-        for round in range(self._first_round, self._config.rounds):
-            self.world.admit(checkpoints.complete if checkpoints else lambda: None)
-            seconds = self.train_round(round)
+        try:
+            for round in range(self._first_round, self._config.rounds):
+                self.world.admit(checkpoints.complete if checkpoints else lambda: None)
+                seconds = self.train_round(round, rests=self._evaluates(round))
+                if checkpoints:
+                    checkpoints.complete()  # a lost rank costs one checkpoint at most
+                last, stops = self._close_round(round, seconds, on_round, stop_requested())
+                if checkpoints and not self.diverged:  # else the last one is of finite weights
+                    checkpoints.begin(round + 1, last or stops, self.state)
+                if last or stops:
+                    break
             if checkpoints:
-                checkpoints.complete()  # a lost rank costs one checkpoint at most
-            last, stops = self._close_round(round, seconds, on_round, stop_requested())
-            if checkpoints and not self.diverged:  # else the last one is of finite weights
-                checkpoints.begin(round + 1, last or stops, self.state)
-            if last or stops:
-                break
-        if checkpoints:
-            checkpoints.complete()
+                checkpoints.complete()
+        finally:
+            self.close()
         return stops
+
+    def close(self) -> None:
+        """After the last round: what the server still fits is abandoned."""
+        if self.server:
+            self.server.close()
 
     def complete_round(self, t: int, on_round: OnRound, evaluate: bool = False) -> bool:
         """Train and record one round, as `train` does, for trainings that take turns.
@@ -151,8 +159,11 @@ class Trainer:
         last, _ = self._close_round(t, seconds, on_round, stop_requested=False, evaluate=evaluate)
         return last
 
-    def train_round(self, t: int) -> float:
+    def train_round(self, t: int, rests: bool = True) -> float:
         """One round on the training clock: client rounds and server steps, then averaging.
+
+        Args:
+            rests: no fit computes between this round and the next, where other things may be done.
 
         Returns:
             Seconds from the barrier before the round to the one after averaging.
@@ -170,11 +181,14 @@ class Trainer:
         mine = [client for client in order if client in self.clients]
         if self._link:
             plans = {id: None if course is None else course.steps(id) for id in mine}
-            self._link.announce(t, plans, ranking)
+            collecting = [id for id in mine if course is not None and course.collects(id)]
+            self._link.announce(t, plans, ranking, collecting)
         made: dict[int, list[Ask]] = {client: [] for client in mine}
         self._transport.barrier()
         cores = CoreTimes.now()
         started, cpu_started = clock(), cpu_clock()
+        if self.server:
+            self.server.go_on()
         if self._link:
             scheduler = Scheduler(
                 self._link.send,
@@ -207,6 +221,8 @@ class Trainer:
         if self.server:
             self.server.average(shares, averages and not hands_over)
             self.server.end_round()
+            if rests:
+                self.server.rest()
         for client in self.clients.values():
             client.end_round()
         with self._timeline.phase(Phase.DRAIN_WAIT):
@@ -247,7 +263,9 @@ class Trainer:
         assert paid.coded is not None
         self._paper_bytes_total += paid.coded
         last = t == self._config.rounds - 1 or self._paper_limit_reached()
-        evaluated = evaluate or last or (t + 1) % self._config.evaluation.every == 0
+        evaluated = evaluate or last or self._evaluates(t)
+        if self.server and evaluated:
+            self.server.rest()
         ended = clock()
         if evaluated and self._link and self._transport.client_rank == 0:
             self._link.deposit_average(next(iter(self.clients.values())).weights)
@@ -298,6 +316,9 @@ class Trainer:
             stops = any(requests) and not last
         last, stops, self.diverged = self._transport.broadcast((last, stops, diverged))
         return last, stops
+
+    def _evaluates(self, t: int) -> bool:
+        return t == self._config.rounds - 1 or (t + 1) % self._config.evaluation.every == 0
 
     def _open_trace(self) -> TraceFile | None:
         """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""

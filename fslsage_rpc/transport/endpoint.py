@@ -1,6 +1,6 @@
 """The server as its callers see it, whatever carries their calls."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ class ServerEndpoint:
         self._server: Any = server
         self.device = device
 
-    def announce(self, t: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
+    def announce(
+        self, t: int, plans: Mapping[int, Announced], ranking: Sequence[int], collecting: Collection[int]
+    ) -> None:
         """Take the announcement of some participants: `Server.announce`."""
-        self._server.announce(t, plans, ranking)
+        self._server.announce(t, plans, ranking, collecting)
 
     def clock(self) -> float:
         """Read the server's clock, in seconds."""

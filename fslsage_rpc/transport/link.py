@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fslsage_rpc.device.clock import Reading, clock, device_clock
 from fslsage_rpc.measure.request_times import RequestLog, RequestTimes
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.parties.predictor import FinishedServer
-from fslsage_rpc.parties.requests import Align, Announced, Answer, Request, SmashedData
+from fslsage_rpc.parties.requests import TAKING_UP, Announced, Answer, Request, SmashedData
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.transport.base import Take, Transport
 from fslsage_rpc.transport.endpoint import ServerEndpoint
@@ -57,9 +57,17 @@ class ServerLink:
         self.ledger = ledger
         self.log = log
 
-    def announce(self, t: int, plans: Mapping[int, Announced], ranking: Sequence[int]) -> None:
-        """Tell the server at which steps each of this rank's participants will make requests, if it knows."""
-        self._transport.call("announce", t, plans, ranking)
+    def announce(
+        self,
+        t: int,
+        plans: Mapping[int, Announced],
+        ranking: Sequence[int],
+        collecting: Collection[int] = (),
+    ) -> None:
+        """Tell the server at which steps each of this rank's participants will make requests, if it knows,
+        and who will collect.
+        """
+        self._transport.call("announce", t, plans, ranking, collecting)
 
     def server_clock(self) -> float:
         """A reading of the server's clock, in seconds, to draw traces by."""
@@ -130,7 +138,7 @@ class ServerLink:
             )
             if answer.value is not None:
                 times.down_bytes = answer.value.nbytes
-                down = "auxiliary_down" if isinstance(body, Align) else "gradient_down"
+                down = "auxiliary_down" if body.kind in TAKING_UP else "gradient_down"
                 self.ledger.count(down, times.down_bytes, client)
             self.log.add(client, body.kind, times)
             self.log.add_round_trip(client, body.kind, sent, there)
