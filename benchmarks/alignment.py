@@ -35,7 +35,6 @@ from fslsage_rpc.models.splitting import SplitModel, build
 from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit, Target
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
-from fslsage_rpc.randomness import START
 
 CLIENTS = 4
 BATCH = 50
@@ -86,14 +85,14 @@ def parameters_of(fits: list[AuxiliaryFit]) -> list[Tensor]:
 def in_turn(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
     """The program's fit, one client after the other."""
     for fit, mine in zip(fits, targets, strict=True):
-        fit._fit_by_optimizer(mine, START)
+        fit.fit(mine)
     return parameters_of(fits)
 
 
 def on_threads(fits: list[AuxiliaryFit], targets: list[list[Target]]) -> list[Tensor]:
     """The program's fit on as many threads as there are cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda fit, mine: fit._fit_by_optimizer(mine, START), fits, targets))
+        list(pool.map(lambda fit, mine: fit.fit(mine), fits, targets))
     return parameters_of(fits)
 
 
@@ -212,9 +211,7 @@ def stopping(model: str, auxiliary: Auxiliary, settings: dict[str, dict[str, Any
     for name, keys in settings.items():
         fit = make_fits(split, torch.device("cpu"), 100, **keys)[0]
         started = clock()
-        fit.fit(fit.targets(copy.deepcopy(split.server)))
-        record, _ = fit.take_records()
-        assert record is not None
+        record = fit.fit(fit.targets(copy.deepcopy(split.server))).read()
         print(
             f"{model}, {auxiliary.kind or 'copy'} auxiliary model, {name}: {record['passes']} passes, "
             f"{clock() - started:.1f} s, nmse {record['nmse_before']:.2f} -> {record['nmse_after']:.4f}",

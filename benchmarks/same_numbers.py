@@ -56,7 +56,18 @@ class Change:
     """dotted keys that may differ, and all below them: `drift`, `model.pt`, `model.pt.first`, `rounds`"""
 
 
-CHANGES: Sequence[Change] = ()
+CHANGES: Sequence[Change] = (
+    Change(
+        reason="The warm start is one of several starts.",
+        configurations=("warm-start",),
+        old="algorithm.warm_start=true",
+        new="algorithm.start=warm_start",
+    ),
+    Change(
+        reason="Agreement is read off the first and the last pass of a fit, not off two more passes.",
+        differs=("alignment",),
+    ),
+)
 """all differences on purpose; emptied when what is new becomes what is old"""
 
 BASE = (  # all else is at its default, so that a default that changes is seen
@@ -85,7 +96,7 @@ CONFIGURATIONS = {
     " optimizer.client.scheduler.name=ExponentialLR optimizer.client.scheduler.arguments.gamma=0.95"
     " optimizer.client.scheduler.per=step",
     "warm-start": f"algorithm.name=fsl_sage server.order=round_robin {BATCH_NORM} clients.participation=0.75"
-    " algorithm.warm_start=true algorithm.alignment.solver=lbfgs model.auxiliary.kind=linear",
+    " algorithm.alignment.solver=lbfgs model.auxiliary.kind=linear",
     "rpc-sage": f"algorithm.name=fsl_sage server.order=round_robin {RPC} {BOTH} clients.participation=0.75",
     "rpc-v1": f"algorithm.name=splitfed_v1 server.order=client_major {RPC} {BATCH_NORM}",
     "rpc-cse": f"algorithm.name=cse_fsl server.order=round_robin {RPC} {DROPOUT} {HALF}",

@@ -21,6 +21,7 @@ from fslsage_rpc.parties.auxiliary_fit import (
 )
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
+from fslsage_rpc.randomness import START
 from fslsage_rpc.training.experiment import Experiment
 from support.batch_norm_model import CUT
 from support.user_input import mistake
@@ -61,9 +62,8 @@ def test_alignment_lowers_its_objective_and_leaves_the_server_as_it_was(model: M
     before = {name: tensor.clone() for name, tensor in server.state_dict().items()}
     fit = make_fit(split.auxiliary)
     fit.buffer.add(*smashed(split.smashed_shape, 20))
-    weights = fit.fit(fit.targets(server))
-    agreements = fit.record
-    record = agreements.read()
+    record = fit.fit(fit.targets(server)).read()
+    weights = fit.hand_out(START, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in server.state_dict().items())
     assert all(parameter.grad is None for parameter in server.parameters())
     assert server.training
@@ -109,8 +109,7 @@ def test_a_tolerance_stops_the_passes_when_they_gain_too_little() -> None:
     passes = []
     for tolerance in (None, 1e-9, 0.2):
         fit, server = linear_fit(tolerance=tolerance)
-        fit.fit(fit.targets(server))
-        record, _ = fit.take_records()
+        record = fit.fit(fit.targets(server)).read()
         assert record["nmse_after"] < record["nmse_before"]
         passes.append(record["passes"])
     assert passes[:2] == [40, 40]
@@ -121,8 +120,7 @@ def test_lbfgs_fits_a_linear_auxiliary_model_better_in_as_many_passes() -> None:
     left = {}
     for solver in ("optimizer", "lbfgs"):
         fit, server = linear_fit(solver=solver)
-        fit.fit(fit.targets(server))
-        record, _ = fit.take_records()
+        record = fit.fit(fit.targets(server)).read()
         assert record["passes"] <= 40 + 25 * (solver == "lbfgs")  # a line search is brought to its end
         left[solver] = record["nmse_after"]
         assert all(parameter.grad is None for parameter in fit.model.parameters())

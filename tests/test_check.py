@@ -95,7 +95,7 @@ def test_a_run_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
     ("changes", "number"),
     [
         ({}, 4),  # aligned: 0, 2 and 4 of 6
-        ({"warm_start": True}, 5),  # 1, 3 and 5
+        ({"start": "warm_start"}, 5),  # 1, 3 and 5
         ({"align_every": 100}, 0),
         ({"name": "cse_fsl"}, 0),
     ],

@@ -45,7 +45,8 @@ from support.trees import CLIENTS, Tree, tree
 from support.user_input import DEFAULTS, mistake
 
 ABSENT = {"clients": {"count": CLIENTS, "batch_size": 16, "participation": 0.5}}  # 2 of 3 in each round
-WARM = {"algorithm": {"name": "fsl_sage", "warm_start": True}, **ABSENT}
+WARM = {"algorithm": {"name": "fsl_sage", "start": "warm_start"}, **ABSENT}
+BEHIND = {"algorithm": {"alignment": {"lag": 1}}}  # the run is cut in the middle of fits
 COSINE = {"name": "CosineAnnealingLR", "arguments": {"T_max": 20}}
 STEPS = {"optimizer": {party: {"scheduler": {**COSINE, "per": "step"}} for party in ("client", "server")}}
 CODED = {"smashed": {"name": "int8", "arguments": {"stochastic": True}}, "auxiliary": "topk"}
@@ -60,6 +61,8 @@ CASES: dict[str, list[Tree]] = {
         }
     ],
     "fsl_sage, coded, absent": [{"comm": {"codec": CODED}}, ABSENT],
+    "fsl_sage, behind, falling": [BEHIND, STEPS, ROUNDS],
+    "fsl_sage, behind, coded, absent": [BEHIND, {"comm": {"codec": CODED}}, ABSENT],
     "splitfed_v1": [{"algorithm": {"name": "splitfed_v1"}}, STEPS],
     "splitfed_v2": [{"algorithm": {"name": "splitfed_v2"}}, ABSENT],
     "cse_fsl": [{"algorithm": {"name": "cse_fsl"}}, ABSENT, ROUNDS],

@@ -129,11 +129,13 @@ def test_what_a_codec_leaves_out_of_the_auxiliary_model_comes_with_a_later_one()
 
     def hand_out(*fitted: float) -> CodedWeights:
         integers = torch.empty(0, dtype=torch.int64)
-        coded = one.hand_out(Weights(torch.tensor(fitted), integers), LocalStep(), 0)
+        one.fitted.load(Weights(torch.tensor(fitted), integers))
+        coded = one.hand_out(LocalStep(), 0)
+        one.take_up()
         assert isinstance(coded, CodedWeights)
         return coded
 
-    one.restore_left_out()
+    one.start()
     coded = hand_out(1.0, 3.0, 0.0, 0.0)
     assert [part.tolist() for part in coded.change.parts] == [[[3.0]], [[1]]]
     assert coded.nbytes == 4 + 1
@@ -141,8 +143,8 @@ def test_what_a_codec_leaves_out_of_the_auxiliary_model_comes_with_a_later_one()
     assert one.left_out is not None
     assert one.left_out.tolist() == [1.0, 0.0, 0.0, 0.0]
     one.weights.load(Weights(torch.tensor([0.5, 2.5, 0.0, 0.0]), one.weights.integers))  # they are averaged
-    one.restore_left_out()
-    assert one.weights.floats.tolist() == [1.5, 2.5, 0.0, 0.0]  # the next fit's start
+    one.start()
+    assert one.fitted.floats.tolist() == [1.5, 2.5, 0.0, 0.0]  # the next fit's start
     hand_out(1.5, 2.5, 0.0, 0.25)  # moves the last number only
     assert one.weights.floats.tolist() == [1.5, 2.5, 0.0, 0.0]
     assert one.left_out.tolist() == [0.0, 0.0, 0.0, 0.25]
@@ -211,6 +213,12 @@ def test_a_codec_that_has_said_another_size_is_refused_when_it_is_seen() -> None
     )
 
 
-def test_a_change_of_a_model_that_the_client_has_trained_is_refused() -> None:
-    with pytest.raises(InputError, match=r"yields Align for an auxiliary model that the client has trained"):
-        train_locally(tree(f"{OWN}:TrainedThenAligned", auxiliary="bf16"))
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_change_is_of_the_model_at_the_server_whatever_the_client_has_trained(lag: int) -> None:
+    keys = tree("fsl_sage", rounds=4, auxiliary={"name": "topk", "arguments": {"share": 0.2}})
+    keys["algorithm"] |= {"average_auxiliary": "never", "start": "own_loss", "alignment": {"lag": lag}}
+    outcome = train_locally(keys)
+    assert [line["alignment"] is not None for line in outcome.lines] == [False, not lag, bool(lag), not lag]
+    for client in range(3):
+        mine = outcome.tensors[f"client {client} auxiliary/floats"]
+        assert torch.equal(mine, outcome.tensors[f"server's auxiliary of {client}/floats"])

@@ -47,8 +47,14 @@ def warm(tree: dict[str, Any]) -> dict[str, Any]:
     """FSL-SAGE with a warm start, an auxiliary model of some depth and falling learning rates."""
     for keys, per in zip(tree["optimizer"].values(), ("round", "step", "step"), strict=True):
         keys["scheduler"] = {"name": "CosineAnnealingLR", "arguments": {"T_max": 20}, "per": per}
-    tree["algorithm"]["warm_start"] = True
+    tree["algorithm"]["start"] = "warm_start"
     tree["model"] |= {"cut": "norm1", "auxiliary": {"until": "pool2"}}
+    return tree
+
+
+def behind(tree: dict[str, Any]) -> dict[str, Any]:
+    """FSL-SAGE whose clients do not wait for fits: the first are taken up in round 2, the last never."""
+    tree["algorithm"]["alignment"]["lag"] = 1
     return tree
 
 
@@ -103,6 +109,9 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     # Clients of unequal size: 5, 3 and 3 steps, and every last batch is short.
     path.write_text(json.dumps([list(range(70)), list(range(70, 115)), list(range(115, 149))]))
     more = [
+        behind(tree(path, "fsl_sage", "client_major")),
+        behind(coded(warm(tree(path, "fsl_sage", "round_robin")))),
+        with_dropout(behind(tree(path, "fsl_sage", "round_robin")), "copied", "1", until="5"),
         with_dropout(tree(path, "fsl_sage", "round_robin"), "copied", "1", until="5"),
         with_dropout(tree(path, "splitfed_v1", "round_robin"), "wet", "between", until=None),
         with_dropout(tree(path, "splitfed_v2", "client_major"), "wet", "between", until=None),
@@ -199,7 +208,7 @@ def test_bf16_is_the_same_over_rpc_and_halves_the_bytes(
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("case", range(len(CASES), len(CASES) + 7))
+@pytest.mark.parametrize("case", range(len(CASES), len(CASES) + 10))
 def test_masks_and_codecs_draw_the_same_on_every_transport_and_number_of_ranks(
     case: int, local: list[Outcome], two_ranks: list[Outcome], three_ranks: list[Outcome]
 ) -> None:

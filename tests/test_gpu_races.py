@@ -47,7 +47,7 @@ def config(folder: Path, algorithm: str, device: str = "cuda", **changes: Any) -
     tree["optimizer"] = {"client": {"name": "adam", "lr": 2**-7, "scheduler": HALVED}}
     if algorithm == "fsl_sage":
         tree |= {"rounds": 3, "model": {"name": "support.batch_norm_model:residual", "cut": CUT}}
-        tree["algorithm"] |= {"align_every": 1, "measure_drift": True, "warm_start": True}
+        tree["algorithm"] |= {"align_every": 1, "measure_drift": True, "start": "warm_start"}
     return from_tree({**tree, **changes})
 
 

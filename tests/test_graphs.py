@@ -66,7 +66,7 @@ def test_running_statistics_and_a_warm_start_in_bf16_too(tmp_path: Path, recorde
     changes: dict[str, Any] = {"precision": "bf16", "model": model, "rounds": 2}
     keys = [tree(tmp_path, "fsl_sage", graphs, **changes) for graphs in ("never", "auto")]
     for each in keys:
-        each["algorithm"]["warm_start"] = True
+        each["algorithm"]["start"] = "warm_start"
     assert_same_bits(train_locally(keys[0]), train_locally(keys[1]))
     assert recorder.captures > 0
 

@@ -66,17 +66,33 @@ def by_the_rule(planned: Scenario, t: int) -> int:
             return 2 * sizes.client * m + 2 * sizes.smashed * every
         case "cse_fsl":
             return 2 * (sizes.client + sizes.auxiliary) * m + sizes.smashed * uploaded
-    if keys.warm_start and t == 0:
-        return 2 * (sizes.client + sizes.auxiliary) * m + sizes.smashed * uploaded
-    aligned = sum(aligns(planned, client, t) for client in participants)
-    averaged = keys.average_auxiliary == "round" or (keys.average_auxiliary == "alignment" and aligned > 0)
-    auxiliary = sizes.auxiliary * (aligned + 2 * m * averaged)
+    fitted = sum(t in taken_up(planned, client, t + 1) for client in participants)
+    averaged = keys.average_auxiliary == "round" or (keys.average_auxiliary == "alignment" and fitted > 0)
+    averaged = averaged or (keys.start == "warm_start" and t == 0)
+    auxiliary = sizes.auxiliary * (fitted + 2 * m * averaged)
     return 2 * sizes.client * m + auxiliary + sizes.smashed * uploaded
+
+
+def taken_up(planned: Scenario, client: int, rounds: int) -> list[int]:
+    """The rounds in which the client takes a fitted model up."""
+    lag, found, begun = planned.config.algorithm.alignment.lag, [], None
+    for t in range(rounds):
+        if client in planned.federation.participants(t):
+            due = aligns(planned, client, t)
+            if begun is not None and (t >= begun + lag or due):
+                found.append(t)
+                begun = None
+            if due:
+                begun = t
+            if due and not lag:
+                found.append(t)
+                begun = None
+    return found
 
 
 def aligns(planned: Scenario, client: int, t: int) -> bool:
     """In the first of the rounds from the last due one on in which the client takes part."""
-    first, every = int(planned.config.algorithm.warm_start), planned.config.algorithm.align_every
+    first, every = int(planned.config.algorithm.start != "paper"), planned.config.algorithm.align_every
     if every is None or t < first:
         return False
     due = first + (t - first) // every * every
@@ -86,10 +102,24 @@ def aligns(planned: Scenario, client: int, t: int) -> bool:
 @pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("participation", [0.4, 1.0])
 @pytest.mark.parametrize("when", ["never", "alignment", "round"])
-@pytest.mark.parametrize(("every", "warm_start"), [(3, False), (1, True), (4, True), (None, False)])
+@pytest.mark.parametrize(
+    ("every", "lag", "start"),
+    [
+        (3, 0, "paper"),
+        (1, 0, "warm_start"),
+        (4, 0, "warm_start"),
+        (2, 0, "own_loss"),
+        (None, 0, "paper"),
+        (4, 2, "paper"),
+        (3, 1, "warm_start"),
+        (5, 4, "own_loss"),
+    ],
+)
 def test_the_ledger_follows_the_rule(
-    name: str, participation: float, when: str, every: int | None, warm_start: bool
+    name: str, participation: float, when: str, every: int | None, lag: int, start: str
 ) -> None:
+    if lag and when == "round":
+        return
     tree = {
         "clients": {"count": 5, "participation": participation, "batch_size": 20, "local_epochs": 2},
         "data": {"train_limit": 330},
@@ -98,7 +128,8 @@ def test_the_ledger_follows_the_rule(
             "upload_every": 2,
             "align_every": every,
             "average_auxiliary": when,
-            "warm_start": warm_start,
+            "alignment": {"lag": lag},
+            "start": start,
         },
     }
     planned = Scenario(from_tree(tree), NO_LINK, client_ranks=1)

@@ -195,11 +195,11 @@ def test_auxiliary_models_are_fitted_side_by_side_while_the_lane_goes_on() -> No
                 together.wait(TIMEOUT)
             return super().forward(z)
 
-    fits, no_passes = {}, AlignmentKeys(epochs=0, buffer_size=8)
+    fits, two_passes = {}, AlignmentKeys(epochs=2, buffer_size=8)
     for client in range(2):
         model = Meeting(together)
         optimizer = ScheduledOptimizer(SGD, model.parameters())
-        fits[client] = AuxiliaryFit(model, optimizer, no_passes, Context())
+        fits[client] = AuxiliaryFit(model, optimizer, two_passes, Context())
     answers: dict[tuple[int, int], Answer] = {}
     with ThreadPoolExecutor(3) as pool:
         lane = lane_of(LaneModel(4, 3))
@@ -215,7 +215,7 @@ def test_auxiliary_models_are_fitted_side_by_side_while_the_lane_goes_on() -> No
         for client in range(2):
             submit(client, 0, push)
             submit(client, 1, Align())
-        for number in range(2):  # each fit passes its model twice: agreement before and after
+        for number in range(2):  # each fit passes its model twice
             submit(2, number, push)
         server.wait()
     assert len(answers) == 6

@@ -21,7 +21,7 @@ def tree(name: str, rounds: int, **keys: Any) -> dict[str, Any]:
 
 
 def test_the_first_round_is_one_of_cse_fsl() -> None:
-    sage = train_locally(tree("fsl_sage", 1, warm_start=True))
+    sage = train_locally(tree("fsl_sage", 1, start="warm_start"))
     cse = train_locally(tree("cse_fsl", 1))
     for name, tensor in cse.tensors.items():
         assert torch.equal(sage.tensors[name], tensor), name
@@ -37,7 +37,7 @@ def test_the_first_round_is_one_of_cse_fsl() -> None:
 
 
 def test_then_alignment_and_its_interval_begin() -> None:
-    outcome = train_locally(tree("fsl_sage", 6, warm_start=True, average_auxiliary="never"))
+    outcome = train_locally(tree("fsl_sage", 6, start="warm_start", average_auxiliary="never"))
     assert [line["alignment"] is not None for line in outcome.lines] == [
         False,
         True,
@@ -51,7 +51,7 @@ def test_then_alignment_and_its_interval_begin() -> None:
 
 
 def test_a_client_that_was_absent_in_the_warm_start_aligns_when_it_first_takes_part() -> None:
-    keys = tree("fsl_sage", 8, warm_start=True)
+    keys = tree("fsl_sage", 8, start="warm_start")
     keys["clients"]["participation"] = 0.3
     experiment = Experiment.prepare(from_tree(keys))
     seen: set[int] = set()

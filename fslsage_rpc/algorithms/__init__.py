@@ -60,6 +60,8 @@ def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
         InputError: there is none, or what the user's own says of itself cannot be.
     """
     kind, more = find(keys.name), arguments(keys)
+    if kind.auxiliary == "aligned":
+        _check_lag(keys)
     if not is_own(keys.name):
         return kind(keys, federation, **more)
     try:
@@ -70,6 +72,20 @@ def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
     if wrong:
         raise InputError(f"algorithm.name: got {keys.name!r}, whose {wrong}")
     return algorithm
+
+
+def _check_lag(keys: AlgorithmKeys) -> None:
+    """A fit behind the training is taken up before the next one begins, and no average overtakes it."""
+    lag, every = keys.alignment.lag, keys.align_every
+    if lag and every is not None and lag >= every:
+        raise InputError(
+            f"algorithm.alignment.lag: got {lag}, expected fewer rounds than algorithm.align_every ({every})"
+        )
+    if lag and keys.average_auxiliary == "round":
+        raise InputError(
+            "algorithm.average_auxiliary: got 'round', expected never or alignment, as "
+            f"algorithm.alignment.lag is {lag}"
+        )
 
 
 def ranked(algorithm: Algorithm, t: int) -> list[int]:

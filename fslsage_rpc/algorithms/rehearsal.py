@@ -251,7 +251,8 @@ class Rehearsal:
             rehearsed = {client: self.client(client, t) for client in participants}
             for client, its in rehearsed.items():
                 if 0 in its.aligned(0, self._buffer_size) and not self.buffered(client, t):
-                    wrong = f"aligns client {client} in round {t + 1}, which has pushed nothing"
+                    kind = KINDS[its.alignments[0]].__name__
+                    wrong = f"yields {kind} in round {t + 1} for client {client}, which has pushed nothing"
                     raise refusal(self._algorithm, wrong)
                 if is_own(self._algorithm.keys.name):
                     self._check_alignments(client, t, its)

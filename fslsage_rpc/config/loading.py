@@ -39,6 +39,11 @@ RENAMED = {
 """values of older versions, and what they are called now"""
 
 
+SUCCEEDED: dict[str, tuple[Any, str]] = {"algorithm.warm_start": (False, "algorithm.start: warm_start")}
+"""keys of older versions, the value that changes nothing, which the folders of old runs have, and what took
+their place"""
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (and the files it is based on) with `key.sub=value` overrides on top.
 
@@ -175,6 +180,11 @@ def _build(defaults: Any, tree: Any, prefix: str) -> Any:
             once, now = BECAME_ARGUMENTS[prefix][key], f"{prefix}arguments.{key}"
             all_keys = {**once, **value} if isinstance(once, dict) and isinstance(value, dict) else value
             if all_keys != once:
+                raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {now} now")
+            continue
+        if prefix + key in SUCCEEDED:
+            idle, now = SUCCEEDED[prefix + key]
+            if value != idle:
                 raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {now} now")
             continue
         if isinstance(value, str) and (new := RENAMED.get(f"{prefix}{key}={value}")):

@@ -171,8 +171,10 @@ class AlgorithmKeys:
     align_every: Count | None = 10
     """l: alignment in rounds 1, l + 1, 2l + 1, ...; null = never"""
     average_auxiliary: Literal["never", "alignment", "round"] = "alignment"
-    warm_start: bool = False
-    """the first round is one of CSE-FSL: auxiliary models learn from their own loss before any alignment"""
+    start: Literal["paper", "own_loss", "warm_start"] = "paper"
+    """paper: clients are aligned at their first step, on one batch; else they step on their auxiliary models'
+    own loss in the first round, as in CSE-FSL, and the server then fits from the initial weights (own_loss),
+    or from the average of the trained ones (warm_start)"""
     alignment: AlignmentKeys = field(default_factory=AlignmentKeys)
     measure_drift: bool = True
     """compare estimate and true gradient on every upload (server work of its own, timed apart)"""

@@ -205,6 +205,7 @@ class AuxiliaryFit:
 
     Attributes:
         model, weights: those in use, by this client and for the drift.
+        fitted: the weights that a fit moves; where there is one copy, the same.
         inputs: of a fit behind the training, until it is taken up.
         left_out: `[n]`, by how much the fitted weights differ from those in use; None before they have
             travelled, and where they do not travel coded.
@@ -215,11 +216,11 @@ class AuxiliaryFit:
     def __init__(
         self, model: nn.Module, optimizer: ScheduledOptimizer, keys: AlignmentKeys, context: Context
     ):
-        self._fitted = model
-        self._fitted_weights = flatten(model)
+        self._fitted_model = model
+        self.fitted = flatten(model)
         self._apart = bool(keys.lag) or bool(context.codings.auxiliary)
         self.model = copy_of(model, context.device) if self._apart else model
-        self.weights = flatten(self.model) if self._apart else self._fitted_weights
+        self.weights = flatten(self.model) if self._apart else self.fitted
         self.optimizer = optimizer
         self.inputs: FitInputs | None = None
         self.left_out: Tensor | None = None
@@ -242,15 +243,15 @@ class AuxiliaryFit:
     def start(self) -> None:
         """A fit starts from the weights in use, and what was left out of them."""
         if self._apart:
-            self._fitted_weights.load(self.weights)
+            self.fitted.load(self.weights)
         if self.left_out is not None:
-            self._fitted_weights.floats += self.left_out
+            self.fitted.floats += self.left_out
 
     def begin(self, at: LocalStep) -> FitInputs:
         """Start a fit behind the training. Nothing that comes before it is taken up changes its inputs."""
         self.start()
         optimizer = copy.deepcopy(self.optimizer.state())
-        self.inputs = FitInputs(at, self._fitted_weights.clone(), optimizer)
+        self.inputs = FitInputs(at, self.fitted.clone(), optimizer)
         return self.inputs
 
     def batches(self) -> list[Batch]:
@@ -279,7 +280,7 @@ class AuxiliaryFit:
 
     def fit(
         self, targets: list[Target], at: LocalStep = START, before_each: Callable[[], None] = lambda: None
-    ) -> None:
+    ) -> FitRecord:
         """Fit the auxiliary model to true gradients (arXiv 2505.23182): minimise sum_samples ||ĝ - g||^2.
 
         Args:
@@ -288,6 +289,7 @@ class AuxiliaryFit:
         """
         by = {"optimizer": self._fit_by_optimizer, "lbfgs": self._fit_by_lbfgs}[self.keys.solver]
         self._made = by(targets, at, before_each)
+        return self._made
 
     def hand_out(self, at: LocalStep, number: int) -> Weights | CodedWeights:
         """The fitted weights as they travel to the client, who has them in use as it decodes them.
@@ -299,7 +301,7 @@ class AuxiliaryFit:
             at: the local step of the request.
             number: of the client's request in its round.
         """
-        fitted, coding, timeline = self._fitted_weights, self.context.codings.auxiliary, self.context.timeline
+        fitted, coding, timeline = self.fitted, self.context.codings.auxiliary, self.context.timeline
         if not coding:
             self._next = fitted
             return fitted.clone()
@@ -315,7 +317,7 @@ class AuxiliaryFit:
         if self._apart:
             self.weights.load(self._next)
         if self.context.codings.auxiliary:
-            self.left_out = self._fitted_weights.floats - self.weights.floats
+            self.left_out = self.fitted.floats - self.weights.floats
         self._next = None
         self.record, self._made = self._made, None
         if self.inputs is not None:
@@ -376,7 +378,7 @@ class AuxiliaryFit:
         wide = self.weights.floats.dtype
         scale = torch.stack([true.to(wide).square().sum() for _, _, true in targets]).sum()
         solver = torch.optim.LBFGS(
-            trainable(self._fitted),
+            trainable(self._fitted_model),
             max_iter=self.keys.epochs,
             max_eval=self.keys.epochs,
             tolerance_grad=0.0,
@@ -404,7 +406,7 @@ class AuxiliaryFit:
         solver.zero_grad()
         for number, (z, y, target) in enumerate(targets):
             self._masks.begin_alignment(at, number, passes=0)
-            last.add(cut_layer_gradient(self._fitted, z, y, self.context.loss), target)
+            last.add(cut_layer_gradient(self._fitted_model, z, y, self.context.loss), target)
         return FitRecord(first, last, passes)
 
     def _step(self, *target: Tensor) -> Tensors:
@@ -416,9 +418,9 @@ class AuxiliaryFit:
     def _accumulate(self, target: Target, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
         """||ĝ - g||^2 / scale on one batch, whose gradient is added to the parameters', and ĝ `[B, ...]`."""
         z, y, true = target
-        estimate = cut_layer_gradient(self._fitted, z, y, self.context.loss, create_graph=True)
+        estimate = cut_layer_gradient(self._fitted_model, z, y, self.context.loss, create_graph=True)
         objective = (estimate.to(self.weights.floats.dtype) - true).square().sum() / scale
-        objective.backward(inputs=trainable(self._fitted))
+        objective.backward(inputs=trainable(self._fitted_model))
         return objective.detach(), estimate.detach()
 
     def state(self) -> dict[str, Any]:
@@ -442,11 +444,11 @@ class AuxiliaryFit:
         self.left_out = None if left_out is None else left_out.to(device, copy=True)
         self.inputs = None
         if inputs is not None:
-            self._fitted_weights.load_state(inputs["weights"])
+            self.fitted.load_state(inputs["weights"])
             targets = [tuple(part.to(device, copy=True) for part in target) for target in inputs["targets"]]
             self.inputs = FitInputs(
                 LocalStep(*inputs["at"]),
-                self._fitted_weights.clone(),
+                self.fitted.clone(),
                 copy.deepcopy(inputs["optimizer"]),
                 targets,
                 inputs["rounds"],
