@@ -20,6 +20,7 @@ from support.trees import tree
 
 ADAM = {"aggregation": {"name": "adam"}}
 SGD = {"optimizer": {"client": {"name": "sgd", "lr": 0.05}, "auxiliary": {"name": "sgd", "lr": 0.05}}}
+BEHIND = {"algorithm": {"alignment": {"lag": 1}}}
 FOUR = {"clients": {"count": 4, "batch_size": 16}, "data": {"train_limit": 120}}
 
 
@@ -78,6 +79,16 @@ def test_what_cannot_go_on_is_refused_at_the_start(
 
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("rounds", [2, 3], ids=["begun in the round that is done again", "begun before"])
+def test_fits_behind_the_training_outlive_the_loss_of_a_rank(rounds: int, tmp_path: Path) -> None:
+    keys = keys_of(tmp_path, BEHIND, rounds=5)
+    with ElasticJob(3, keys, tmp_path).start(f"1:{rounds}:step:kill") as job:
+        assert job.wait(0, 2) == [0, 0], job.said
+    assert_equals_one_process(job, keys)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
 def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
     keys = keys_of(tmp_path, {"comm": {"timeout_seconds": 5}}, rounds=4)
     with ElasticJob(3, keys, tmp_path).start("2:2:averaging:stop") as job:
@@ -92,9 +103,10 @@ def test_a_silent_rank_is_left_behind_and_finds_out(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(400)
-def test_a_replacement_is_let_in_between_two_rounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, BEHIND], ids=["", "behind"])
+def test_a_replacement_is_let_in_between_two_rounds(more: dict[str, Any], tmp_path: Path) -> None:
     """Without optimizer state at the clients, what is back is exactly what would have been there."""
-    keys = keys_of(tmp_path, SGD, ADAM, rounds=60)
+    keys = keys_of(tmp_path, SGD, ADAM, more, rounds=60)
     with ElasticJob(3, keys, tmp_path, PACE="0.5").start("2:2:step:kill") as job:
         job.wait_until("is lost")
         job.start(ranks=iter([2]))

@@ -127,7 +127,7 @@ class Trainer:
         try:
             for round in range(self._first_round, self._config.rounds):
                 self.world.admit(checkpoints.complete if checkpoints else lambda: None)
-                seconds = self.train_round(round, rests=self._evaluates(round))
+                seconds = self.train_round(round)
                 if checkpoints:
                     checkpoints.complete()  # a lost rank costs one checkpoint at most
                 last, stops = self._close_round(round, seconds, on_round, stop_requested())
@@ -156,14 +156,13 @@ class Trainer:
             Was it the last one?
         """
         seconds = self.train_round(t)
+        if self.server:
+            self.server.rest()  # while another training has its turn
         last, _ = self._close_round(t, seconds, on_round, stop_requested=False, evaluate=evaluate)
         return last
 
-    def train_round(self, t: int, rests: bool = True) -> float:
+    def train_round(self, t: int) -> float:
         """One round on the training clock: client rounds and server steps, then averaging.
-
-        Args:
-            rests: no fit computes between this round and the next, where other things may be done.
 
         Returns:
             Seconds from the barrier before the round to the one after averaging.
@@ -221,7 +220,7 @@ class Trainer:
         if self.server:
             self.server.average(shares, averages and not hands_over)
             self.server.end_round()
-            if rests:
+            if self._evaluates(t):
                 self.server.rest()
         for client in self.clients.values():
             client.end_round()

@@ -82,10 +82,10 @@ def wait(self: Server) -> None:
     true_wait(self)
 
 
-def fit(self: AuxiliaryFit, targets: Any, at: LocalStep) -> Any:
+def fit(self: AuxiliaryFit, targets: Any, at: LocalStep, *more: Any) -> Any:
     if str(at.client) == os.environ.get("SLOW_FIT"):
         time.sleep(2)
-    return true_fit(self, targets, at)
+    return true_fit(self, targets, at, *more)
 
 
 def init(self: Trainer, *arguments: Any) -> None:
