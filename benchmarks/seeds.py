@@ -2,10 +2,12 @@
 
     python benchmarks/seeds.py configs/bench/codecs.yaml --data DIR --link 20mbit
     python benchmarks/seeds.py configs/bench/aggregation.yaml --data DIR
+    python benchmarks/seeds.py configs/bench/start.yaml --data DIR data.partition=dirichlet name=start-skewed
 
 With a link every client rank is behind one of that rate, which needs root (docs/emulated-networks.md). A
 benchmark that is complete in `--runs` is not run again. The table goes between the marks of the page
-docs/results/NAME.md. Seconds are worth something only if nothing else runs meanwhile.
+docs/results/PAGE.md: that of the configuration, without a part of its name behind a dash. Seconds are worth
+something only if nothing else runs meanwhile.
 """
 
 import argparse
@@ -27,24 +29,28 @@ ROOT = Path(__file__).parent.parent
 SEEDS = (0, 1, 2)
 HEADERS = (
     "variant",
-    "accuracy, mean (lowest to highest)",
+    "last accuracies, mean (lowest to highest)",
     "wire MiB a round",
     "s a round",
     "bound",
     "codecs",
 )
-MARKS = "<!-- measured -->", "<!-- end of measured -->"
+OF_TARGET = ("rounds to {}", "wire MiB to it", "s to it")
+"""further ones, where the benchmark has a target accuracy: by seed, a dash where that was not reached"""
+LAST = 3
 CODING = ("encode", "decode")
 BUSY = f"\\{BUSY_MARK} others had a part of the host's cores meanwhile: do not trust these seconds."
 
 
-def measure(path: Path, config: Config, seed: int, data: str, runs: Path, link: str | None) -> Path:
-    """Run the benchmark with a seed, unless that is done already; its folder."""
+def measure(
+    path: Path, config: Config, seed: int, data: str, runs: Path, link: str | None, keys: Sequence[str]
+) -> Path:
+    """Run the benchmark with a seed, and with keys of its own, unless that is done already; its folder."""
     folder = runs / f"{config.name}-{seed}"
     if (folder / "bench.json").exists():
         return folder
     command = [
-        *("bench", str(path), f"name={folder.name}", f"output={runs}", f"seed={seed}"),
+        *("bench", str(path), *keys, f"name={folder.name}", f"output={runs}", f"seed={seed}"),
         *(f"data.root={data}", "data.download=false", "device=cpu"),
     ]
     launcher = ["-m", "fslsage_rpc"]
@@ -56,24 +62,23 @@ def measure(path: Path, config: Config, seed: int, data: str, runs: Path, link: 
     return folder
 
 
-def rows(folders: Sequence[Path]) -> list[list[str]]:
-    """One for each variant, under `HEADERS`."""
+def rows(folders: Sequence[Path], targeted: bool) -> list[list[str]]:
+    """One for each variant, under `HEADERS` (and `OF_TARGET`)."""
     results = [json.loads((folder / "bench.json").read_text()) for folder in folders]
-    return [
-        row(
-            name,
-            [result["variants"][name] for result in results],
-            [final_accuracy(folder, name) for folder in folders],
-        )
-        for name in results[0]["variants"]
-    ]
+    found = []
+    for name in results[0]["variants"]:
+        records = [result["variants"][name] for result in results]
+        cells = row(name, records, [final_accuracy(folder, name) for folder in folders])
+        found.append(cells + (to_target(records) if targeted else []))
+    return found
 
 
-def results(folders: Sequence[Path]) -> str:
+def results(folders: Sequence[Path], target: float | None) -> str:
     """The table and what is to be known of it, in Markdown."""
-    found = rows(folders)
+    found = rows(folders, target is not None)
+    headers = HEADERS if target is None else (*HEADERS, *(header.format(target) for header in OF_TARGET))
     busy = any(BUSY_MARK in cell for each in found for cell in each)
-    said = [table(HEADERS, found), described(folders[0])]
+    said = [table(headers, found), described(folders[0])]
     return "\n\n".join([*said, BUSY] if busy else said)
 
 
@@ -95,11 +100,22 @@ def row(name: str, records: Sequence[dict[str, Any]], accuracies: Sequence[float
     ]
 
 
+def to_target(records: Sequence[dict[str, Any]]) -> list[str]:
+    """The cells under `OF_TARGET`."""
+    targets = [record["target"] for record in records]
+    units = (("rounds", 1, 0), ("wire_bytes", MIB, 0), ("seconds", 1, 0))
+    return [
+        ", ".join("-" if each is None else f"{each[key] / unit:.{digits}f}" for each in targets)
+        for key, unit, digits in units
+    ]
+
+
 def final_accuracy(folder: Path, variant: str) -> float:
-    """Test accuracy after the last round, mean over the repeats."""
+    """Test accuracy, mean over the last rounds that were evaluated, three at most, and over the repeats."""
     files = sorted((folder / "rounds").glob(f"{variant}-[0-9]*.jsonl"))
-    lasts = [json.loads(file.read_text().splitlines()[-1]) for file in files]
-    return statistics.fmean(line["test_accuracy"] for line in lasts)
+    lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    scores = [[line["test_accuracy"] for line in each if line["test_accuracy"] is not None] for each in lines]
+    return statistics.fmean(score for each in scores for score in each[-LAST:])
 
 
 def described(folder: Path) -> str:
@@ -124,18 +140,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("config", type=Path, help="of a benchmark")
     parser.add_argument("--data", required=True, help="folder that holds cifar-10-batches-py")
     parser.add_argument("--link", metavar="RATE", help="of every client rank: 20mbit")
+    parser.add_argument("keys", nargs="*", help="key=value, as of `fslsage bench`")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "seeds", help="where runs go")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     path, runs = options.config.resolve(), options.runs.resolve()
-    config, data = load(path), str(Path(options.data).resolve())
-    folders = [measure(path, config, seed, data, runs, options.link) for seed in SEEDS]
-    measured = results(folders)
+    config, data = load(path, options.keys), str(Path(options.data).resolve())
+    folders = [measure(path, config, seed, data, runs, options.link, options.keys) for seed in SEEDS]
+    measured = results(folders, config.bench.target_accuracy)
     print(measured)
-    page = ROOT / "docs" / "results" / f"{config.name}.md"
+    page = ROOT / "docs" / "results" / f"{config.name.partition('-')[0]}.md"
+    begins, ends = f"<!-- {config.name} -->", f"<!-- end of {config.name} -->"
     if page.exists():
-        before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        page.write_text(f"{before}{MARKS[0]}\n\n{measured}\n\n{MARKS[1]}{after}", encoding="utf-8")
+        before, _, rest = page.read_text(encoding="utf-8").partition(begins)
+        after = rest.partition(ends)[2]
+        page.write_text(f"{before}{begins}\n\n{measured}\n\n{ends}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
