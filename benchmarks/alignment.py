@@ -8,8 +8,8 @@ thread per operation (the reference), and with all cores for each; clients side 
 server does (beside the reference, and beside all cores); clients stacked by `torch.func.vmap`, so that one
 call fits all of them (convolutions become grouped ones, linear layers one batched product); and one client
 after the other with the gradient compiled by `torch.compile`. Prints seconds per pass and client, the median
-of the paired ratios to what it is beside, and how far the fitted weights are from that one's at fp64 (over the
-largest weight).
+of the paired ratios to what it is beside, and how far the fitted weights are from that one's at fp64, over
+the largest weight.
 
 stopping: what an early stop and L-BFGS do: passes, and what is left of the objective.
 

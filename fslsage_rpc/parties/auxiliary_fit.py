@@ -197,7 +197,7 @@ class AuxiliaryFit:
 
     With graphs the optimizer's steps are captured; those of L-BFGS are not.
 
-    There are two copies of the model where fits run behind the training, or travel coded: the one in use
+    Where fits run behind the training, or travel coded, there are two copies of the model. The one in use
     stays as it is until the client takes up the fitted one.
 
     Args:
@@ -312,7 +312,7 @@ class AuxiliaryFit:
         return CodedWeights(change, fitted.integers.clone())
 
     def take_up(self) -> None:
-        """What was handed out is in use from here on."""
+        """Have what was handed out in use from here on."""
         assert self._next is not None, "nothing was handed out"
         if self._apart:
             self.weights.load(self._next)
