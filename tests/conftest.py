@@ -45,6 +45,14 @@ def nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fslsage_rpc.measure.host_load.STAT", Path("/nowhere"))
 
 
+@pytest.fixture(autouse=True)
+def images_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps `model.memory_format: auto` from timing: numbers must not depend on it."""
+    monkeypatch.setattr(
+        "fslsage_rpc.training.order_choice.choose", lambda passes: dict.fromkeys(passes, "contiguous")
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """End a property that hangs with its process: an exception would be one more failure to look into."""
     for item in items:
