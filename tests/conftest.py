@@ -45,12 +45,12 @@ def nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fslsage_rpc.measure.host_load.STAT", Path("/nowhere"))
 
 
-@pytest.fixture(autouse=True)
-def images_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps `model.memory_format: auto` from timing: numbers must not depend on it."""
-    monkeypatch.setattr(
-        "fslsage_rpc.training.order_choice.choose", lambda passes: dict.fromkeys(passes, "contiguous")
-    )
+@pytest.fixture(autouse=True, scope="session")
+def images_as_usual() -> None:
+    """Keeps `model.memory_format: auto` from timing."""
+    from support.usual_order import keep_usual_order
+
+    keep_usual_order()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
