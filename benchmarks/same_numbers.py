@@ -58,8 +58,8 @@ class Change:
 
 CHANGES: Sequence[Change] = (
     Change(
-        reason="the order of images in memory is timed; an older version keeps the usual one for these models,"
-        " and ResNets are left out, as no key sets the rule that it has for their parts",
+        reason="the order of images in memory is timed; older versions keep the usual one for these models;"
+        " ResNets are left out, as no key sets the rule that older versions have for their parts",
         new="model.memory_format=contiguous",
     ),
 )
