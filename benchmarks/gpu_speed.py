@@ -112,7 +112,7 @@ def ways(options: argparse.Namespace, world: World) -> tuple[Ways, list[Trainer]
 
 def floor(trainer: Trainer) -> Callable[[range], float]:
     """The arithmetic of a trainer's rounds alone, as its seconds."""
-    arithmetic = Arithmetic(trainer, trainer.world)
+    arithmetic = Arithmetic(trainer.experiment.config, len(trainer.clients), trainer.world.device)
 
     def seconds(rounds: range) -> float:
         started = clock()

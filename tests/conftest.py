@@ -45,6 +45,14 @@ def nothing_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fslsage_rpc.measure.host_load.STAT", Path("/nowhere"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def images_as_usual() -> None:
+    """Keeps `model.memory_format: auto` from timing."""
+    from support.usual_order import keep_usual_order
+
+    keep_usual_order()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """End a property that hangs with its process: an exception would be one more failure to look into."""
     for item in items:

@@ -99,6 +99,7 @@ def _bench(
     """All repeats; on the server's rank, the results are shown and written."""
     runs: list[BenchRun] = []
     links: list[dict[int, LinkSpeed]] = []
+    orders: dict[str, dict[str, dict[str, str]]] = {}
     ranks = world.transport.gather(rank_environment(world.device))
     for repeat in range(config.bench.repeats):
         names = list(variants)[:: 1 if repeat % 2 == 0 else -1]
@@ -106,6 +107,7 @@ def _bench(
             experiment = Experiment.prepare(variants[name])
             compare_ranks(experiment, world)
             trainer = Trainer(experiment, world)
+            orders[name] = experiment.image_orders
             if name == names[0]:
                 links.append(trainer.measure_links())
             run = BenchRun(name, repeat, experiment.algorithm.interval)
@@ -135,6 +137,7 @@ def _bench(
                     "algorithm": variants[name].algorithm.name,
                     "overrides": config.bench.variants[name],
                     "rounds": variants[name].rounds,
+                    "image_order": orders[name],
                     **record,
                 }
                 for name, record in summarise(runs, config.bench).items()

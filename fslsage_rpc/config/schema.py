@@ -133,7 +133,7 @@ class Model:
     cut: str | None = None
     """the module whose output is the smashed data; null takes the default of a built-in model"""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """of images inside; channels_last: a pixel's channels together; auto: so on a CPU where it pays"""
+    """of images inside; channels_last: a pixel's channels together; auto: on a CPU the faster, by timing"""
     auxiliary: Auxiliary = field(default_factory=Auxiliary)
 
 

@@ -2,7 +2,9 @@
 
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,7 @@ from fslsage_rpc.device.streams import own_stream
 from fslsage_rpc.errors import HostError
 
 CPU = torch.device("cpu")
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -104,5 +107,16 @@ def set_tf32(allowed: bool) -> None:
 
 def device_name(device: torch.device) -> str:
     """The name of a GPU, or of the host's processor."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return gpu or platform.processor() or platform.machine()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _model_name() or platform.processor() or platform.machine()
+
+
+def _model_name() -> str | None:
+    """The processor's, as Linux tells it on most machines; Python's own is that of its kind, as x86_64."""
+    with suppress(OSError):
+        for line in PROCESSORS.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, name = line.partition(":")
+            if key.strip() == "model name":
+                return name.strip()
+    return None

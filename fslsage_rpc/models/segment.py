@@ -9,9 +9,6 @@ from torch import Tensor, fx, nn
 
 from fslsage_rpc.models.tracing import PROBE_BATCHES, probe_inputs
 
-WEIGHTS_PER_NUMBER = 32
-"""of the convolutions: with more for each number of the input, reordering them costs more than it gains"""
-
 _twice: ContextVar[bool] = ContextVar("twice", default=False)
 
 
@@ -39,9 +36,7 @@ class Segment(nn.Module):
         super().__init__()
         self._computes: torch.dtype | None = None
         self._gives = torch.float32
-        self._convolution_weights = 0  # that would be reordered with the images
         self._reorders = {False: False, True: False}  # by whether it is differentiated twice
-        self._always = False
         self.calls_before: dict[str, int] = {}  # see `Masks`
         for graph in (graphs[True], graphs[False]):
             for node in graph.nodes:
@@ -62,21 +57,23 @@ class Segment(nn.Module):
         """
         self._computes, self._gives = computes, gives
 
-    def reorder_images(self, once: bool, twice: bool, always: bool = False) -> None:
-        """From here on have the channels of each pixel together in memory (`channels_last`), which suits its
+    def reorder_images(self, once: bool, twice: bool) -> None:
+        """From here on have the channels of each pixel together in memory (`channels_last`) where it has
         convolutions; input and output stay in torch's usual order.
 
-        Every pass then reorders the weights too, so that only large batches gain: see `docs/performance.md`.
+        Every pass then reorders the weights too: see `docs/performance.md`.
 
         Args:
             once: in passes that are differentiated at most once.
             twice: in those that are differentiated twice.
-            always: on every device and for all sizes; else on a CPU, where the input is large enough.
         """
-        convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
-        self._convolution_weights = sum(module.weight.numel() for module in convolutions)
-        self._reorders = {False: once, True: twice}
-        self._always = always
+        convolves = self.has_convolutions
+        self._reorders = {False: once and convolves, True: twice and convolves}
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Of images."""
+        return any(isinstance(module, nn.Conv2d) for module in self.modules())
 
     def forward(self, x: Tensor) -> Tensor:
         """The output `[B, ...]` for an input `[B, ...]`."""
@@ -86,11 +83,7 @@ class Segment(nn.Module):
 
     def reorders(self, x: Tensor) -> bool:
         """Is such an input reordered?"""
-        weights = self._convolution_weights
-        if not self._reorders[_twice.get()] or x.dim() != 4 or weights == 0:
-            return False
-        pays = x.device.type == "cpu" and weights <= WEIGHTS_PER_NUMBER * x.numel()
-        return self._always or pays
+        return self._reorders[_twice.get()] and x.dim() == 4
 
     def _compute(self, x: Tensor) -> Tensor:
         """The output in its type."""

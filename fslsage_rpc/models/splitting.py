@@ -108,10 +108,7 @@ def build(
     client, server, uncut = halves
     if keys.memory_format == "channels_last":
         for part in (client, server, uncut, auxiliary):
-            part.reorder_images(once=True, twice=True, always=True)
-    elif keys.memory_format == "auto" and entry.reorders and dtype == torch.float32 and autocast is None:
-        for part in (client, server, uncut, *([] if is_own(keys.auxiliary.kind) else [auxiliary])):
-            part.reorder_images(once=True, twice=entry.reorders_twice)
+            part.reorder_images(once=True, twice=True)
     if autocast is not None:
         client.compute_in(autocast, gives=autocast)
         for part in (server, uncut, auxiliary):

@@ -40,8 +40,6 @@ class ModelEntry:
             auxiliary model gets a linear classifier.
         for_alignment: is done to an auxiliary model, so that it can be differentiated twice.
         on_meta: `make` reads no tensor that it makes, so sizes can be found without memory.
-        reorders: the model takes images in any order of memory, and gains by `channels_last` on a CPU.
-        reorders_twice: also where its auxiliary model is differentiated twice.
     """
 
     make: Callable[..., nn.Module]
@@ -52,8 +50,6 @@ class ModelEntry:
     head: tuple[str, ...] = ()
     for_alignment: Callable[[nn.Module], None] = lambda auxiliary: None
     on_meta: bool = False
-    reorders: bool = False
-    reorders_twice: bool = False
 
     def __call__(self, *arguments: Any, **more: Any) -> nn.Module:
         """Make the model."""
@@ -138,8 +134,6 @@ ZOO = {
         resnet18,
         default_cut="layer2",
         auxiliary={"layer1": "layer2", "layer2": "layer3", "layer3": "layer4"}.get,
-        reorders=True,
-        reorders_twice=True,
     ),
 }
 for depth in (56, 110):
@@ -147,7 +141,6 @@ for depth in (56, 110):
         partial(cifar_resnet, depth),
         default_cut="layer1",
         auxiliary={"layer1": "layer2", "layer2": "layer3"}.get,
-        reorders=True,
     )
 
 
@@ -164,7 +157,7 @@ def find(name: str) -> ModelEntry:
         model = name.removeprefix(TORCHVISION)
         if model in known:
             on_meta = not model.startswith("regnet")
-            return built_in(partial(_torchvision, model), on_meta=on_meta, reorders=True)
+            return built_in(partial(_torchvision, model), on_meta=on_meta)
         near = difflib.get_close_matches(model, known, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(TORCHVISION + n for n in near)}?" if near else "it has no such model"
         raise InputError(f"model.name: got {name!r}, expected one of torchvision's classifiers; {hint}")

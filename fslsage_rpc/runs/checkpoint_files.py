@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,6 +70,8 @@ class Manifest:
     parts: list[Part]
     metrics: Extent
     """the lines of these rounds"""
+    image_orders: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """of passes, by processor and by name, which the run keeps: `training/order_choice.py`"""
 
     def write(self) -> None:
         """Make the checkpoint complete.
@@ -89,6 +91,7 @@ class Manifest:
             "rounds": self.rounds,
             "parts": [asdict(part) for part in self.parts],
             "metrics": asdict(self.metrics),
+            "image_order": self.image_orders,
         }
         text = json.dumps({"manifest": content, "sha256": _digest(content)}, indent=2) + "\n"
         write_durably(self.folder / MANIFEST, text.encode())
@@ -164,7 +167,8 @@ def read_manifest(folder: Path) -> Manifest:
     if round_folder(folder.parent, content["rounds"]) != folder:
         raise Damaged(f"{path}: of another checkpoint (after {content['rounds']} rounds)")
     parts = [Part(Extent(**part["extent"]), part["clients"]) for part in content["parts"]]
-    return Manifest(folder, content["rounds"], parts, Extent(**content["metrics"]))
+    orders = content.get("image_order", {})  # older versions choose none
+    return Manifest(folder, content["rounds"], parts, Extent(**content["metrics"]), orders)
 
 
 def write_part(folder: Path, rank: int, state: RankState) -> Part:

@@ -2,7 +2,7 @@
 
 import copy
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,7 @@ class Checkpoints:
     Args:
         root: the folder of the checkpoints, the same on all hosts.
         folder: the run folder, on the server's rank.
+        image_orders: as manifests have them; more come in with ranks that join.
         in_memory: keep the copies of the last two rounds' ends, for when a rank is lost.
 
     Attributes:
@@ -60,12 +61,14 @@ class Checkpoints:
         root: Path,
         keys: Checkpoint,
         folder: RunFolder | None,
+        image_orders: Mapping[str, Mapping[str, str]],
         in_memory: bool = False,
     ):
         self._world = world
         self._root = root
         self._keys = keys
         self._folder = folder
+        self._image_orders = image_orders
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._in_memory = in_memory
@@ -135,7 +138,8 @@ class Checkpoints:
         elif not problems:
             try:
                 run.metrics.sync()
-                Manifest(round_folder(self._root, rounds), rounds, parts, lines).write()
+                folder, orders = round_folder(self._root, rounds), self._image_orders
+                Manifest(folder, rounds, parts, lines, orders).write()
             except OSError as error:
                 problems = [said(error)]
             except Damaged as error:

@@ -156,6 +156,8 @@ class Experiment:
     split: SplitModel
     warnings: list[str] = field(default_factory=list)
     """one line each, for the screen"""
+    image_orders: dict[str, dict[str, str]] = field(default_factory=dict)
+    """of passes, by processor and by name, as far as they have been chosen: `training/order_choice.py`"""
 
     @classmethod
     def prepare(cls, config: Config) -> "Experiment":

@@ -110,12 +110,15 @@ def _train(
         round = finished.get("diverged")
         return Diverged(round) if round and config.stop.diverged else None
     elastic = config.clients.on_loss == "drop" and config.transport == "rpc"
-    checkpoints = Checkpoints(world, checkpoints_folder(config), config.checkpoint, folder, elastic)
+    root, orders = checkpoints_folder(config), experiment.image_orders
+    checkpoints = Checkpoints(world, root, config.checkpoint, folder, orders, elastic)
     trainer: Trainer | None = None
     if world.generation == 0:  # else this rank joins a run under way
         compare_ranks(experiment, world)
         ranks = transport.gather(rank_environment(world.device))
         manifest: Manifest | None = transport.broadcast(folder and folder.manifest)
+        if manifest:
+            orders.update(manifest.image_orders)
         saved = from_checkpoint(experiment, world, manifest, folder) if manifest else None
         trainer = Trainer(experiment, world, saved, folder.rounds if folder else ())
         if elastic:
@@ -123,7 +126,13 @@ def _train(
         del saved  # the parties have copies
     if folder and trainer:
         folder.start(
-            {**described(experiment), **transport.describe(), "ranks": ranks, **links},
+            {
+                **described(experiment),
+                **transport.describe(),
+                "ranks": ranks,
+                "image_order": orders,
+                **links,
+            },
             experiment.partition_summary,
         )
         if manifest:

@@ -31,6 +31,7 @@ from fslsage_rpc.tasks import Batches, Score
 from fslsage_rpc.training.assembly import build_aggregator, build_clients, build_server, shared_context
 from fslsage_rpc.training.evaluation import evaluate
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.order_choice import order_images
 from fslsage_rpc.transport.link import ServerLink, connect, measure_links
 from fslsage_rpc.transport.wire_ledger import WireLedger
 from fslsage_rpc.units import GIB
@@ -62,6 +63,7 @@ class Trainer:
         saved: RankState | None = None,
         lines: Sequence[dict[str, Any]] = (),
     ):
+        order_images(experiment, world)
         self.experiment = experiment
         self.world = world
         self._transport = world.transport

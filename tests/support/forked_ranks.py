@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from support.usual_order import keep_usual_order
+
 RankProcess = multiprocessing.context.ForkServerProcess
 LOOPBACK = "127.0.0.1"
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -94,4 +96,5 @@ def _rank(
     log = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    keep_usual_order()
     program(*arguments)

@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from support.trees import MODEL
+
 ROUNDS = 12
 TREE: dict[str, Any] = {
     "rounds": ROUNDS,
@@ -13,6 +15,7 @@ TREE: dict[str, Any] = {
     "precision": "fp64",
     "clients": {"count": 3, "batch_size": 16},
     "data": {"train_limit": 120, "test_limit": 50, "partition": "iid"},
+    "model": MODEL,
     "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 8}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
 }

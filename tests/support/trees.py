@@ -17,6 +17,8 @@ def merged(below: Tree, above: Tree) -> Tree:
 
 
 CLIENTS = 3
+MODEL: Tree = {"memory_format": "contiguous"}
+"""not by timing: numbers must not depend on it"""
 
 
 def tree(output: Path, *changes: Tree, **keys: Any) -> Tree:
@@ -29,6 +31,7 @@ def tree(output: Path, *changes: Tree, **keys: Any) -> Tree:
         "output": str(output),
         "clients": {"count": CLIENTS, "batch_size": 16},
         "data": {"train_limit": 100, "test_limit": 60, "alpha": 3.0},
+        "model": MODEL,
         "algorithm": {
             "upload_every": 2,
             "align_every": 2,
@@ -49,6 +52,7 @@ BENCH: Tree = {
     "device": "cpu",
     "clients": {"count": 2, "batch_size": 16},
     "data": {"train_limit": 96, "test_limit": 20, "partition": "iid"},
+    "model": MODEL,
     "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
     "bench": {
