@@ -137,8 +137,8 @@ def resnet18_cut_at_layer2() -> tuple[nn.Module, nn.Module, nn.Module]:
     return client, server, nn.Sequential(layer3, whole.avgpool, nn.Flatten(), nn.Linear(256, CLASSES))
 
 
-def untracked(model: nn.Module, tracks: bool = False) -> None:
-    """From here on a model's running statistics stay as they are, or (`tracks`) no longer."""
+def track_statistics(model: nn.Module, tracks: bool) -> None:
+    """From here on passes of a model move its running statistics, or leave them as they are."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.track_running_stats = tracks
@@ -176,7 +176,7 @@ class Arithmetic:
         replicas = self._faster(server, keys.server, lanes, lambda part: part.train(z, y, answers))
         self._lanes = replicas * (parts // lanes)
         if self._aligns:
-            untracked(auxiliary)
+            track_statistics(auxiliary, False)
             self._fits = self._faster(auxiliary, keys.auxiliary, parts, lambda part: part.fit(z, y, some))
             self._estimators = self._faster(
                 auxiliary.requires_grad_(False), keys.auxiliary, parts, lambda part: part.gradient(z, y)
@@ -216,9 +216,9 @@ class Arithmetic:
     def _align(self, client: int) -> None:
         """The true gradients of the buffer, then the passes of the fit, then the weights to the client."""
         lane, fit, estimator = self._lanes[client], self._fits[client], self._estimators[client]
-        untracked(lane.model)
+        track_statistics(lane.model, False)
         targets = [(z, y, lane.gradient(z, y)) for z, y in self._buffers[client]]
-        untracked(lane.model, tracks=True)
+        track_statistics(lane.model, True)
         for _ in range(self._keys.alignment.epochs):
             for target in targets:
                 fit.fit(*target)

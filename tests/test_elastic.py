@@ -21,7 +21,11 @@ from support.trees import tree
 ADAM = {"aggregation": {"name": "adam"}}
 SGD = {"optimizer": {"client": {"name": "sgd", "lr": 0.05}, "auxiliary": {"name": "sgd", "lr": 0.05}}}
 BEHIND = {"algorithm": {"alignment": {"lag": 1}}}
-FOUR = {"clients": {"count": 4, "batch_size": 16}, "data": {"train_limit": 120}}
+FOUR = {
+    "clients": {"count": 4, "batch_size": 16},
+    "data": {"train_limit": 120},
+    "model": {"memory_format": "auto"},  # which all ranks agree on, newcomers too
+}
 
 
 def keys_of(tmp_path: Path, *changes: dict[str, Any], **more: Any) -> dict[str, Any]:

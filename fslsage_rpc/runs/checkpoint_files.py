@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,7 +70,7 @@ class Manifest:
     parts: list[Part]
     metrics: Extent
     """the lines of these rounds"""
-    image_orders: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    image_orders: dict[str, dict[str, str]] = field(default_factory=dict)
     """of passes, by processor and by name, which the run keeps: `training/order_choice.py`"""
 
     def write(self) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import platform
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +61,7 @@ class Checkpoints:
         root: Path,
         keys: Checkpoint,
         folder: RunFolder | None,
-        image_orders: Mapping[str, Mapping[str, str]],
+        image_orders: dict[str, dict[str, str]],
         in_memory: bool = False,
     ):
         self._world = world

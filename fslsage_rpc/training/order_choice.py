@@ -6,15 +6,16 @@ Ranks with the same processor take the same order.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fslsage_rpc.config.schema import Auxiliary
+from fslsage_rpc.device.clock import clock, cpu_clock
 from fslsage_rpc.device.placement import device_name
 from fslsage_rpc.job.world import World
 from fslsage_rpc.models.draws import left_as_they_were
@@ -33,27 +34,29 @@ SECONDS = 5.0
 LARGEST_BATCH = 128
 FEWEST_SAMPLES = 2
 """of the first pass, by which the batch is cut further where passes are long"""
-MOST_PAIRS = 9
-PASSES = 10
-"""how often the pass on the whole batch should fit into its share of the time: to come there, to warm up, and
-three pairs"""
+MOST_PAIRS = 5
+PASSES = 9
+"""of a batch that should fit into a share of the time: to come to that batch, to warm up, and three pairs"""
+GROWTH = 4
+"""by which the batch grows at most from one trial to the next"""
 MARGIN = 0.03
 """by which `channels_last` must be faster: what two equal times may differ by"""
 UNLIKE = 0.25
 """the relative difference of outputs that no rounding makes, at any precision"""
 USUAL, REORDERED = "contiguous", "channels_last"
+Clock = Callable[[], float]
+"""in seconds"""
 
 _remembered: dict[str, str] = {}  # of this process, so that its trainings of one model take the same orders
 
 
 class Timed(Protocol):
-    """A pass that can be made in either order.
+    """A pass that can be made in either order."""
 
-    Attributes:
-        batch: the samples of a batch.
-    """
-
-    batch: int
+    @property
+    def batch(self) -> int:
+        """The samples of a batch."""
+        ...
 
     def run(self, samples: int, reordered: bool) -> None:
         """Make it on so many samples."""
@@ -63,47 +66,67 @@ class Timed(Protocol):
 
 
 def choose(
-    passes: Mapping[str, Timed], seconds: float = SECONDS, clock: Callable[[], float] = time.perf_counter
+    passes: Mapping[str, Timed],
+    seconds: float = SECONDS,
+    wall: Clock = clock,
+    own: Clock | None = None,
 ) -> dict[str, str]:
     """The faster order of each pass, by its name.
 
     Each gets an equal share of the time that is left. It stays contiguous where it gets none, where
     `channels_last` does not win by the margin, or where it fails in that order.
+
+    Args:
+        seconds: for all of it.
+        wall: the clock that tells how many are left.
+        own: the clock that passes are compared by. By default that is CPU time of this thread, which others
+            disturb less, and the wall clock where torch has more threads.
     """
-    ends = clock() + seconds
+    own = own or (cpu_clock if torch.get_num_threads() == 1 else wall)
+    ends = wall() + seconds
     chosen = dict.fromkeys(passes, USUAL)
     for number, (name, each) in enumerate(passes.items()):
-        share = (ends - clock()) / (len(passes) - number)
+        share = (ends - wall()) / (len(passes) - number)
         try:
-            if share > 0 and each.same_numbers() and _gains(each, share, clock):
+            if share > 0 and each.same_numbers() and _gains(each, share, wall, own):
                 chosen[name] = REORDERED
         except Exception:  # whatever the user's forward raises; in the usual order training raises it again
             continue
     return chosen
 
 
-def _gains(each: Timed, seconds: float, clock: Callable[[], float]) -> bool:
+def _gains(each: Timed, seconds: float, wall: Clock, own: Clock) -> bool:
     """Is a pass faster with its images reordered? Both orders take turns, and who begins does, too."""
 
-    def timed(reordered: bool) -> float:
-        began = clock()
-        each.run(samples, reordered)
-        return clock() - began
+    def timed(by: Clock, *orders: bool) -> list[float]:
+        times = [by()]
+        for reordered in orders:
+            each.run(samples, reordered)
+            times.append(by())
+        return [later - earlier for earlier, later in pairwise(times)]
 
-    ends = clock() + seconds
+    ends, limit = wall() + seconds, seconds / PASSES
     samples = min(FEWEST_SAMPLES, each.batch)
-    timed(reordered=False)
-    took = timed(reordered=False)
-    while samples < each.batch and 2 * took <= seconds / PASSES:
-        samples = min(2 * samples, each.batch)
-        took = timed(reordered=False)
-    ratios: list[float] = []
-    pair = took + (timed(reordered=True) if clock() + took <= ends else seconds)
-    while len(ratios) < MOST_PAIRS and clock() + pair <= ends:
-        first = len(ratios) % 2 == 1
-        times = {reordered: timed(reordered) for reordered in (first, not first)}
-        pair = sum(times.values())
-        ratios.append(times[True] / times[False])
+    _, took = timed(wall, False, False)
+    affordable = 2.0 * samples if took <= limit else 0.0
+    while (larger := int(min(GROWTH * samples, affordable, each.batch))) >= 1.5 * samples:
+        fewer, before, samples = samples, took, larger
+        (took,) = timed(wall, False)
+        for_one = max((took - before) / (samples - fewer), 1e-9)  # seconds that one sample more takes
+        affordable = samples + (limit - took) / for_one
+    if wall() + took > ends:
+        return False
+    began, ratios = wall(), list[float]()
+    timed(own, True)  # warms up
+    pair = took + wall() - began
+    while len(ratios) < MOST_PAIRS and wall() + pair <= ends:
+        began = wall()
+        if len(ratios) % 2 == 0:
+            usual, reordered = timed(own, False, True)
+        else:
+            reordered, usual = timed(own, True, False)
+        ratios.append(reordered / usual)
+        pair = wall() - began
     return bool(ratios) and statistics.median(ratios) < 1 - MARGIN
 
 
