@@ -103,7 +103,8 @@ class AlignmentBehind:
 
         def give_way() -> None:
             queue.wait()  # a GPU would have whole passes queued
-            crew.activity.give_way()
+            with fit.context.timeline.paused():
+                crew.activity.give_way()
 
         working = crew.activity.of("fit")
         try:
