@@ -93,7 +93,7 @@ class AlignmentBehind:
             self._collecting = execution
             if not self._fitted:
                 return
-        self._crew.run("fit", self._client, self._hand_out)
+        self._crew.run("collect", self._client, self._hand_out)  # behind no other client's fit
 
     def _fit_behind(self, place: Place) -> None:
         fit, crew = self._fit, self._crew
