@@ -315,6 +315,9 @@ def test_the_documented_example() -> None:
     assert bound("cse_fsl") == pytest.approx(2.5)
     assert bound("aligned") == pytest.approx(4.9)
     assert bound("aligned", workers=2) == pytest.approx(4.4)
+    asks = [Ask(0, "push"), Ask(0, "begin_alignment", at_once=True), *(Ask(k, "push") for k in (1, 2, 3))]
+    lagged = [client(*asks, rank=rank, begin=(0.1, 0, 0)) for rank in range(2)]
+    assert bound_seconds(pieces(*lagged, workers=1, targets=0.2)) == pytest.approx(2.5)
 
 
 def test_pieces_are_of_what_ranks_report() -> None:
