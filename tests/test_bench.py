@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fslsage_rpc.bench.pieces import fit_seconds
 from fslsage_rpc.bench.statistics import BenchRun, quartiles, summarise
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import from_tree
@@ -57,6 +58,27 @@ def test_a_sample_is_a_whole_alignment_interval_behind_the_warm_up() -> None:
     assert record["efficiency"] == 0.5
     assert record["bound_seconds"] == 1.25
     assert record["phases"]["client"] == {"data": 1.25}  # means over the rounds of the samples alone
+
+
+def test_fits_behind_the_training_are_in_the_bound_of_their_interval() -> None:
+    """Two rounds of 4 s, whose own bounds are 2 s; on all workers the fits take so long in each."""
+    for fits, bound in (([3.0, 0.0], 2.0), ([1.5, 4.5], 3.0), ([0.0, 7.0], 3.5)):
+        one = run("a", 0, [4.0] * 4, interval=2)
+        one.fits += [9.0, 9.0, *fits]  # of the warm-up, which counts for nothing
+        record = summarise([one], Bench(variants={"a": []}, reference="a", warmup_rounds=1))["a"]
+        assert (record["bound_seconds"], record["efficiency"]) == (bound, bound / 4)
+
+
+def test_seconds_of_fits_are_those_of_the_device_that_makes_them() -> None:
+    on_cpu = {"cpu_seconds": {"server": {"alignment": 2.0, "step": 1.0}}}
+    assert fit_seconds(on_cpu) == 2.0
+    assert fit_seconds({"cpu_seconds": {"server": {"step": 1.0}}}) == 0.0
+    on_gpu = {"client": {}, "server": {"alignment": 0.5}}
+    assert fit_seconds({**on_cpu, "device_seconds": on_gpu}) == 0.5
+    no_fit_in_it = {"client": {}, "server": {"step": 0.5}}
+    assert fit_seconds({**on_cpu, "device_seconds": no_fit_in_it}) == 0.0
+    gpu_of_clients = {"client": {"data": 0.5}, "server": {}}
+    assert fit_seconds({**on_cpu, "device_seconds": gpu_of_clients}) == 2.0
 
 
 def test_ratios_are_paired_within_each_repeat() -> None:

@@ -15,6 +15,7 @@ import torch
 import fslsage_rpc
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check import findings
+from fslsage_rpc.check.display import CheckScreen
 from fslsage_rpc.check.findings import COPIES, Findings, ModelSize, Outlook, Rank, rounds_counted
 from fslsage_rpc.check.machine import Disk, Machine, status_bytes
 from fslsage_rpc.check.one_round import Use, dearest_round, fill_buffers
@@ -175,6 +176,86 @@ def test_checkpoints_and_paper_bytes_are_those_of_the_run(
     (rank,) = found.ranks
     assert rank.use is not None
     assert rank.use.checkpoint == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("every", "average", "codec", "participation"),
+    [
+        (1, "never", "none", 1.0),
+        (1, "never", "bf16", 1.0),
+        (1, "alignment", "none", 1.0),
+        (1, "never", "none", 0.6),
+        (2, "never", "none", 1.0),  # where no checkpoint is written while a fit is under way
+    ],
+)
+def test_a_checkpoint_holds_the_inputs_of_fits_behind_the_training(
+    tmp_path: Path, every: int, average: str, codec: str, participation: float
+) -> None:
+    keys = {
+        "algorithm": {"average_auxiliary": average, "alignment": {"lag": 1}},
+        "checkpoint": {"every": every},
+        "comm": {"codec": {"auxiliary": codec}},
+        "clients": {"participation": participation},
+        "model": {"name": "resnet56", "arguments": {"width": 4}},
+        "data": {"partition": "iid", "train_limit": 240},
+    }
+    config = tree(tmp_path, keys, rounds=4 if participation == 1 else 5, name="lagged")
+    (rank,) = examined(tmp_path, config).ranks
+    run = fslsage_rpc.train(*as_arguments(tmp_path, config))
+    folders = complete_folders(run.folder / "checkpoints")
+    written = max(sum(file.stat().st_size for file in folder.glob("*.pt")) for folder in folders)
+    assert rank.use is not None
+    assert rank.use.checkpoint == pytest.approx(written, rel=0.01)
+
+
+def test_a_round_that_collects_is_measured_with_what_it_collects(tmp_path: Path) -> None:
+    """Clients that take part now and then may collect and align in the same round."""
+    keys = {"algorithm": {"alignment": {"lag": 1}}, "clients": {"participation": 0.6}}
+    config = from_tree(tree(tmp_path, keys, rounds=9))
+    experiment = Experiment.prepare(config)
+    number = dearest_round(experiment)
+    asked = [ask.kind for asks in experiment.rehearsal.course(number).asks.values() for ask in asks]
+    assert "collect" in asked
+    _, line = outlook_of(examined(tmp_path, to_tree(config)))
+    assert {kind: times["count"] for kind, times in line["requests"].items()} == {
+        kind: asked.count(kind) for kind in set(asked)
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [
+        ({"lag": 1}, None),
+        (
+            {"lag": 1, "align_every": None},
+            " is not used by fsl_sage, which aligns nothing behind the training",
+        ),
+        ({"lag": 3, "align_every": 4}, ": got 3, so that no fitted model is taken up by round 3"),
+        ({"lag": 1, "name": "cse_fsl"}, None),  # which uses no key of alignments, and that is said elsewhere
+    ],
+)
+def test_a_lag_that_does_nothing_is_a_warning(
+    tmp_path: Path, keys: dict[str, Any], warning: str | None
+) -> None:
+    others = {key: value for key, value in keys.items() if key != "lag"}
+    config = from_tree(tree(tmp_path, {"algorithm": {"alignment": {"lag": keys["lag"]}, **others}}, rounds=3))
+    said = [] if warning is None else [f"algorithm.alignment.lag{warning}"]
+    assert Experiment.prepare(config).warnings == said
+
+
+def test_seconds_are_told_apart_from_those_of_alignments_behind_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"algorithm": {"alignment": {"lag": 1}}}
+    found = examined(tmp_path, keys)
+    outlook, line = outlook_of(found)
+    for transport, words in (
+        ("local", ("with alignment: ", "of which nothing but alignment ", "the others have no alignment.")),
+        ("rpc", ("with alignment behind the training: ", "and fits end before they are collected.")),
+    ):
+        CheckScreen()._show_seconds(outlook, line, transport)
+        shown = capsys.readouterr().out
+        assert all(word in shown for word in words)
 
 
 def as_arguments(tmp_path: Path, config: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from support.simulated_round import SimulatedRound, Stretch
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
 # Of one request: the server's seconds, bytes up and down.
 PUSH, EXCHANGE, ALIGN = (0.1, 10, 0), (0.1, 10, 10), (1.0, 0, 100)
+BEGIN, COLLECT = (0.3, 0, 0), (0.2, 0, 100)
 
 
 def asks_of(name: str, steps: int, every: int = 1) -> list[Ask]:
@@ -38,10 +39,19 @@ def client(
     push: tuple[float, int, int] = PUSH,
     exchange: tuple[float, int, int] = EXCHANGE,
     align: tuple[float, int, int] = ALIGN,
+    begin: tuple[float, int, int] = BEGIN,
+    collect: tuple[float, int, int] = COLLECT,
 ) -> ClientPieces:
     """A client from what each of its requests takes."""
     of_kind = {}
-    for kind, (server, up, down) in {"push": push, "exchange": exchange, "align": align}.items():
+    asked = {
+        "push": push,
+        "exchange": exchange,
+        "align": align,
+        "begin_alignment": begin,
+        "collect": collect,
+    }
+    for kind, (server, up, down) in asked.items():
         if count := sum(ask.kind == kind for ask in asks):
             of_kind[kind] = RequestTimes(
                 count, compute_seconds=count * server, up_bytes=count * up, down_bytes=count * down
@@ -138,6 +148,34 @@ def test_an_alignment_blocks_its_client_and_each_worker_takes_one_at_a_time() ->
     # Of the alignments the lane computes 1.0 itself, whatever else runs.
     assert bound_seconds(pieces(*five, targets=1.0)) == pytest.approx(around + 2.0)
     assert bound_seconds(pieces(*five, targets=4.9)) == pytest.approx(0.2 + 4.9 + 5 * 0.4 + 0.1 + 0.5)
+
+
+def test_an_alignment_behind_the_training_takes_its_round_no_more_than_its_turn() -> None:
+    asks = [Ask(0, "push"), Ask(0, "begin_alignment", at_once=True), *(Ask(k, "push") for k in (1, 2, 3))]
+    assert bound_seconds(pieces(client(*asks), targets=0.3)) == pytest.approx(2.0 + 0.5)  # it goes on
+    # The lane: twelve turns of uploads and three of alignments, which hold the true gradients.
+    three = [client(*asks, rank=rank, begin=(2.0, 0, 0)) for rank in range(3)]
+    for targets in (0.0, 5.9, 6.0):
+        lane = 0.2 + 12 * 0.1 + 3 * 2.0
+        assert bound_seconds(pieces(*three, targets=targets)) == pytest.approx(lane + 0.1 + 0.5)
+    # Beside them one that its client waits for, of whose second the lane computes 0.6.
+    waits = client(*asks_of("aligned", 4), rank=3)
+    assert bound_seconds(pieces(*three, waits, targets=6.6)) == pytest.approx(lane + 0.4 + 0.6 + 0.1 + 0.5)
+
+
+def test_a_fitted_model_is_collected_behind_no_turn() -> None:
+    # The upload takes the lane 9.0; the answer of 100 bytes is there at 0.1 + 0.2 + 0.1 + 0.5.
+    asks = [Ask(0, "push"), Ask(0, "collect", at_once=True)]
+    alone = pieces(client(*asks), averaging=0.0)
+    assert bound_seconds(alone) == pytest.approx(0.9 + 2.0)
+    busy = pieces(client(*asks, push=(9.0, 10, 0)), averaging=0.0)
+    assert bound_seconds(busy) == pytest.approx(0.2 + 9.0 + 0.1)
+    # A client that begins the next alignment has collected the one before.
+    both = pieces(client(*asks, Ask(0, "begin_alignment", at_once=True), begin=(3.0, 0, 0)), averaging=0.0)
+    assert bound_seconds(both) == pytest.approx(0.9 + 0.1 + 3.0 + 0.1)
+    # Codecs of five answers, with one worker; then the last one's way down, and 3 of its 4 steps.
+    five = [client(*asks, rank=rank, collect=(1.0, 0, 100)) for rank in range(5)]
+    assert bound_seconds(pieces(*five, workers=1)) == pytest.approx(0.1 + 5.0 + 0.1 + 0.5 + 1.5 + 0.5)
 
 
 def test_a_bound_is_at_least_its_longest_single_load() -> None:
@@ -277,6 +315,9 @@ def test_the_documented_example() -> None:
     assert bound("cse_fsl") == pytest.approx(2.5)
     assert bound("aligned") == pytest.approx(4.9)
     assert bound("aligned", workers=2) == pytest.approx(4.4)
+    asks = [Ask(0, "push"), Ask(0, "begin_alignment", at_once=True), *(Ask(k, "push") for k in (1, 2, 3))]
+    lagged = [client(*asks, rank=rank, begin=(0.1, 0, 0)) for rank in range(2)]
+    assert bound_seconds(pieces(*lagged, workers=1, targets=0.2)) == pytest.approx(2.5)
 
 
 def test_pieces_are_of_what_ranks_report() -> None:
@@ -421,6 +462,8 @@ def drawn_round(
                 push=one(heavy("server"), bytes, 0),
                 exchange=one(heavy("server"), bytes, bytes),
                 align=one(heavy("fits"), 0, bytes),
+                begin=one(heavy("server"), 0, 0),
+                collect=one(heavy("fits"), 0, bytes),
             )
         )
     sums = [each.of_kind["align"].compute_seconds for each in clients if "align" in each.of_kind]
@@ -457,14 +500,16 @@ def test_it_is_never_below_a_bound_of_the_algorithms_own(name: str) -> None:
 TOGETHER = (
     *("push", "exchange", "align", "push push", "push align", "push exchange", "align push"),
     *("exchange align", "push push push align", "push exchange push"),
+    *("push begin_alignment", "push collect", "collect push", "push collect begin_alignment", "collect"),
 )
 """kinds that a step may ask"""
 
 
 def drawn_asks(draw: random.Random, steps: int) -> list[Ask]:
-    """Requests of any kind at every so many steps, or many uploads and an alignment at the last step."""
+    """Requests of any kind at every so many steps, or many uploads, and an alignment's at the last step."""
     if draw.random() < 0.2:
-        return [*asks_of("cse_fsl", steps), Ask(steps - 1, "align", at_once=draw.random() < 0.5)]
+        last = draw.choice(("align", "begin_alignment", "collect"))
+        return [*asks_of("cse_fsl", steps), Ask(steps - 1, last, at_once=draw.random() < 0.5)]
     return [
         Ask(step, kind, at_once=place > 0 and draw.random() < 0.5)
         for step in range(draw.randrange(2), steps, draw.randint(1, 3))

@@ -167,6 +167,39 @@ def test_shared_cores_are_a_limit() -> None:
     )
 
 
+def lagged(lag: int, every: int = 2) -> dict[str, Any]:
+    """Its buffers hold 100 samples at each alignment."""
+    alignment = {"epochs": 2, "buffer_size": 100, "lag": lag}
+    return tree("fsl_sage", align_every=every, alignment=alignment)
+
+
+def test_fits_behind_the_training_take_a_planned_interval_what_is_longest_of_them() -> None:
+    """Rounds of 4.79 s for 3 clients, and fits of `fit` s each."""
+
+    def seconds(fit: float, workers: int = 3, lag: int = 1, every: int = 2, cores: float = math.inf) -> float:
+        scenario = Scenario(from_tree(lagged(lag, every)), NO_LINK, 3, cores)
+        found = predict(scenario, Costs(client=0.01, alignment=fit / 100), workers)
+        assert isinstance(found, Prediction)
+        return found.round_seconds
+
+    later = 4.79 * (BATCHES - 1) / BATCHES  # the steps behind the one that collects
+    assert seconds(1.0) == pytest.approx(4.79)  # while its client trains on
+    assert seconds(1.0, lag=0) == pytest.approx(4.79 + 1.0 / 2)  # while it waits
+    assert seconds(20.0) == pytest.approx((20.0 + later) / 2)  # collected in the second round
+    assert seconds(20.0, every=4) == pytest.approx((20.0 + later + 2 * 4.79) / 4)
+    assert seconds(20.0, lag=3, every=4) == pytest.approx((20.0 + later) / 4)
+    assert seconds(8.0, lag=3, every=4) == pytest.approx(4.79)
+    assert seconds(20.0, workers=1) == pytest.approx(3 * 20.0 / 2)  # one after the other
+    assert seconds(1.0, cores=1) == pytest.approx((3 * 2 * 4.79 + 3 * 1.0) / 2)
+
+
+def test_an_alignment_costs_the_same_whoever_waits_for_it() -> None:
+    for kinds, lag in (({"push", "align"}, 1), ({"push", "begin_alignment", "collect"}, 0)):
+        prediction_of(lagged(lag), Costs(1e-4, 1e-4, 1e-4, kinds=kinds))
+    found = predict(Scenario(from_tree(lagged(1)), LINK, 3), Costs(kinds={"push"}), 3)
+    assert found == "it makes requests of a kind that was not measured"
+
+
 COSTS = Costs(1e-3, 2e-3, 2e-3, 1e-3, 2e-3, 1e-2)
 
 
@@ -268,6 +301,35 @@ def test_costs_are_per_sample_and_request() -> None:
     assert costs.alignment == pytest.approx(6.0 / buffered)
     assert costs.sending == pytest.approx(2 * 0.9 / 13)
     assert costs.handling == pytest.approx((1.3 + 2.6) / 13)
+
+
+def test_costs_of_fits_behind_the_training_are_in_no_request() -> None:
+    scenario = Scenario(from_tree(lagged(1)), NO_LINK, client_ranks=1)
+    buffered = sum(sum(each) for each in scenario.round(2).aligned.values())
+    assert buffered == 3 * 100
+    phases = {"forward_backward": 1.0, "averaging": 0.0}
+    line = {
+        "round": 3,
+        "phases": {"client": phases},
+        "cpu_seconds": {
+            "ranks": [10.0, 1.0],  # 4 + (0.3 + 2 + 0.4) beside 1 on the client rank, and 3.3 are left
+            "client": phases,
+            "server": {"step": 4.0, "targets": 0.3, "alignment": 2.0},
+        },
+        "requests": {
+            "push": {"count": 10, "cpu_seconds": 4.0, "up_bytes": 0},
+            "begin_alignment": {"count": 3, "cpu_seconds": 0.3, "up_bytes": 0},
+            "collect": {"count": 3, "cpu_seconds": 0.4, "up_bytes": 0},
+        },
+    }
+    costs = measure_costs([line], scenario, [1, 1])
+    assert costs.alignment == pytest.approx((0.3 + 2.0 + 0.4) / buffered)
+    assert costs.handling == pytest.approx(3.3 / 16)
+    on_gpu = {**line, "device_seconds": {"server": {"targets": 0.03, "alignment": 0.2}}}
+    on_gpu["requests"] = {kind: {**each, "compute_seconds": 0.1} for kind, each in line["requests"].items()}
+    costs = measure_costs([on_gpu], scenario, [1, 1])
+    assert costs.alignment == pytest.approx((0.03 + 0.2 + 0.1) / buffered)
+    assert costs.handling == pytest.approx(3.3 / 16)
 
 
 def test_uploads_and_exchanges_cost_the_server_the_same_a_sample() -> None:
@@ -396,7 +458,7 @@ def test_costs_of_this_machine_hold_no_transport_and_each_partys_own_seconds() -
         {
             "device": "cpu",
             "clients": {"count": 8, "minimum": 3, "batch_size": 16},
-            "algorithm": {"alignment": {"epochs": 5}},
+            "algorithm": {"alignment": {"epochs": 5, "lag": 2}},  # measured as without it
         }
     )
     names = [*ALGORITHMS, own(Mixed), own(Seldom), own(Adaptive)]
@@ -486,6 +548,23 @@ def test_a_prediction_of_what_was_measured_is_what_was_measured(tmp_path: Path) 
         samples = [statistics.fmean(seconds[i : i + rounds]) for i in range(0, 2, rounds)]
         inverse = statistics.median(1 / each for each in samples)
         assert found[name].round_seconds == pytest.approx(1 / inverse)
+
+
+def test_a_benchmark_with_lag_predicts_itself_and_what_would_be_without(tmp_path: Path) -> None:
+    folder = bench_folder(tmp_path, {"lagged": ["algorithm.alignment.lag=1"]})
+    lines = [json.loads(line) for line in (folder / "rounds" / "lagged-0.jsonl").read_text().splitlines()]
+    for lag in (1, 0):
+        keys = {"data": {"train_limit": 400}, "algorithm": {"alignment": {"lag": lag}}}
+        config = from_tree(merged(tree("fsl_sage"), keys))
+        calibration = read_calibration(folder, config)
+        costs = calibration.costs["fsl_sage"]
+        assert isinstance(costs, Costs)
+        assert costs.alignment > 0
+        found = predict(Scenario(config, WAN, 1, 2.0), costs, calibration.server_workers)
+        assert isinstance(found, Prediction)
+        if lag:
+            measured = statistics.fmean(line["round_seconds"] for line in lines[2:])
+            assert found.round_seconds == pytest.approx(measured)
 
 
 @pytest.mark.nightly

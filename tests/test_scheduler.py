@@ -245,3 +245,12 @@ def test_phases_do_not_nest() -> None:
         pass
     assert set(timeline.take()) == {"outer", "next"}
     assert timeline.take() == {}
+
+
+def test_a_pause_in_a_phase_costs_no_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fslsage_rpc.measure.timeline.cpu_clock", iter([1.0, 3.0, 7.0, 15.0]).__next__)
+    timeline = Timeline()
+    with timeline.phase("alignment"), timeline.paused():
+        assert timeline.take_cpu_seconds() == {"alignment": 2.0}
+        assert timeline.open_phase == "alignment"
+    assert timeline.take_cpu_seconds() == {"alignment": 8.0}

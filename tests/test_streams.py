@@ -62,6 +62,17 @@ def test_device_seconds_are_those_between_the_events_of_each_phase_but_waits(pro
     assert timeline.take().keys() == {"step", "upload_wait", "drift"}
 
 
+def test_a_pause_is_in_no_phases_device_seconds_and_what_came_before_may_be_taken(process: Process) -> None:
+    timeline = Timeline(device=GPU)
+    with timeline.phase("alignment"):
+        with timeline.paused():
+            assert timeline.take_device_seconds() == pytest.approx({"alignment": 0.002})
+            current_place(GPU)  # a reading of the clock, 2 ms later
+        with timeline.paused():
+            pass
+    assert timeline.take_device_seconds() == pytest.approx({"alignment": 0.004})
+
+
 def server_on(
     device: torch.device, queue: Callable[[], WorkQueue] = WorkQueue, start: Start = at_once
 ) -> Server:

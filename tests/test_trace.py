@@ -30,7 +30,7 @@ def spans(trace: dict[str, Any]) -> list[dict[str, Any]]:
     return [event for event in trace["traceEvents"] if event["ph"] == "X"]
 
 
-def check(trace: dict[str, Any]) -> None:
+def check(trace: dict[str, Any], requests: int = PUSHES + ALIGNMENTS) -> None:
     """What must hold of any trace: rows of spans one behind the other, arrows that begin and end in spans."""
     rows: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for event in spans(trace):
@@ -48,7 +48,7 @@ def check(trace: dict[str, Any]) -> None:
             row = rows[event["pid"], event["tid"]]
             assert any(start <= event["ts"] <= end for start, end in row)
     assert ends["s"].keys() == ends["f"].keys()
-    assert len(ends["s"]) == PUSHES + ALIGNMENTS
+    assert len(ends["s"]) == requests
     errors = {
         pid: offset["error_seconds"]
         for pid, offset in enumerate(trace["otherData"]["clock_offsets_to_rank_0"].values())
@@ -82,6 +82,52 @@ def test_a_trace_of_one_process(tmp_path: Path) -> None:
     check(trace)
     names = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"]
     assert names == ["rank 0: server and clients"]
+
+
+LAGGED = {
+    **KEYS,
+    "rounds": 4,
+    "algorithm": {"upload_every": 2, "align_every": 4, "alignment": {"epochs": 4, "lag": 2}},
+}
+
+
+def check_lagged(trace: dict[str, Any]) -> None:
+    """Uploads and the beginnings of alignments have arrows, collecting has none; each fit has a bar."""
+    check(trace, 2 * PUSHES + ALIGNMENTS)
+    rows = {
+        (e["pid"], e["tid"]): e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "thread_name"
+    }
+
+    def on(row: str, name: str) -> list[dict[str, Any]]:
+        found = [event for event in spans(trace) if rows[event["pid"], event["tid"]] == row]
+        return [event for event in found if event["name"] == name]
+
+    assert len(on("lane", "targets")) == ALIGNMENTS
+    for client in range(3):
+        begun, fitted = on(f"alignment of client {client}", "alignment")  # the true gradients, and the fit
+        assert begun["args"]["round"] == 1
+        assert fitted["ts"] >= begun["ts"] + begun["dur"] - 1e-3
+        assert [event["args"]["round"] for event in on(f"client {client}", "collect_wait")] == [3]
+
+
+def test_a_trace_of_fits_behind_the_training(tmp_path: Path) -> None:
+    folder = fslsage_rpc.train({**LAGGED, "output": str(tmp_path)}).folder
+    check_lagged(json.loads((folder / "trace.json").read_text()))
+
+
+@pytest.mark.nightly
+def test_a_trace_of_fits_that_go_on_for_rounds(tmp_path: Path) -> None:
+    """A bar is handed in with the round in which its fit has ended, and begins in an earlier one."""
+    config = tmp_path / "traced.yaml"
+    slow = {**LAGGED["algorithm"], "alignment": {"epochs": 600, "lag": 2}}
+    config.write_text(json.dumps({**LAGGED, "algorithm": slow, "output": str(tmp_path)}))
+    fslsage_on_ranks(3, tmp_path, "train", config)
+    trace = json.loads((tmp_path / "traced" / "trace.json").read_text())
+    check_lagged(trace)
+    passes = [event for event in spans(trace) if event["name"] == "forward_backward"]
+    bars = [event for event in spans(trace) if event["name"] == "alignment" and event["args"]["round"] > 1]
+    first = min(bars, key=lambda event: event["ts"])
+    assert first["ts"] < min(event["ts"] for event in passes if event["args"] == first["args"])
 
 
 def test_no_trace_unless_it_is_asked_for(tmp_path: Path) -> None:

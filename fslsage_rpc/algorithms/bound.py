@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fslsage_rpc.measure.request_times import RequestTimes
-from fslsage_rpc.parties.requests import KINDS, Ask
+from fslsage_rpc.parties.requests import KINDS, Ask, Asked, BeginAlignment
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RoundPieces:
     server_averaging_seconds: float
     """of replicas and auxiliary models, on the server"""
     targets_seconds: float
-    """the part of all alignments that lanes execute themselves"""
+    """the part of all alignments that lanes execute themselves; of a `BeginAlignment` it is all"""
 
 
 def bound_seconds(pieces: RoundPieces) -> float:
@@ -64,12 +64,16 @@ def bound_seconds(pieces: RoundPieces) -> float:
     docs/latency.md states each of them, and why no schedule of the same pieces is shorter.
     """
     chains = [_chain(client, pieces.links[client.rank]) for client in pieces.clients.values()]
-    turns = [chain.turns for chain in chains]
-    fitted = [[turn for turn in each if turn.fits] for each in turns]
-    seconds = {True: -pieces.targets_seconds, False: pieces.targets_seconds}  # of fits, and of lanes
+    turns = [[turn for turn in chain.turns if turn.kind.in_order] for chain in chains]
+    fitted = [[turn for turn in chain.turns if turn.kind.fits] for chain in chains]
+    begun, seconds = 0.0, {True: 0.0, False: 0.0}  # of fits, and of lanes
     for client in pieces.clients.values():
         for kind, sums in client.of_kind.items():
             seconds[KINDS[kind].fits] += sums.compute_seconds
+            begun += sums.compute_seconds if kind == BeginAlignment.kind else 0.0
+    of_fits = max(0.0, pieces.targets_seconds - begun)  # that lanes execute for them
+    seconds[True] -= of_fits
+    seconds[False] += of_fits
     lanes = min(pieces.server_workers, len(chains) if pieces.replicas else 1)
     return max(
         *(_averaged(pieces, chain.served, chain.ended) for chain in chains),
@@ -81,9 +85,9 @@ def bound_seconds(pieces: RoundPieces) -> float:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A request's turn in its lane's order."""
+    """The execution of a request: in its lane's order, if it is in that."""
 
-    fits: bool
+    kind: type[Asked]
     begins: float
     """at the earliest"""
     rest: float
@@ -113,17 +117,22 @@ class _Way:
         self._sent = 0.0
         self._free = 0.0
 
-    def take(self, asked: float, up: float, server: float, fits: bool) -> tuple[float, float]:
-        """When the execution of the next one begins and ends: behind the bytes and turns of those before it.
+    def take(self, asked: float, up: float, server: float, kind: type[Asked]) -> tuple[float, float]:
+        """When the execution of the next one begins and ends.
+
+        One that is in order comes behind the bytes and turns of those before it, any other behind its own.
 
         Args:
             asked: when the client makes it.
             up: seconds of its bytes.
             server: seconds of its execution.
         """
+        if not kind.in_order:
+            begins = asked + up + self._delay
+            return begins, begins + server
         self._sent = max(self._sent, asked) + up
         begins = max(self._free, self._sent + self._delay)
-        self._free = begins if fits else begins + server
+        self._free = begins if kind.fits else begins + server
         return begins, begins + server
 
 
@@ -151,8 +160,8 @@ def _chain(client: ClientPieces, link: LinkSpeed) -> _Chain:
         if ask.step > at or not ask.at_once:
             block = _Way(delay)  # of requests between which nothing is computed, so that their waits add up
         at = ask.step
-        begins, ends = way.take(now, up, server, kind.fits)
-        _, waited = block.take(0.0, up, server, kind.fits)
+        begins, ends = way.take(now, up, server, kind)
+        _, waited = block.take(0.0, up, server, kind)
         served, answered = max(served, ends), max(answered, ends + back)
         behind = 0.0
         if kind.blocks:
@@ -160,7 +169,7 @@ def _chain(client: ClientPieces, link: LinkSpeed) -> _Chain:
             end = max(end + waited + back, now)
             behind = (client.steps - 1 - at) * compute
             block = _Way(delay)
-        turns.append(_Slot(kind.fits, begins, back + behind))
+        turns.append(_Slot(kind, begins, back + behind))
     return _Chain(turns, served, max(answered, end + (client.steps - 1 - at) * compute))
 
 

@@ -281,6 +281,16 @@ class Rehearsal:
         """The samples in the client's alignment buffer at each of its alignments in a round."""
         return self.client(client, t).aligned(self.buffered(client, t), self._buffer_size)
 
+    def begun(self, client: int, t: int) -> int:
+        """The samples of the alignment that a client has begun before a round and has yet to collect; 0 where
+        there is none.
+        """
+        for past in reversed(range(t)):
+            there = client in self._federation.participants(past)
+            if there and (alignments := self.client(client, past).alignments):
+                return self.aligned(client, past)[-1] if alignments[-1] == BeginAlignment.kind else 0
+        return 0
+
     def _check_alignments(self, client: int, t: int, rehearsed: ClientRehearsal) -> None:
         """An alignment that is begun is collected, once, before the next.
 
@@ -288,21 +298,13 @@ class Rehearsal:
             InputError: it is not.
         """
         alignments = rehearsed.alignments
-        begun = bool(alignments) and self._begun(client, t)
+        begun = bool(alignments) and bool(self.begun(client, t))
         for kind in alignments:
             if begun != (kind == Collect.kind):
                 which = "has one to collect" if begun else "has begun none"
                 yields = f"yields {KINDS[kind].__name__} in round {t + 1} for client {client}, which {which}"
                 raise refusal(self._algorithm, yields)
             begun = kind == BeginAlignment.kind
-
-    def _begun(self, client: int, t: int) -> bool:
-        """Has the client begun an alignment before a round that it has yet to collect?"""
-        for past in reversed(range(t)):
-            there = client in self._federation.participants(past)
-            if there and (alignments := self.client(client, past).alignments):
-                return alignments[-1] == BeginAlignment.kind
-        return False
 
     def _step(self, client: StandIn, t: int, step: int, samples: int) -> list[str | Ask]:
         """The events of a local step, in order."""

@@ -63,3 +63,16 @@ def round_pieces(
         # Of all lanes, whose mean is measured.
         targets_seconds=server[Phase.TARGETS] * (len(federation.samples) if replicas else 1),
     )
+
+
+def fit_seconds(line: Mapping[str, Any]) -> float:
+    """The fits of auxiliary models in a round: their seconds of a GPU or of CPU threads, over all of them.
+
+    The time in which one gave way is not in it.
+
+    Args:
+        line: the round's metrics line.
+    """
+    server = line.get("device_seconds", {}).get("server") or line["cpu_seconds"]["server"]
+    seconds: float = server.get(Phase.ALIGNMENT, 0.0)
+    return seconds

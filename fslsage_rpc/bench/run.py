@@ -15,7 +15,7 @@ from typing import Any
 
 from fslsage_rpc.algorithms.bound import LinkSpeed, bound_seconds
 from fslsage_rpc.bench.bench_screen import BenchScreen
-from fslsage_rpc.bench.pieces import round_pieces
+from fslsage_rpc.bench.pieces import fit_seconds, round_pieces
 from fslsage_rpc.bench.statistics import BenchRun, summarise
 from fslsage_rpc.bench.table import markdown
 from fslsage_rpc.bench.variants import variant_configs
@@ -166,6 +166,7 @@ def _train(trainer: Trainer, run: BenchRun, links: Mapping[int, LinkSpeed], scre
         )
         run.lines.append(line)
         run.bounds.append(bound_seconds(pieces))
+        run.fits.append(fit_seconds(line) / pieces.server_workers)
         screen.show_round(run)
 
     trainer.train(on_round)

@@ -11,7 +11,7 @@ from rich.table import Table
 from fslsage_rpc.algorithms import find
 from fslsage_rpc.check.findings import COPIES, Findings, Outlook, Rank, sized
 from fslsage_rpc.measure.phases import Phase
-from fslsage_rpc.parties.requests import Align
+from fslsage_rpc.parties.requests import ALIGNING, BeginAlignment
 from fslsage_rpc.runs.screen import SteadyCursorConsole
 from fslsage_rpc.units import MIB
 
@@ -30,7 +30,7 @@ class CheckScreen:
             self._show_outlook(findings.outlook)
             if findings.outlook.line:
                 self._show_memory(findings)
-                self._show_seconds(findings.outlook, findings.outlook.line)
+                self._show_seconds(findings.outlook, findings.outlook.line, findings.world["transport"])
         self._show_disk(findings)
         versions = findings.ranks[0].machine.versions
         self._say("Versions: " + ", ".join(f"{name} {version or '-'}" for name, version in versions.items()))
@@ -124,17 +124,21 @@ class CheckScreen:
                 f"Writing a checkpoint, beside the next round, takes up to {COPIES} times its part more."
             )
 
-    def _show_seconds(self, outlook: Outlook, line: Mapping[str, Any]) -> None:
+    def _show_seconds(self, outlook: Outlook, line: Mapping[str, Any], transport: str) -> None:
         rounds, alignment = outlook.config.rounds, line["phases"]["server"][Phase.ALIGNMENT]
         counts = ", ".join(f"{times['count']} {kind}" for kind, times in line["requests"].items())
-        aligns = Align.kind in line["requests"]
-        self._say(
-            f"Round {line['round']}, with{'' if aligns else 'out'} alignment: {line['round_seconds']:.2f} s"
-            + (f", of which nothing but alignment {alignment:.2f} s" if aligns else "")
-            + f"; evaluation {line['evaluation_seconds']:.2f} s. Requests: {counts or 'none'}."
-        )
+        aligns = not ALIGNING.isdisjoint(line["requests"])
+        behind = BeginAlignment.kind in line["requests"] and transport != "local"  # which fits at once
+        text = f"Round {line['round']}, with{'' if aligns else 'out'} alignment"
+        text += " behind the training" if behind else ""
+        text += f": {line['round_seconds']:.2f} s"
+        if aligns and not behind:
+            text += f", of which nothing but alignment {alignment:.2f} s"
+        self._say(f"{text}; evaluation {line['evaluation_seconds']:.2f} s. Requests: {counts or 'none'}.")
         text = f"Estimate for {rounds} rounds: {_duration(outlook.run_seconds(rounds))}"
-        if aligns and outlook.interval > 1:
+        if behind:
+            text += " if all are like this one, and fits end before they are collected"
+        elif aligns and outlook.interval > 1:
             aligned = math.ceil(rounds / outlook.interval)
             text += (
                 f" if all are like this one, {_duration(outlook.run_seconds(aligned))} if {aligned} are and "

@@ -10,7 +10,8 @@ from fslsage_rpc.check.machine import status_bytes
 from fslsage_rpc.device.placement import forget_peak, peak_device_bytes
 from fslsage_rpc.device.streams import current_place
 from fslsage_rpc.job.world import World
-from fslsage_rpc.parties.requests import ALIGNING
+from fslsage_rpc.parties.requests import ALIGNING, BeginAlignment
+from fslsage_rpc.randomness import START
 from fslsage_rpc.runs.checkpoint_files import serialised
 from fslsage_rpc.runs.checkpoints import snapshot
 from fslsage_rpc.training.experiment import Experiment
@@ -45,6 +46,8 @@ def train_one_round(experiment: Experiment, world: World) -> tuple[Use, Mapping[
     forget_peak(world.device)
     trainer = Trainer(experiment, world)
     fill_buffers(trainer, number)
+    for client, samples in begun(experiment, number).items():
+        begin_fit(trainer, client, samples)
     trainer.complete_round(number, lambda line, _: lines.append(line), evaluate=True)
     trainer.close()
     peaks = status_bytes("VmHWM"), peak_device_bytes(world.device)
@@ -86,15 +89,69 @@ def fill_buffers(trainer: Trainer, number: int) -> None:
             fit.buffer.add(z, torch.zeros(missing, *task.label_shape, dtype=task.label_dtype, device=device))
 
 
+def begun(experiment: Experiment, number: int) -> dict[int, int]:
+    """By client, the samples of the alignment that it has yet to collect at the beginning of a round."""
+    if not _begins_alignments(experiment):
+        return {}
+    clients, rehearsal = range(len(experiment.parts)), experiment.rehearsal
+    return {client: samples for client in clients if (samples := rehearsal.begun(client, number))}
+
+
+def _begins_alignments(experiment: Experiment) -> bool:
+    """Are there alignments behind the training? Where requests depend on values nobody knows: no."""
+    algorithm, rounds = experiment.algorithm, experiment.config.rounds
+    if algorithm.auxiliary != "aligned" or algorithm.requests_depend_on_values:
+        return False
+    return BeginAlignment.kind in experiment.rehearsal.kinds(range(min(rounds, algorithm.interval + 1)))
+
+
+def begin_fit(trainer: Trainer, client: int, samples: int) -> None:
+    """Have an alignment of so many samples under way, on the server's rank; again they are noise."""
+    if (server := trainer.server) is None:
+        return
+    fit, smashed = server.fits[client], trainer.experiment.split.smashed_shape
+    task, device = trainer.experiment.task, trainer.world.device
+    z = torch.randn(samples, *smashed, dtype=task.precision.smashed, device=device)
+    y = torch.zeros(samples, *task.label_shape, dtype=task.label_dtype, device=device)
+    batches = zip(*(each.split(fit.keys.batch_size) for each in (z, y)), strict=True)
+    fit.begin(START).targets = [(z, y, torch.randn_like(z)) for z, y in batches]
+
+
+def _most_begun(experiment: Experiment) -> dict[int, int]:
+    """The alignments under way in the run's checkpoint that has most of them: see `begun`."""
+    rounds, every = experiment.config.rounds, experiment.config.checkpoint.every
+    assert every is not None
+    written = [*range(every, rounds + 1, every), rounds]
+    last = {number % experiment.algorithm.interval: number for number in written}
+    return max((begun(experiment, number) for number in last.values()), key=len)
+
+
+def _set_auxiliaries_apart(trainer: Trainer) -> None:
+    """Give each client's auxiliary model weights of its own: equal ones are written once."""
+    weights = [(id, client.auxiliary_weights) for id, client in trainer.clients.items()]
+    weights += [(id, fit.weights) for id, fit in (trainer.server.fits if trainer.server else {}).items()]
+    for client, each in weights:
+        each.floats += client + 1
+
+
 def _checkpoint_bytes(trainer: Trainer) -> int:
     """The size of this rank's file, by writing it to memory. The parties cannot be used any more."""
+    experiment = trainer.experiment
     clients = trainer.clients.values()
     optimizers = [client.optimizer for client in clients]
     optimizers += [own for client in clients if client.owns_auxiliary and (own := client.auxiliary.optimizer)]
     if server := trainer.server:
         optimizers += [lane.optimizer for lane in server.lanes.values()]
         optimizers += [fit.optimizer for fit in server.fits.values()]
+        for fit in server.fits.values():
+            fit.inputs = None  # those of the round that was trained
+            if fit.context.codings.auxiliary:
+                fit.left_out = torch.rand_like(fit.weights.floats)
     for optimizer in optimizers:
         optimizer.stepped = True  # else it has nothing to be written
-    fill_buffers(trainer, trainer.experiment.config.rounds)
+    fill_buffers(trainer, experiment.config.rounds)
+    if _begins_alignments(experiment) and experiment.algorithm.average_auxiliary == "never":
+        _set_auxiliaries_apart(trainer)  # as they are once they were collected
+    for client, samples in _most_begun(experiment).items():
+        begin_fit(trainer, client, samples)
     return len(serialised(vars(snapshot(trainer.state(1)))))

@@ -1,5 +1,6 @@
 """The clocks that everything is measured with: the host's, and a GPU's."""
 
+import threading
 import time
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -44,15 +45,18 @@ class DeviceIntervals(Generic[Key]):
 
     def __init__(self) -> None:
         self._readings: list[tuple[Key, torch.cuda.Event, torch.cuda.Event]] = []
+        self._lock = threading.Lock()
 
     def add(self, key: Key, began: Reading, ended: Reading) -> None:
         """Count an interval; there is none on a CPU."""
         if began is not None and ended is not None:
-            self._readings.append((key, began, ended))
+            with self._lock:
+                self._readings.append((key, began, ended))
 
     def take(self) -> dict[Key, float]:
         """The sums so far; they start again from zero. Waits for the device to have come to the ends."""
-        taken, self._readings = self._readings, []
+        with self._lock:
+            taken, self._readings = self._readings, []
         seconds: dict[Key, float] = {}
         for key, began, ended in taken:
             ended.synchronize()

@@ -48,7 +48,7 @@ class RequestTimes:
 
 
 ByClient = dict[int, dict[str, RequestTimes]]
-"""per client and kind (push, exchange, align, end)"""
+"""per client and kind of request"""
 
 
 class RequestLog:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fslsage_rpc.device.clock import DeviceIntervals, clock, cpu_clock, device_clock
+from fslsage_rpc.device.clock import DeviceIntervals, Reading, clock, cpu_clock, device_clock
 from fslsage_rpc.device.placement import CPU
 from fslsage_rpc.measure.trace import Arrow, Span, Tracer
 
@@ -33,6 +33,8 @@ class Timeline:
         self._device = device or CPU
         self._on_device: DeviceIntervals[str] = DeviceIntervals()
         self._open: str | None = None
+        self._cpu_began = 0.0  # of the open phase, or its last pause ended, and on the device:
+        self._began: Reading = None
         self._lock = threading.Lock()
 
     @property
@@ -51,16 +53,27 @@ class Timeline:
         if self._open is not None:
             raise RuntimeError(f"phase {name} opened inside phase {self._open}")
         self._open = name
-        started, cpu_started = clock(), cpu_clock()
-        began = None if name.endswith("_wait") else device_clock(self._device)
+        started = clock()
+        self._work(name)
         try:
             yield
         finally:
             self._open = None
-            self._on_device.add(name, began, began and device_clock(self._device))
+            self._pause(name)
             self.add(name, started, clock() - started, row, arrow)
-            with self._lock:
-                self._cpu_seconds[name] = self._cpu_seconds.get(name, 0.0) + cpu_clock() - cpu_started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Neither a CPU's nor a device's seconds of the open phase are counted inside; those so far may be
+        taken.
+        """
+        name = self._open
+        assert name is not None
+        self._pause(name)
+        try:
+            yield
+        finally:
+            self._work(name)
 
     def add(
         self, name: str, started: float, seconds: float, row: str | None = None, arrow: Arrow | None = None
@@ -70,6 +83,16 @@ class Timeline:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if self._tracer is not None:
             self._tracer.add(Span(name, row or self.row, started, seconds, arrow))
+
+    def _work(self, name: str) -> None:
+        self._cpu_began = cpu_clock()
+        self._began = None if name.endswith("_wait") else device_clock(self._device)
+
+    def _pause(self, name: str) -> None:
+        began, cpu_seconds = self._began, cpu_clock() - self._cpu_began
+        self._on_device.add(name, began, began and device_clock(self._device))
+        with self._lock:
+            self._cpu_seconds[name] = self._cpu_seconds.get(name, 0.0) + cpu_seconds
 
     def take(self) -> dict[str, float]:
         """The seconds so far; the timeline starts again from zero."""

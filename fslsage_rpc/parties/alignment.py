@@ -93,7 +93,7 @@ class AlignmentBehind:
             self._collecting = execution
             if not self._fitted:
                 return
-        self._crew.run("fit", self._client, self._hand_out)
+        self._crew.run("collect", self._client, self._hand_out)  # behind no other client's fit
 
     def _fit_behind(self, place: Place) -> None:
         fit, crew = self._fit, self._crew
@@ -103,7 +103,8 @@ class AlignmentBehind:
 
         def give_way() -> None:
             queue.wait()  # a GPU would have whole passes queued
-            crew.activity.give_way()
+            with fit.context.timeline.paused():
+                crew.activity.give_way()
 
         working = crew.activity.of("fit")
         try:

@@ -168,7 +168,7 @@ class Server:
         """A round begins: fits go on, those too that a checkpoint was made in the middle of."""
         self._crew.activity.go_on()
         for client, fit in self.fits.items():
-            if fit.inputs is not None and client not in self._behind:
+            if client not in self._behind and fit.inputs is not None:  # in the other order than `_take_up`
                 self._behind[client] = AlignmentBehind(client, fit, self._crew)
                 self._behind[client].run()
 
@@ -276,8 +276,8 @@ class Server:
         client = request.client
         try:
             with self._crew.changed:
-                behind = self._behind.pop(client, None)
-                if behind is None:
+                behind = self._behind.get(client)
+                if behind is None or client in self._handed_out:
                     raise InputError(
                         f"algorithm.name: got one that collects for client {client}, which has begun no "
                         "alignment"
@@ -297,8 +297,8 @@ class Server:
         reply(answer)
 
     def _take_up(self, client: int) -> None:
-        del self._handed_out[client]
         self.fits[client].take_up()
+        del self._handed_out[client], self._behind[client]
 
     def _work(self, lane: Lane) -> None:
         """Execute what the lane's mailbox has released, until there is no more of it."""

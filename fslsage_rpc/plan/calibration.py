@@ -24,8 +24,8 @@ from fslsage_rpc.device.cores import server_workers
 from fslsage_rpc.device.placement import choose_device
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.opening import open_world
-from fslsage_rpc.measure.phases import COMPUTE
-from fslsage_rpc.parties.requests import KINDS
+from fslsage_rpc.measure.phases import COMPUTE, Phase
+from fslsage_rpc.parties.requests import KINDS, Align, BeginAlignment, Collect, Exchange, Push
 from fslsage_rpc.plan.prediction import averaging_seconds, planned_bound
 from fslsage_rpc.plan.scenario import DEPENDS_ON_VALUES, Costs, Scenario, with_algorithm
 from fslsage_rpc.runs.round_numbers import FIRST_ROUND
@@ -144,6 +144,7 @@ def _costs_here(config: Config) -> Costs:
         *("clients.count=2", "clients.minimum=1", "clients.participation=1.0", "clients.on_loss=fail"),
         *("data.partition=iid", f"data.train_limit={samples}"),
         *(["algorithm.align_every=1"] if config.algorithm.align_every else []),
+        "algorithm.alignment.lag=0",  # the same work, and a client's request that holds it
     ]
     config = from_tree(to_tree(config), keys)
     check(config, ranks=1)
@@ -193,10 +194,21 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
     buffers = [samples for each in planned for samples in each.aligned.values()]
     on_gpu: list[Line] = [line.get("device_seconds", {}) for line in lines]
     work = "compute_seconds" if on_gpu[0].get("server") else "cpu_seconds"
+    uploads = (Push.kind, Exchange.kind)
 
     def asked(key: str, *kinds: str) -> float:
         each = (line["requests"].get(kind, {}) for line in lines for kind in kinds or KINDS)
         return float(sum(times.get(key, 0) for times in each))
+
+    def aligning(key: str, servers: Iterable[Mapping[str, float]]) -> float:
+        """Seconds of alignments: by the server's phases where fits behind the training are in no request."""
+        if not asked("count", BeginAlignment.kind):
+            return asked(key, Align.kind)
+        lanes = len(scenario.federation.samples) if scenario.algorithm.server_replicas else 1
+        each = (
+            lanes * server.get(Phase.TARGETS, 0.0) + server.get(Phase.ALIGNMENT, 0.0) for server in servers
+        )
+        return asked(key, Collect.kind) + sum(each)
 
     cpu = [line["cpu_seconds"] for line in lines]
     main = [each["client"] for each in cpu]  # of the client ranks' main threads, their mean
@@ -204,20 +216,23 @@ def measure_costs(lines: Sequence[Line], scenario: Scenario, threads: Sequence[i
     sending = ranks * sum(sum(each.values()) - each["averaging"] for each in main) - computing
     # What is left are the transport's threads, without the further ones of operations.
     handling = sum(sum(each["ranks"]) for each in cpu) - threads[-1] * computing - sending
-    handling -= threads[0] * asked("cpu_seconds")
+    server = asked("cpu_seconds", *uploads) + aligning("cpu_seconds", (each["server"] for each in cpu))
+    handling -= threads[0] * server
     averaging = [
         line["phases"]["client"]["averaging"] - averaging_seconds(scenario, each.averaged_bytes)
         for line, each in zip(lines, planned, strict=True)
     ]
     compute = [{**each, **gpu.get("client", {})} for each, gpu in zip(main, on_gpu, strict=True)]
     seconds = ranks * sum(each.get(phase, 0.0) for each in compute for phase in COMPUTE)
-    uploads, requests = ("push", "exchange"), asked("count") or 1
+    requests = asked("count") or 1
     asks = [ask for each in planned for client in each.clients.values() for ask in client.asks]
     uploaded = sum(ask.samples for ask in asks if ask.kind in uploads)
+    servers = (gpu.get("server") or each["server"] for each, gpu in zip(cpu, on_gpu, strict=True))
+    aligned = aligning(work, servers)
     costs = Costs(
         _each(seconds, sum(map(sum, batches))),
         _each(asked(work, *uploads), uploaded),
-        _each(asked(work, "align"), sum(map(sum, buffers))),
+        _each(aligned, sum(map(sum, buffers))),
         sending / requests,
         max(handling / requests, 0.0),
         max(statistics.fmean(averaging), 0.0),
@@ -238,14 +253,19 @@ def efficiency(lines: Sequence[Line], scenario: Scenario, costs: Costs, server_w
     Raises:
         ValueError: these are no measurements.
     """
-    bounds = {
-        number: planned_bound(scenario, costs, server_workers, scenario.round(number - FIRST_ROUND))
-        for number in {line["round"] for line in lines}
-    }
     interval = scenario.algorithm.interval
     samples = [lines[first : first + interval] for first in range(0, len(lines), interval)]
+    bounds = {
+        first: planned_bound(
+            scenario,
+            costs,
+            server_workers,
+            [scenario.round(first + i - FIRST_ROUND) for i in range(interval)],
+        )
+        for first in {sample[0]["round"] for sample in samples}
+    }
     found: float = statistics.median(
-        sum(bounds[line["round"]] for line in sample) / sum(line["round_seconds"] for line in sample)
+        bounds[sample[0]["round"]] / statistics.fmean(line["round_seconds"] for line in sample)
         for sample in samples
     )
     if not 1 / LARGEST <= found <= LARGEST:

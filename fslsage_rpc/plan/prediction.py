@@ -1,14 +1,14 @@
 """Seconds and bytes of a planned round: its lower bound, over the efficiency that a benchmark reached."""
 
 import math
-import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from fslsage_rpc.algorithms.bound import ClientPieces, RoundPieces, bound_seconds
 from fslsage_rpc.data.participation import home_of
 from fslsage_rpc.measure.request_times import RequestTimes
-from fslsage_rpc.parties.requests import Align
+from fslsage_rpc.parties.requests import ALIGNING, TAKING_UP, BeginAlignment, Collect
 from fslsage_rpc.plan.scenario import Costs, PlannedRound, Scenario
 
 
@@ -32,43 +32,87 @@ def predict(scenario: Scenario, costs: Costs, server_workers: int) -> Prediction
     first = max(1, scenario.config.rounds // interval // 2) * interval
     rounds = [scenario.round(number) for number in range(first, first + interval)]
     asks = [ask for each in rounds for client in each.clients.values() for ask in client.asks]
-    if not {ask.kind for ask in asks} <= {*costs.kinds}:
+    measured = {*costs.kinds}
+    if measured & ALIGNING:  # an alignment is the same work, whoever waits for it
+        measured |= ALIGNING | TAKING_UP
+    if not {ask.kind for ask in asks} <= measured:
         return "it makes requests of a kind that was not measured"
-    bounds = [planned_bound(scenario, costs, server_workers, each) for each in rounds]
     asked = sum(ask.up_bytes + ask.down_bytes for ask in asks)
     averaged = sum(2 * (scenario.client_ranks - 1) * each.averaged_bytes for each in rounds)
     return Prediction(
-        statistics.fmean(bounds) / costs.efficiency,
+        planned_bound(scenario, costs, server_workers, rounds) / costs.efficiency,
         (asked + averaged) / interval,
-        statistics.fmean(each.paper_bytes for each in rounds),
+        sum(each.paper_bytes for each in rounds) / interval,
     )
 
 
-def planned_bound(scenario: Scenario, costs: Costs, server_workers: int, planned: PlannedRound) -> float:
-    """The lower bound of a planned round, in seconds; where ranks share cores, these are one more load."""
-    clients: dict[int, ClientPieces] = {}
-    for client, rehearsed in planned.clients.items():
-        sizes = scenario.federation.batch_sizes[client]
-        buffered = iter(planned.aligned.get(client, ()))
-        of_kind: dict[str, RequestTimes] = {}
-        for ask in rehearsed.asks:
-            aligns = ask.kind == Align.kind
-            times = RequestTimes(
-                count=1,
-                compute_seconds=costs.alignment * next(buffered) if aligns else costs.server * ask.samples,
-                up_bytes=ask.up_bytes,
-                down_bytes=ask.down_bytes,
-            )
-            of_kind.setdefault(ask.kind, RequestTimes()).add(times)
-        rank, compute = home_of(client, scenario.client_ranks), costs.client * sum(sizes)
-        compute += costs.sending * len(rehearsed.asks)
-        clients[client] = ClientPieces(rank, len(sizes), compute, rehearsed.asks, of_kind)
+def planned_bound(
+    scenario: Scenario, costs: Costs, server_workers: int, rounds: Sequence[PlannedRound]
+) -> float:
+    """The lower bound of planned rounds that follow each other, in seconds per round.
+
+    It is the mean of the rounds' own bounds, or what fits behind the training make of all rounds.
+    These take the server's workers, and each its time before it is collected.
+    Where ranks share cores, all work is one more load.
+    """
+    works = [_work(scenario, costs, server_workers, each) for each in rounds]
+    bounds = [work.bound_seconds for work in works]
+    fits = [seconds for work in works for seconds in work.fits.values()]
+    loads = sum(work.seconds for work in works) + sum(fits)
+    terms = [sum(bounds), sum(fits) / server_workers, loads / scenario.shared_cores]
+    begun: dict[int, float] = {}  # per client, when a fit has ended that it began in these rounds
+    for number, work in enumerate(works):
+        for client, rest in work.rests.items():
+            if client in begun:
+                terms.append(begun.pop(client) + rest + sum(bounds[number + 1 :]))
+        begun |= {client: sum(bounds[:number]) + seconds for client, seconds in work.fits.items()}
+    return max(terms) / len(rounds)
+
+
+class _Work(NamedTuple):
+    """A planned round, in seconds."""
+
+    bound_seconds: float
+    """where ranks share cores, these are one more load"""
+    seconds: float
+    """of all threads, but for fits behind the training"""
+    fits: dict[int, float]
+    """by client, those that are begun behind the training"""
+    rests: dict[int, float]
+    """by client, from when it has collected a fitted model to the end of the round, at the least"""
+
+
+def _work(scenario: Scenario, costs: Costs, server_workers: int, planned: PlannedRound) -> _Work:
     # Of each request the transport's threads take one part on its way up and one on its answer's way down.
     link = replace(scenario.link, round_trip_seconds=scenario.link.round_trip_seconds + costs.handling)
     # The barrier of the client ranks before they average, and the last one of all ranks.
     hops = sum(math.ceil(math.log2(scenario.client_ranks + more)) for more in (0, 1))
     averaging = costs.averaging + averaging_seconds(scenario, planned.averaged_bytes)
     averaging += hops * scenario.link.round_trip_seconds
+    clients: dict[int, ClientPieces] = {}
+    fits: dict[int, float] = {}
+    rests: dict[int, float] = {}
+    for client, rehearsed in planned.clients.items():
+        sizes = scenario.federation.batch_sizes[client]
+        rank, compute = home_of(client, scenario.client_ranks), costs.client * sum(sizes)
+        compute += costs.sending * len(rehearsed.asks)
+        buffered = iter(planned.aligned.get(client, ()))
+        of_kind: dict[str, RequestTimes] = {}
+        for ask in rehearsed.asks:
+            seconds = costs.server * ask.samples
+            if ask.kind in ALIGNING:
+                seconds = costs.alignment * next(buffered)
+            if ask.kind == BeginAlignment.kind:
+                fits[client], seconds = fits.get(client, 0.0) + seconds, 0.0
+            if ask.kind == Collect.kind:
+                later = compute * (len(sizes) - 1 - ask.step) / len(sizes)
+                back = link.round_trip_seconds / 2 + ask.down_bytes / link.down_bytes_per_second
+                rests[client] = back + later + averaging
+            times = RequestTimes(
+                count=1, compute_seconds=seconds, up_bytes=ask.up_bytes, down_bytes=ask.down_bytes
+            )
+            of_kind.setdefault(ask.kind, RequestTimes()).add(times)
+        clients[client] = ClientPieces(rank, len(sizes), compute, rehearsed.asks, of_kind)
     pieces = RoundPieces(
         clients,
         links=dict.fromkeys(range(scenario.client_ranks), link),
@@ -80,7 +124,7 @@ def planned_bound(scenario: Scenario, costs: Costs, server_workers: int, planned
     )
     work = sum(client.compute_seconds + costs.handling * len(client.asks) for client in clients.values())
     work += sum(times.compute_seconds for client in clients.values() for times in client.of_kind.values())
-    return max(bound_seconds(pieces), work / scenario.shared_cores + averaging)
+    return _Work(max(bound_seconds(pieces), work / scenario.shared_cores + averaging), work, fits, rests)
 
 
 def averaging_seconds(scenario: Scenario, size: int) -> float:

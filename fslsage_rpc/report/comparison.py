@@ -31,8 +31,8 @@ SETTING = ("data.name", "data.partition", "model.name", "model.cut", "clients.co
 BAR_LABEL = "seconds per round, mean over the client ranks"
 BAR_TEXT = (
     "Compute is data, forward and backward passes and gradient estimates; wait is waiting for room in the "
-    "upload window, for gradients and for the end of the round; alignment is waiting for an alignment; "
-    "averaging is that of the client weights."
+    "upload window, for gradients and for the end of the round; alignment is waiting for a fitted auxiliary "
+    "model; averaging is that of the client weights."
 )
 BENCH_TEXT = (
     "A sample is a whole alignment interval, its value the mean seconds per round within it. A ratio below 1 "
@@ -241,7 +241,7 @@ def _drift(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequenc
     )
     caption = (
         "Drift of the gradient estimate, mean over clients and over seeds, with a band from the lowest to "
-        "the highest seed. Markers: rounds with an alignment."
+        "the highest seed. Markers: rounds in which clients take up a fitted auxiliary model."
     )
     return [Heading("Drift of the estimate", 3), _picture(figure, "drift", formats, caption)]
 

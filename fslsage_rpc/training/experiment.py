@@ -26,7 +26,7 @@ from fslsage_rpc.models.splitting import Precision, SplitModel, has_batch_norm
 from fslsage_rpc.parties import aggregation, codecs
 from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 from fslsage_rpc.parties.optimizers import check_scheduler
-from fslsage_rpc.parties.requests import TAKING_UP, Exchange, Push
+from fslsage_rpc.parties.requests import TAKING_UP, BeginAlignment, Collect, Exchange, Push
 from fslsage_rpc.tasks import Samples, Task, open_task
 from fslsage_rpc.tasks.hashes import sample_hashes
 from fslsage_rpc.tasks.images import ImageTask
@@ -209,6 +209,7 @@ class Experiment:
                 *_check_draws(task, split, algorithm),
                 *_check_outputs(task, split, train),
                 *_unused_codecs(config, rehearsal, algorithm.interval),
+                *_unused_lag(config, rehearsal, algorithm),
             ],
         )
 
@@ -317,6 +318,20 @@ def _unused_codecs(config: Config, rehearsal: Rehearsal, interval: int) -> list[
         for kind in coded
         if not sent_by[kind] & asked
     ]
+
+
+def _unused_lag(config: Config, rehearsal: Rehearsal, algorithm: Algorithm) -> list[str]:
+    """A line where no alignment goes on behind the training, or none ends in a model that clients take up."""
+    key, lag = "algorithm.alignment.lag", config.algorithm.alignment.lag
+    if not lag or algorithm.auxiliary != "aligned":  # which is said of all keys of alignments
+        return []
+    rounds = min(config.rounds, 2 * algorithm.interval + 1)
+    kinds = rehearsal.kinds(range(rounds))
+    if BeginAlignment.kind not in kinds:
+        return [f"{key} is not used by {config.algorithm.name}, which aligns nothing behind the training"]
+    if Collect.kind not in kinds:
+        return [f"{key}: got {lag}, so that no fitted model is taken up by round {rounds}"]
+    return []
 
 
 def _check_memory_format(task: Task, split: SplitModel, algorithm: Algorithm) -> None:

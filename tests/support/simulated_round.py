@@ -66,6 +66,10 @@ class Stretch(NamedTuple):
     server_seconds: float = 0.0
 
 
+def _in_order(ask: Ask) -> bool:
+    return KINDS[ask.kind].in_order
+
+
 class SimulatedRound:
     """Runs the stretches of clients through ranks, links and lanes, each of which takes one at a time.
 
@@ -92,7 +96,7 @@ class SimulatedRound:
         self._stretches = {client: iter(mine) for client, mine in clients.items()}
         self._numbers = {client: itertools.count() for client in clients}
         plans: dict[int, Announced] = {
-            client: [each.then.step for each in mine if isinstance(each.then, Ask)]
+            client: [each.then.step for each in mine if isinstance(each.then, Ask) and _in_order(each.then)]
             for client, mine in clients.items()
         }
         self._arrived: dict[tuple[int, int], GoOn] = {}
@@ -139,15 +143,15 @@ class SimulatedRound:
             self._computing[rank] = False
 
     def _request(self, client: int, ask: Ask, seconds: float) -> Process:
-        """A request goes to its lane, takes its turn there, and its answer comes back."""
+        """A request goes to its lane, takes its turn there, if it has one, and its answer comes back."""
         rank, kind, lane = client % len(self._turns), KINDS[ask.kind], self._lanes[client][1]
         self._turns[rank].sent(client, not kind.blocks)
-        # No matter what its body is.
-        request = Request(client, next(self._numbers[client]), ask.step, Align())
+        number = next(self._numbers[client]) if kind.in_order else None
         yield self._carry(rank, 0, ask.smashed_bytes + ask.label_bytes)
-        yield partial(self._deliver, request)
-        if kind.fits:  # of which the lane computes the targets only, a small part
-            lane.give()
+        if number is not None:
+            yield partial(self._deliver, Request(client, number, ask.step, Align()))  # no matter what it asks
+            if kind.fits:  # of which the lane computes the targets only, a small part
+                lane.give()
         yield self._workers[kind.fits].take
         yield self._wait(seconds)
         self._workers[kind.fits].give()
