@@ -259,6 +259,11 @@ def test_fits_give_way_to_lanes_rest_between_rounds_and_end_with_the_training() 
             "algorithm.average_auxiliary: got 'round', expected never or alignment, as "
             "algorithm.alignment.lag is 1",
         ),
+        (
+            {"alignment": {"lag": 1}, "start": "own_loss"},
+            "algorithm.start: got 'own_loss', expected paper or warm_start, as algorithm.alignment.lag is 1 "
+            "and not all clients take part in each round",
+        ),
         ({"alignment": {"lag": -1}}, "algorithm.alignment.lag: got -1, expected an integer >= 0"),
         (
             {"warm_start": True},
@@ -268,7 +273,8 @@ def test_fits_give_way_to_lanes_rest_between_rounds_and_end_with_the_training() 
 )
 def test_what_cannot_be_is_refused(keys: dict[str, Any], line: str) -> None:
     def prepare() -> None:
-        Experiment.prepare(from_tree(tree(Path("nowhere"), {"algorithm": keys})))
+        absent = {"clients": {"participation": 0.5}}
+        Experiment.prepare(from_tree(tree(Path("nowhere"), {"algorithm": keys}, absent)))
 
     assert mistake(prepare) == line
 
