@@ -156,8 +156,10 @@ def measured_table(measured: Measured) -> str:
                 display_name(record["algorithm"]),
                 f"{seconds['median']:.2f} ({seconds['q1']:.2f} to {seconds['q3']:.2f})",
                 f"{record['ratio_to_reference']['median']:.2f}",
-                *(f"{sum(client[phase] for phase in PARTS[part]):.2f}" for part in ("compute", "wait")),
-                f"{client['alignment_wait']:.2f}",
+                *(
+                    f"{sum(client[phase] for phase in PARTS[part]):.2f}"
+                    for part in ("compute", "wait", "alignment")
+                ),
                 f"{client['averaging']:.2f}",
                 f"{round_bytes(record) / MIB:.1f}",
                 f"{record['bound_seconds']:.2f}",
