@@ -312,13 +312,14 @@ class AlignsMeanwhile(BeginsTwice):
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"),
+    ("kind", "lag", "words"),
     [
-        (BeginsTwice, "yields BeginAlignment in round 2 for client 0, which has one to collect"),
-        (CollectsAtOnce, "yields Collect in round 1 for client 0, which has begun none"),
-        (AlignsMeanwhile, "yields BeginAlignment in round 1 for client 0, which has one to collect"),
+        (BeginsTwice, 0, "yields BeginAlignment, where algorithm.alignment.lag is 0"),
+        (BeginsTwice, 1, "yields BeginAlignment in round 2 for client 0, which has one to collect"),
+        (CollectsAtOnce, 1, "yields Collect in round 1 for client 0, which has begun none"),
+        (AlignsMeanwhile, 1, "yields BeginAlignment in round 1 for client 0, which has one to collect"),
     ],
 )
-def test_what_is_begun_is_collected_once_before_the_next(kind: type, words: str) -> None:
-    keys = tree(Path("nowhere"), {"algorithm": {"name": f"test_lag:{kind.__name__}"}})
-    assert words in mistake(train_locally, keys)
+def test_what_is_begun_is_collected_once_before_the_next(kind: type, lag: int, words: str) -> None:
+    keys = {"name": f"test_lag:{kind.__name__}", "alignment": {"lag": lag}}
+    assert mistake(train_locally, tree(Path("nowhere"), {"algorithm": keys})).endswith(f"client_step {words}")

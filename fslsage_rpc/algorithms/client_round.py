@@ -10,6 +10,7 @@ from fslsage_rpc.parties.requests import (
     KINDS,
     TAKING_UP,
     Ask,
+    BeginAlignment,
     BeginStep,
     ClientRound,
     ClientStep,
@@ -108,6 +109,8 @@ def watched(
             if algorithm.auxiliary != "aligned":
                 name = type(body).__name__
                 raise refusal(algorithm, f"yields {name}, where auxiliary is {algorithm.auxiliary!r}")
+            if isinstance(body, BeginAlignment) and not algorithm.keys.alignment.lag:
+                raise refusal(algorithm, "yields BeginAlignment, where algorithm.alignment.lag is 0")
             weights = client.auxiliary_weights
             coded = client.codings.weights_nbytes(weights)
             answered = body.kind in TAKING_UP

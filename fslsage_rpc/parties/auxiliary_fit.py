@@ -181,12 +181,11 @@ class FitInputs:
     rounds: int = 0
 
     def state(self) -> dict[str, Any]:
-        """As it was at the start; the targets are there at the end of a round."""
+        """As it was at the start, but for the optimizer; the targets are there at the end of a round."""
         assert self.targets is not None
         return {
             "at": [self.at.round, self.at.client, self.at.step],
             "weights": self.weights.state(),
-            "optimizer": self.optimizer,
             "targets": [list(target) for target in self.targets],
             "rounds": self.rounds,
         }
@@ -449,7 +448,7 @@ class AuxiliaryFit:
             self.inputs = FitInputs(
                 LocalStep(*inputs["at"]),
                 self.fitted.clone(),
-                copy.deepcopy(inputs["optimizer"]),
+                copy.deepcopy(state["optimizer"]),
                 targets,
                 inputs["rounds"],
             )

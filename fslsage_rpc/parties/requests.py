@@ -81,7 +81,7 @@ class BeginAlignment:
     """
 
     kind: ClassVar[str] = "begin_alignment"
-    waits_as: ClassVar[str] = Phase.UPLOAD_WAIT
+    waits_as: ClassVar[str] = Phase.ALIGNMENT_WAIT
     blocks: ClassVar[bool] = False
     fits: ClassVar[bool] = False
     in_order: ClassVar[bool] = True

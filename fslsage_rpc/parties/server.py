@@ -96,6 +96,7 @@ class Server:
         self._round = 0
         self._plans: dict[int, Announced] = {}  # of participants, until all have announced theirs
         self._behind: dict[int, AlignmentBehind] = {}  # by client, from their turn until they are taken up
+        self._to_resume: list[AlignmentBehind] = []  # of a checkpoint
         self._collecting: set[int] = set()  # clients that have yet to collect in this round
         self._handed_out: dict[int, int] = {}  # by client: from its request of this number on it is in use
 
@@ -167,10 +168,8 @@ class Server:
     def go_on(self) -> None:
         """A round begins: fits go on, those too that a checkpoint was made in the middle of."""
         self._crew.activity.go_on()
-        for client, fit in self.fits.items():
-            if client not in self._behind and fit.inputs is not None:  # in the other order than `_take_up`
-                self._behind[client] = AlignmentBehind(client, fit, self._crew)
-                self._behind[client].run()
+        while self._to_resume:
+            self._to_resume.pop(0).run()
 
     def close(self) -> None:
         """No more rounds: fits that nobody will collect are abandoned."""
@@ -251,6 +250,9 @@ class Server:
             queue = self.lanes[client].context.queue  # where its buffer grows
             with queue.after(current_place(self._device)):
                 fit.load_state(state["fits"][client])
+            if fit.inputs is not None:
+                self._behind[client] = AlignmentBehind(client, fit, self._crew)
+                self._to_resume.append(self._behind[client])
 
     def _take_by_phase(self, take: Callable[[Timeline], dict[str, float]]) -> dict[str, float]:
         """Seconds of all timelines: of lanes their mean, of fits and of averaging their sum."""

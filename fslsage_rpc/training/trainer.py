@@ -158,8 +158,6 @@ class Trainer:
             Was it the last one?
         """
         seconds = self.train_round(t)
-        if self.server:
-            self.server.rest()  # while another training has its turn
         last, _ = self._close_round(t, seconds, on_round, stop_requested=False, evaluate=evaluate)
         return last
 
@@ -222,8 +220,7 @@ class Trainer:
         if self.server:
             self.server.average(shares, averages and not hands_over)
             self.server.end_round()
-            if self._evaluates(t):
-                self.server.rest()
+            self.server.rest()
         for client in self.clients.values():
             client.end_round()
         with self._timeline.phase(Phase.DRAIN_WAIT):
@@ -264,9 +261,7 @@ class Trainer:
         assert paid.coded is not None
         self._paper_bytes_total += paid.coded
         last = t == self._config.rounds - 1 or self._paper_limit_reached()
-        evaluated = evaluate or last or self._evaluates(t)
-        if self.server and evaluated:
-            self.server.rest()
+        evaluated = evaluate or last or (t + 1) % self._config.evaluation.every == 0
         ended = clock()
         if evaluated and self._link and self._transport.client_rank == 0:
             self._link.deposit_average(next(iter(self.clients.values())).weights)
@@ -317,9 +312,6 @@ class Trainer:
             stops = any(requests) and not last
         last, stops, self.diverged = self._transport.broadcast((last, stops, diverged))
         return last, stops
-
-    def _evaluates(self, t: int) -> bool:
-        return t == self._config.rounds - 1 or (t + 1) % self._config.evaluation.every == 0
 
     def _open_trace(self) -> TraceFile | None:
         """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""
