@@ -135,7 +135,7 @@ class Training:
 
     def _aligns(self, t: int) -> bool:
         course = self._experiment.rehearsal.course(t)
-        return course is not None and course.aligns
+        return course is not None and course.takes_up
 
     def _add(self, line: dict[str, Any]) -> None:
         if line["round"] == 1:

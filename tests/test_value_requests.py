@@ -467,7 +467,7 @@ def test_an_alignment_on_nothing_is_refused(tmp_path: Path) -> None:
     message = mistake(fslsage_rpc.train, by("AlignsTooSoon", output=tmp_path))
     assert message == (
         "algorithm.name: got one that aligns client 0 when it has uploaded nothing, expected a Push before "
-        "the first Align"
+        "the first alignment"
     )
 
 

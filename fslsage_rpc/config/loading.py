@@ -182,8 +182,8 @@ def _build(defaults: Any, tree: Any, prefix: str) -> Any:
             if all_keys != once:
                 raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {now} now")
             continue
-        if prefix + key in SUCCEEDED:
-            idle, now = SUCCEEDED[prefix + key]
+        if f"{prefix}{key}" in SUCCEEDED:
+            idle, now = SUCCEEDED[f"{prefix}{key}"]
             if value != idle:
                 raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {now} now")
             continue

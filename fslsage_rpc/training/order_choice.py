@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fslsage_rpc.config.schema import Auxiliary
 from fslsage_rpc.device.clock import clock, cpu_clock
-from fslsage_rpc.device.placement import device_name
+from fslsage_rpc.device.placement import CPU, device_name
 from fslsage_rpc.job.world import World
 from fslsage_rpc.models.draws import left_as_they_were
 from fslsage_rpc.models.dropout import Masks
@@ -303,7 +303,7 @@ def order_images(experiment: Experiment, world: World) -> None:
         return
     of_cpu = world.device.type == "cpu"
     passes = {each.name: each for each in image_passes(experiment)} if of_cpu else {}
-    processor = device_name(world.device)
+    processor = device_name(CPU)
 
     def measured(names: list[str]) -> dict[str, str]:
         return measure(experiment, {name: passes[name] for name in names})
