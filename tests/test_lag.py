@@ -262,7 +262,7 @@ def test_fits_give_way_to_lanes_rest_between_rounds_and_end_with_the_training() 
         (
             {"alignment": {"lag": 1}, "start": "own_loss"},
             "algorithm.start: got 'own_loss', expected paper or warm_start, as algorithm.alignment.lag is 1 "
-            "and not all clients take part in each round",
+            "and clients may be absent",
         ),
         ({"alignment": {"lag": -1}}, "algorithm.alignment.lag: got -1, expected an integer >= 0"),
         (
@@ -323,3 +323,18 @@ class AlignsMeanwhile(BeginsTwice):
 def test_what_is_begun_is_collected_once_before_the_next(kind: type, lag: int, words: str) -> None:
     keys = {"name": f"test_lag:{kind.__name__}", "alignment": {"lag": lag}}
     assert mistake(train_locally, tree(Path("nowhere"), {"algorithm": keys})).endswith(f"client_step {words}")
+
+
+# Drift
+
+
+def test_the_drift_of_a_clients_own_model_is_null_until_it_takes_a_fitted_one_up() -> None:
+    def drifts(**keys: Any) -> list[bool]:
+        lines = train_locally(tree(Path("nowhere"), {"algorithm": keys}, rounds=5)).lines
+        return [line["drift"] is not None for line in lines]
+
+    assert drifts(start="own_loss") == [False, True, True, True, True]
+    assert drifts(start="own_loss", alignment={"lag": 1}) == [False, False, True, True, True]
+    assert drifts(start="own_loss", align_every=None) == [False] * 5
+    assert drifts(start="warm_start") == [False, True, True, True, True]
+    assert drifts(start="paper") == [True] * 5

@@ -61,7 +61,7 @@ def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
     """
     kind, more = find(keys.name), arguments(keys)
     if kind.auxiliary == "aligned":
-        _check_lag(keys, federation)
+        _check_lag(keys)
     if not is_own(keys.name):
         return kind(keys, federation, **more)
     try:
@@ -74,10 +74,8 @@ def create(keys: AlgorithmKeys, federation: Federation) -> Algorithm:
     return algorithm
 
 
-def _check_lag(keys: AlgorithmKeys, federation: Federation) -> None:
-    """A fit behind the training is taken up before the next one begins, and no average overtakes it. Models
-    that clients still train are averaged with none that the server has fitted.
-    """
+def _check_lag(keys: AlgorithmKeys) -> None:
+    """A fit behind the training is taken up before the next one begins, and no average overtakes it."""
     lag, every = keys.alignment.lag, keys.align_every
     if lag and every is not None and lag >= every:
         raise InputError(
@@ -87,12 +85,6 @@ def _check_lag(keys: AlgorithmKeys, federation: Federation) -> None:
         raise InputError(
             "algorithm.average_auxiliary: got 'round', expected never or alignment, as "
             f"algorithm.alignment.lag is {lag}"
-        )
-    some_are_away = federation.participants(0) != federation.present(0)
-    if lag and keys.start == "own_loss" and some_are_away and keys.average_auxiliary != "never":
-        raise InputError(
-            "algorithm.start: got 'own_loss', expected paper or warm_start, as algorithm.alignment.lag is "
-            f"{lag} and not all clients take part in each round"
         )
 
 

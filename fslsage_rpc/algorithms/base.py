@@ -52,17 +52,16 @@ class Algorithm(ABC):
 
     @property
     def average_auxiliary(self) -> Literal["never", "alignment", "round"]:
-        """When the auxiliary models are averaged: every round, or at the end of one with an alignment.
-
-        Those that the server aligns are averaged after a round in which clients trained them, too: it goes
-        on from the average.
+        """When the auxiliary models are averaged: every round, or at the end of one in which clients take
+        fitted ones up. Where the server goes on from trained ones, these are averaged, too.
         """
         return self.keys.average_auxiliary if self.auxiliary == "aligned" else "round"
 
     @property
     def goes_on_from_trained(self) -> bool:
-        """Where clients train auxiliary models that the server aligns, does it go on from their average? Else
-        it goes on from its own copies.
+        """Where clients train auxiliary models that the server aligns, does it go on from their average at
+        the end of the round? Else it goes on from its own copies, which a client uses once it has taken a
+        fitted one up.
         """
         return True
 

@@ -67,8 +67,8 @@ class FslSage(Algorithm):
 
     @property
     def goes_on_from_trained(self) -> bool:
-        """Only of a warm start."""
-        return self.keys.start == "warm_start"
+        """Not where each client has its own model until it takes a fitted one up."""
+        return self.keys.start != "own_loss"
 
     @property
     def _first_alignment(self) -> int:

@@ -115,6 +115,7 @@ def begin_fit(trainer: Trainer, client: int, samples: int) -> None:
     y = torch.zeros(samples, *task.label_shape, dtype=task.label_dtype, device=device)
     batches = zip(*(each.split(fit.keys.batch_size) for each in (z, y)), strict=True)
     fit.begin(START).targets = [(z, y, torch.randn_like(z)) for z, y in batches]
+    server.resume(client)
 
 
 def _most_begun(experiment: Experiment) -> dict[int, int]:

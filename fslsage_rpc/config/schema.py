@@ -169,7 +169,7 @@ class AlgorithmKeys:
     upload_every: Count = 5
     """q: smashed data goes up at local steps 0, q, 2q, ..."""
     align_every: Count | None = 10
-    """l: alignment in rounds 1, l + 1, 2l + 1, ...; null = never"""
+    """l: alignment in rounds 1, l + 1, 2l + 1, ... (`start: paper`; else one later); null = never"""
     average_auxiliary: Literal["never", "alignment", "round"] = "alignment"
     start: Literal["paper", "own_loss", "warm_start"] = "paper"
     """paper: clients are aligned at their first step, on one batch; else they step on their auxiliary models'

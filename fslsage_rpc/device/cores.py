@@ -32,4 +32,4 @@ def server_workers(device: torch.device) -> int:
     A GPU's work takes one thread of the host, which queues it.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    return max(1, (os.cpu_count() or 1) // threads)
+    return max(1, len(usable_cores()) // threads)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fslsage_rpc.device.graphs import Tensors
+from fslsage_rpc.device.graphs import Graphed, Tensors
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, flatten, trainable
 from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
@@ -39,6 +39,7 @@ class ClientAuxiliary:
     def freeze(self) -> None:
         """From here on it is the server's to fit."""
         self.optimizer: ScheduledOptimizer | None = None
+        self.steps: Graphed | None = None
         self._at_the_server: Weights | None = None
         for parameter in self._parameters:
             parameter.requires_grad_(False)
@@ -61,6 +62,7 @@ class ClientAuxiliary:
     def train(self, z: Tensor, y: Tensor, at: LocalStep) -> Tensor:
         """One step on (z, y), and its gradient `[B, ...]`: `Client.train_auxiliary`."""
         optimizer = self.optimizer or self.take_over()
+        assert self.steps is not None
         self.trained = True
         self._masks.begin(at)
         (gradient,) = self.steps(self._step, z, y)

@@ -130,7 +130,7 @@ KINDS: Mapping[str, type[Asked]] = {
 """what an algorithm may ask, by the name of its kind
 
 A client waits for the answer to one that `blocks`. One that is `in_order` takes its turn in its lane's order.
-One that `fits` is executed beside its lane, from its turn on.
+One that `fits` is executed beside its lane, from its turn on, where it has one.
 """
 TAKING_UP = frozenset({Align.kind, Collect.kind})
 """those whose answer is the client's auxiliary model from there on"""

@@ -179,7 +179,7 @@ class Server:
         """Aggregate replicas, and replace auxiliary models, if asked, by their weighted mean over the
         participants.
         """
-        with self._timeline.phase(Phase.AVERAGING):
+        with self._crew.activity.of("lane"), self._timeline.phase(Phase.AVERAGING):
             if self._replicas:
                 self._replicas.aggregate(shares)
             if auxiliaries and self.fits:
@@ -191,6 +191,7 @@ class Server:
         """Every client's auxiliary model is fitted from these weights on."""
         for fit in self.fits.values():
             fit.weights.load(weights)
+            fit.in_use = True
 
     def end_round(self) -> None:
         """Learning rates that follow the rounds move on."""
@@ -251,8 +252,12 @@ class Server:
             with queue.after(current_place(self._device)):
                 fit.load_state(state["fits"][client])
             if fit.inputs is not None:
-                self._behind[client] = AlignmentBehind(client, fit, self._crew)
-                self._to_resume.append(self._behind[client])
+                self.resume(client)
+
+    def resume(self, client: int) -> None:
+        """The alignment whose inputs this client's fit has is made when a round begins."""
+        self._behind[client] = AlignmentBehind(client, self.fits[client], self._crew)
+        self._to_resume.append(self._behind[client])
 
     def _take_by_phase(self, take: Callable[[Timeline], dict[str, float]]) -> dict[str, float]:
         """Seconds of all timelines: of lanes their mean, of fits and of averaging their sum."""
@@ -356,7 +361,8 @@ class Server:
             with lane.phase(Phase.DECODE):
                 z = self._codings.smashed.decode(z)
         uploads = isinstance(body, Push) and fit is not None
-        gradient_wanted = isinstance(body, Exchange) or (uploads and self.measure_drift)
+        compared = uploads and self.measure_drift and fit is not None and fit.in_use
+        gradient_wanted = isinstance(body, Exchange) or compared
         with lane.phase(Phase.STEP, execution.arrow):
             gradient = lane.train(z, y, gradient_wanted, at)
             if fit is not None and uploads:
@@ -365,7 +371,7 @@ class Server:
             with lane.phase(Phase.ENCODE):
                 return self._codings.gradient.encode(gradient, at.round, at.client, execution.request.number)
         if fit is not None and uploads and gradient is not None:
-            # The last fit of this client has been answered, so the device is through with it.
+            # A fit meanwhile is of another copy, or has been answered, so the device is through with it.
             with lane.phase(Phase.DRIFT):
                 fit.compare(z, y, gradient, at)
         return gradient

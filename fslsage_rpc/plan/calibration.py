@@ -19,6 +19,7 @@ from fslsage_rpc.algorithms.bound import NO_LINK, LinkSpeed
 from fslsage_rpc.bench.statistics import BenchRun, Line
 from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import changed_keys, from_tree, load, to_tree
+from fslsage_rpc.config.own import is_own
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.device.cores import server_workers
 from fslsage_rpc.device.placement import choose_device
@@ -143,9 +144,10 @@ def _costs_here(config: Config) -> Costs:
         *("stop.paper_gib=null", "stop.accuracy=null", "stop.diverged=false"),
         *("clients.count=2", "clients.minimum=1", "clients.participation=1.0", "clients.on_loss=fail"),
         *("data.partition=iid", f"data.train_limit={samples}"),
-        *(["algorithm.align_every=1"] if config.algorithm.align_every else []),
-        "algorithm.alignment.lag=0",  # the same work, and a client's request that holds it
     ]
+    if not is_own(config.algorithm.name):  # as often as can be, by a client's request that holds all the work
+        every = ["algorithm.align_every=1"] if config.algorithm.align_every else []
+        keys += [*every, "algorithm.alignment.lag=0"]
     config = from_tree(to_tree(config), keys)
     check(config, ranks=1)
     scenario, lines = Scenario(config, NO_LINK, 1), list[Line]()

@@ -64,7 +64,9 @@ def build_server(
         model = fresh(split.auxiliary)
         optimizer = ScheduledOptimizer(config.optimizer.auxiliary, trainable(model))
         keys = config.algorithm.alignment
-        return AuxiliaryFit(model, optimizer, keys, context(f"alignment of client {client}"))
+        made = AuxiliaryFit(model, optimizer, keys, context(f"alignment of client {client}"))
+        made.in_use = algorithm.goes_on_from_trained
+        return made
 
     if algorithm.client_holds_whole_model:
         lanes: dict[int, Lane] = {}

@@ -27,6 +27,7 @@ from fslsage_rpc.parties.losses import Loss
 from fslsage_rpc.randomness import START
 from fslsage_rpc.tasks import Task
 from fslsage_rpc.training.experiment import Experiment
+from fslsage_rpc.training.sameness import own_sources
 from fslsage_rpc.transport.base import Transport
 
 SECONDS = 5.0
@@ -254,7 +255,7 @@ def measure(experiment: Experiment, passes: Mapping[str, ImagePass]) -> dict[str
     halves = replace(config.model, auxiliary=Auxiliary())  # which are the same beside any auxiliary model
     keys = {
         name: repr((name, config.model if each.part is experiment.split.auxiliary else halves))
-        + repr((config.data.name, config.data.arguments, config.precision))
+        + repr((config.data.name, config.data.arguments, config.precision, own_sources(config)))
         for name, each in passes.items()
     }
     asked = {name: each for name, each in passes.items() if keys[name] not in _remembered}
@@ -281,7 +282,7 @@ def agree(
         known: before; only rank 0's counts.
         measured: orders of passes, by timing them.
     """
-    ranks = transport.broadcast(transport.gather((processor, known)))
+    ranks = transport.broadcast(transport.gather((processor if names else None, known)))
     processors = [name for name, _ in ranks]
     before = ranks[0][1]
     missing = [name for name in names if name not in before.get(processor, {})]

@@ -173,7 +173,7 @@ class Trainer:
         course = self.experiment.rehearsal.course(t)
         depth_first = self._config.server.order == "client_major"
         if self.server:
-            estimated = course is None or not course.trains_auxiliary
+            estimated = course is None or not hands_auxiliary_over(algorithm, course)
             self.server.measure_drift = self._config.algorithm.measure_drift and estimated
         ranking = ranked(algorithm, t)
         order = federation.participants(t) if depth_first else ranking
@@ -290,7 +290,7 @@ class Trainer:
             check_shares(shares_by_rank)  # each rank knows its own clients' alone
             score = self._evaluate(self.server) if evaluated else None
             server = self.server.report(round_seconds(reports))
-            if self.course.trains_auxiliary:
+            if hands_auxiliary_over(self._algorithm, self.course):
                 server.drifts = []  # of auxiliary models that the clients have not gone by
             for each in reports:
                 on_device(each.requests, server.requests)
