@@ -37,6 +37,14 @@ class SmashedData:
         return type(self)(self.z.to(device), self.y.to(device))
 
 
+class WithoutTensors:
+    """A request that is no more than its kind."""
+
+    def to(self, device: torch.device) -> Self:
+        """There is nothing to move."""
+        return self
+
+
 @dataclass
 class Push(SmashedData):
     """Train on (z, y) and return nothing. The client goes on at once."""
@@ -60,7 +68,7 @@ class Exchange(SmashedData):
 
 
 @dataclass
-class Align:
+class Align(WithoutTensors):
     """Fit the client's auxiliary model to the true cut-layer gradients and return its `Weights`."""
 
     kind: ClassVar[str] = "align"
@@ -69,13 +77,9 @@ class Align:
     fits: ClassVar[bool] = True
     in_order: ClassVar[bool] = True
 
-    def to(self, device: torch.device) -> Self:
-        """There is nothing to move."""
-        return self
-
 
 @dataclass
-class BeginAlignment:
+class BeginAlignment(WithoutTensors):
     """Take the true cut-layer gradients of the client's alignment buffer, in turn, and fit its auxiliary
     model to them behind the training: the client goes on at once.
     """
@@ -86,13 +90,9 @@ class BeginAlignment:
     fits: ClassVar[bool] = False
     in_order: ClassVar[bool] = True
 
-    def to(self, device: torch.device) -> Self:
-        """There is nothing to move."""
-        return self
-
 
 @dataclass
-class Collect:
+class Collect(WithoutTensors):
     """Return the `Weights` of the alignment that the client has begun, once they are fitted. It has no turn
     in its lane's order.
     """
@@ -103,23 +103,15 @@ class Collect:
     fits: ClassVar[bool] = True
     in_order: ClassVar[bool] = False
 
-    def to(self, device: torch.device) -> Self:
-        """There is nothing to move."""
-        return self
-
 
 @dataclass
-class End:
+class End(WithoutTensors):
     """There is no more to come in this round: of a client that could not announce its requests."""
 
     kind: ClassVar[str] = "end"
     waits_as: ClassVar[str] = Phase.DRAIN_WAIT
     blocks: ClassVar[bool] = False
     in_order: ClassVar[bool] = True
-
-    def to(self, device: torch.device) -> Self:
-        """There is nothing to move."""
-        return self
 
 
 Asked = Push | Exchange | Align | BeginAlignment | Collect

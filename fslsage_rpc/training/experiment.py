@@ -355,11 +355,9 @@ def _check_start(config: Config) -> None:
     absent = config.clients.participation < 1 or config.clients.on_loss == "drop"
     if config.algorithm.start != "own_loss" or not absent:
         return
-    for key, value in (
-        ("algorithm.alignment.lag", config.algorithm.alignment.lag or None),
-        ("comm.codec.auxiliary", {"none": None}.get(config.comm.codec.auxiliary.name, "one")),
-    ):
-        if value is not None:
+    lag, codec = config.algorithm.alignment.lag, config.comm.codec.auxiliary.name
+    for key, value in (("algorithm.alignment.lag", lag), ("comm.codec.auxiliary", codec)):
+        if value not in (0, "none"):
             raise InputError(
                 f"algorithm.start: got 'own_loss', expected paper or warm_start, as {key} is {value} and "
                 "clients may be absent"
