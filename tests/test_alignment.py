@@ -13,12 +13,9 @@ from torch.nn import functional as F
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import AlignmentKeys, Auxiliary, Model, OptimizerKeys
 from fslsage_rpc.models.splitting import build
-from fslsage_rpc.parties.auxiliary_fit import (
-    Agreement,
-    AlignmentBuffer,
-    AuxiliaryFit,
-    cut_layer_gradient,
-)
+from fslsage_rpc.parties.agreement import Agreement
+from fslsage_rpc.parties.alignment_buffer import AlignmentBuffer
+from fslsage_rpc.parties.auxiliary_fit import AuxiliaryFit, cut_layer_gradient
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.randomness import START

@@ -14,18 +14,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fslsage_rpc.config.schema import AlignmentKeys
 from fslsage_rpc.device.graphs import Tensors
-from fslsage_rpc.device.memory import on_own_pages
 from fslsage_rpc.measure.phases import Phase
 from fslsage_rpc.models.dropout import Masks
 from fslsage_rpc.models.flat import Weights, copy_of, flatten, trainable
 from fslsage_rpc.models.segment import differentiated_twice
+from fslsage_rpc.parties.agreement import Agreement, FitRecord
+from fslsage_rpc.parties.alignment_buffer import AlignmentBuffer, Batch
 from fslsage_rpc.parties.coding import CodedWeights
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.losses import Loss
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.randomness import START, LocalStep
 
-Batch = tuple[Tensor, Tensor]  # z [B, ...], y [B]
 Target = tuple[Tensor, Tensor, Tensor]  # z [B, ...], y [B], g [B, ...]
 
 
@@ -54,114 +54,6 @@ def untouched_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for module in tracking:
             module.track_running_stats = True
-
-
-class AlignmentBuffer:
-    """The newest `size` samples of (z, y) that a client uploaded: first in, first out.
-
-    They are copied into two rings that stay. Uploads that were kept themselves would lie scattered among what
-    the server has in memory for a moment only. The free places between them would grow from round to round.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-        self._rings: Batch | None = None
-        self._samples = 0
-        self._end = 0  # where the next sample goes; once all places are taken, the oldest one's
-
-    def __len__(self) -> int:
-        return self._samples
-
-    def add(self, z: Tensor, y: Tensor) -> None:
-        """Keep a copy of a batch, dropping the oldest samples beyond the size."""
-        batch = z[-self.size :], y[-self.size :]
-        samples = min(self._samples + len(batch[1]), self.size)
-        if self._rings is None or samples > len(self._rings[1]):
-            self._rings = self._larger(samples, batch)
-        for ring, new in zip(self._rings, batch, strict=True):
-            before_the_end = min(len(new), len(ring) - self._end)
-            ring[self._end : self._end + before_the_end] = new[:before_the_end]
-            ring[: len(new) - before_the_end] = new[before_the_end:]
-        self._samples = samples
-        self._end = (self._end + len(batch[1])) % self.size
-
-    def batches(self, size: int) -> list[Batch]:
-        """Copies of the samples, oldest first, in batches of `size`; the last may be short."""
-        assert self._rings is not None
-        z, y = (torch.cat((ring[self._end : self._samples], ring[: self._end])) for ring in self._rings)
-        return list(zip(z.split(size), y.split(size), strict=True))
-
-    def state(self) -> dict[str, Any]:
-        """All samples, oldest first, as one z `[n, ...]` and y `[n]`; nothing of an empty buffer."""
-        if not self._samples:
-            return {}
-        ((z, y),) = self.batches(self._samples)
-        return {"z": z, "y": y}
-
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Hold these samples and no others."""
-        self._rings = None
-        self._samples = self._end = 0
-        if state:
-            self.add(state["z"].to(device), state["y"].to(device))
-
-    def _larger(self, samples: int, batch: Batch) -> Batch:
-        """Rings with so many places, the samples so far in the first ones."""
-        z, y = (on_own_pages((samples, *new.shape[1:]), like=new) for new in batch)
-        for ring, old in zip((z, y), self._rings or (), strict=False):
-            ring[: self._samples] = old
-        return z, y
-
-
-@dataclass
-class Agreement:
-    """How well estimates ĝ match true gradients g, over any number of samples.
-
-    nmse = sum ||ĝ - g||^2 / sum ||g||^2; cosine = sum <ĝ, g> / sqrt(sum ||ĝ||^2 sum ||g||^2). The sums stay
-    on the device until `nmse` or `cosine` is asked for.
-    """
-
-    sums: Tensor | None = None  # ||ĝ - g||^2, ||g||^2, ||ĝ||^2, <ĝ, g>
-
-    def add(self, estimate: Tensor, gradient: Tensor) -> None:
-        """Count one batch of estimates and true gradients, both `[B, ...]`."""
-        e, g = estimate.detach().flatten().double(), gradient.detach().flatten().double()
-        sums = torch.stack([(e - g).square().sum(), g.square().sum(), e.square().sum(), e @ g])
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def read(self) -> dict[str, float] | None:
-        """nmse and cosine; None where nothing was counted, or all true gradients are 0, so that there is no
-        scale.
-
-        The cosine of an estimate that is 0 everywhere is 0.
-        """
-        if self.sums is None:
-            return None
-        error, true, estimated, product = self.sums.tolist()
-        if true == 0:
-            return None
-        return {"nmse": error / true, "cosine": product / (true * estimated) ** 0.5 if estimated else 0.0}
-
-
-@dataclass(frozen=True)
-class FitRecord:
-    """How well the estimates agreed with the targets on the first pass of a fit and on the last one, and the
-    passes made. On a pass each batch is compared before its step.
-    """
-
-    before: Agreement
-    after: Agreement
-    passes: int
-
-    def read(self) -> dict[str, float]:
-        """nmse and cosine, before and after, and passes; empty where the true gradients are all 0."""
-        moments = (("before", self.before), ("after", self.after))
-        record: dict[str, float] = {
-            f"{key}_{moment}": value
-            for moment, agreement in moments
-            for key, value in (agreement.read() or {}).items()
-        }
-        return {**record, "passes": self.passes} if record else {}
 
 
 @dataclass
