@@ -213,12 +213,6 @@ def test_a_codec_that_has_said_another_size_is_refused_when_it_is_seen() -> None
     )
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_a_change_is_of_the_model_at_the_server_whatever_the_client_has_trained(lag: int) -> None:
-    keys = tree("fsl_sage", rounds=4, auxiliary={"name": "topk", "arguments": {"share": 0.2}})
-    keys["algorithm"] |= {"average_auxiliary": "never", "start": "own_loss", "alignment": {"lag": lag}}
-    outcome = train_locally(keys)
-    assert [line["alignment"] is not None for line in outcome.lines] == [False, not lag, bool(lag), not lag]
-    for client in range(3):
-        mine = outcome.tensors[f"client {client} auxiliary/floats"]
-        assert torch.equal(mine, outcome.tensors[f"server's auxiliary of {client}/floats"])
+def test_a_change_of_a_model_that_the_client_has_trained_is_refused() -> None:
+    with pytest.raises(InputError, match=r"yields Align for an auxiliary model that the client has trained"):
+        train_locally(tree(f"{OWN}:TrainedThenAligned", auxiliary="bf16"))

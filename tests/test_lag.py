@@ -33,7 +33,6 @@ from fslsage_rpc.parties.requests import (
     Request,
 )
 from fslsage_rpc.parties.server import Server
-from fslsage_rpc.training.experiment import Experiment
 from support.rank_program import train_locally
 from support.trees import Tree, tree
 from support.user_input import mistake
@@ -61,13 +60,10 @@ def test_a_fitted_model_is_taken_up_so_many_rounds_later() -> None:
     assert not any(sage(lag=2, every=None).collects(0, t) for t in range(12))
 
 
-@pytest.mark.parametrize("start", ["own_loss", "warm_start"])
-def test_other_starts_count_alignments_from_the_second_round(start: str) -> None:
-    made = sage(lag=2, start=start)
+def test_a_warm_start_counts_alignments_from_the_second_round() -> None:
+    made = sage(lag=2, start="warm_start")
     assert [t for t in range(10) if made.aligns(0, t)] == [1, 5, 9]
     assert [t for t in range(10) if made.collects(0, t)] == [3, 7]
-    alone = [t for t in range(10) if made.trains_alone(0, t)]
-    assert alone == ([0, 1, 2] if start == "own_loss" else [0])
 
 
 def test_a_client_that_was_away_collects_when_it_is_back_and_always_before_it_aligns_again() -> None:
@@ -259,11 +255,6 @@ def test_fits_give_way_to_lanes_rest_between_rounds_and_end_with_the_training() 
             "algorithm.average_auxiliary: got 'round', expected never or alignment, as "
             "algorithm.alignment.lag is 1",
         ),
-        (
-            {"alignment": {"lag": 1}, "start": "own_loss"},
-            "algorithm.start: got 'own_loss', expected paper or warm_start, as algorithm.alignment.lag is 1 "
-            "and clients may be absent",
-        ),
         ({"alignment": {"lag": -1}}, "algorithm.alignment.lag: got -1, expected an integer >= 0"),
         (
             {"warm_start": True},
@@ -272,11 +263,7 @@ def test_fits_give_way_to_lanes_rest_between_rounds_and_end_with_the_training() 
     ],
 )
 def test_what_cannot_be_is_refused(keys: dict[str, Any], line: str) -> None:
-    def prepare() -> None:
-        absent = {"clients": {"participation": 0.5}}
-        Experiment.prepare(from_tree(tree(Path("nowhere"), {"algorithm": keys}, absent)))
-
-    assert mistake(prepare) == line
+    assert mistake(from_tree, tree(Path("nowhere"), {"algorithm": keys})) == line
 
 
 def test_a_key_that_an_old_folder_has_is_read() -> None:
@@ -328,13 +315,11 @@ def test_what_is_begun_is_collected_once_before_the_next(kind: type, lag: int, w
 # Drift
 
 
-def test_the_drift_of_a_clients_own_model_is_null_until_it_takes_a_fitted_one_up() -> None:
+def test_the_drift_is_null_where_clients_train_their_auxiliary_models() -> None:
     def drifts(**keys: Any) -> list[bool]:
         lines = train_locally(tree(Path("nowhere"), {"algorithm": keys}, rounds=5)).lines
         return [line["drift"] is not None for line in lines]
 
-    assert drifts(start="own_loss") == [False, True, True, True, True]
-    assert drifts(start="own_loss", alignment={"lag": 1}) == [False, False, True, True, True]
-    assert drifts(start="own_loss", align_every=None) == [False] * 5
+    assert drifts(start="warm_start", alignment={"lag": 1}) == [False, True, True, True, True]
     assert drifts(start="warm_start") == [False, True, True, True, True]
     assert drifts(start="paper") == [True] * 5

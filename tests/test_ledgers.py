@@ -108,11 +108,10 @@ def aligns(planned: Scenario, client: int, t: int) -> bool:
         (3, 0, "paper"),
         (1, 0, "warm_start"),
         (4, 0, "warm_start"),
-        (2, 0, "own_loss"),
         (None, 0, "paper"),
         (4, 2, "paper"),
         (3, 1, "warm_start"),
-        (5, 4, "own_loss"),
+        (5, 4, "warm_start"),
     ],
 )
 def test_the_ledger_follows_the_rule(

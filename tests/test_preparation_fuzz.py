@@ -75,7 +75,7 @@ CHOICES: dict[str, st.SearchStrategy[Any]] = {
     | NAMES,
     "algorithm.upload_every": NUMBERS,
     "algorithm.align_every": NUMBERS | st.none(),
-    "algorithm.start": st.sampled_from(["paper", "own_loss", "warm_start"]),
+    "algorithm.start": st.sampled_from(["paper", "warm_start"]),
     "algorithm.alignment.epochs": NUMBERS,
     "algorithm.alignment.batch_size": NUMBERS,
     "algorithm.alignment.buffer_size": NUMBERS,

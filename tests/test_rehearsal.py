@@ -28,7 +28,7 @@ from support.user_input import mistake
 DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
 OF_THE_ROUND_LOOP = {
     *("batches", "end_round", "state", "load_state"),
-    *("auxiliary", "owns_auxiliary", "trained_auxiliary", "encode", "decode"),
+    *("auxiliary", "owns_auxiliary", "encode", "decode"),
 }
 """of a client, what no `client_step` has a use for"""
 

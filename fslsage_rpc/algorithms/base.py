@@ -58,14 +58,6 @@ class Algorithm(ABC):
         return self.keys.average_auxiliary if self.auxiliary == "aligned" else "round"
 
     @property
-    def goes_on_from_trained(self) -> bool:
-        """Where clients train auxiliary models that the server aligns, does it go on from their average at
-        the end of the round? Else it goes on from its own copies, which a client uses once it has taken a
-        fitted one up.
-        """
-        return True
-
-    @property
     def interval(self) -> int:
         """Rounds after which the kinds of rounds repeat: the alignment interval, where there is one."""
         return (self.auxiliary == "aligned" and self.keys.align_every) or 1

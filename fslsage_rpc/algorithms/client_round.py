@@ -51,18 +51,21 @@ def client_round(
         if asking is None or step in asking:
             yield BeginStep(step)
         requests = algorithm.client_step(client, t, step, *next(batches))
-        yield from travelling(client, watched(algorithm, client, requests, step, notice), made)
+        yield from travelling(algorithm, client, watched(algorithm, client, requests, step, notice), made)
         if rehearsed is not None and len(made) < len(rehearsed) and rehearsed[len(made)].step == step:
             raise _departure(algorithm, step, None, rehearsed[len(made)])
     if rehearsed is None:
         yield End()
 
 
-def travelling(client: Client, requests: ClientStep, made: list[Ask]) -> ClientStep:
+def travelling(algorithm: Algorithm, client: Client, requests: ClientStep, made: list[Ask]) -> ClientStep:
     """The requests of a local step as they travel, coded; each is resumed with the decoded answer.
 
     Args:
         made: ends with each request as it is made; its bytes are put in once they are known.
+
+    Raises:
+        InputError: a coded change would come to an auxiliary model that the server does not know.
     """
     answer = None
     while True:
@@ -70,6 +73,12 @@ def travelling(client: Client, requests: ClientStep, made: list[Ask]) -> ClientS
             body = requests.send(answer)
         except StopIteration:
             return
+        if body.kind in TAKING_UP and client.codings.auxiliary and client.owns_auxiliary:
+            raise refusal(
+                algorithm,
+                f"yields {type(body).__name__} for an auxiliary model that the client has trained in the same "
+                "round; with comm.codec.auxiliary a change comes, of the model that the server has in use",
+            )
         coded = client.encode(body, len(made) - 1)
         reply = yield coded
         if isinstance(coded, SmashedData):
@@ -77,8 +86,6 @@ def travelling(client: Client, requests: ClientStep, made: list[Ask]) -> ClientS
         if reply is not None:
             made[-1] = made[-1]._replace(answer_bytes=reply.nbytes)
         answer = client.decode(reply)
-        if body.kind in TAKING_UP:
-            client.auxiliary.freeze()  # whoever has trained it: it is the server's to fit
 
 
 def watched(

@@ -13,8 +13,8 @@ class FslSage(Algorithm):
 
     Every `align_every` (l) rounds the server fits each client's auxiliary model to the true gradients on that
     client's newest uploads. A client that was absent then aligns at its first step when it is back. With
-    `alignment.lag` (r) it goes on meanwhile, and takes the fitted model up r rounds later. Unless `start` is
-    the paper's, round 0 is one of CSE-FSL, and alignments count from round 1.
+    `alignment.lag` (r) it goes on meanwhile, and takes the fitted model up r rounds later. With a warm
+    start round 0 is one of CSE-FSL, and alignments count from round 1.
     """
 
     name = "fsl_sage"
@@ -32,7 +32,7 @@ class FslSage(Algorithm):
                 yield BeginAlignment()  # one way
             else:
                 client.auxiliary_weights.load((yield Align()))  # the only request that waits
-        if self.trains_alone(client.id, t):
+        if t < self._first_alignment:
             client.backward(z, client.train_auxiliary(z, y))  # as in CSE-FSL
         else:
             client.backward(z, client.estimate(z, y))  # ĝ in place of g
@@ -58,19 +58,7 @@ class FslSage(Algorithm):
                 latest = max(latest, earlier)
         return False
 
-    def trains_alone(self, client: int, t: int) -> bool:
-        """Does the client still step on its auxiliary model's own loss?"""
-        if self.keys.start == "own_loss" and self.keys.alignment.lag and self.keys.align_every is not None:
-            there = (earlier for earlier in range(t + 1) if client in self.federation.participants(earlier))
-            return not any(self.collects(client, earlier) for earlier in there)
-        return t < self._first_alignment
-
-    @property
-    def goes_on_from_trained(self) -> bool:
-        """Not where each client has its own model until it takes a fitted one up."""
-        return self.keys.start != "own_loss"
-
     @property
     def _first_alignment(self) -> int:
         """The first round in which alignments are due."""
-        return int(self.keys.start != "paper")
+        return int(self.keys.start == "warm_start")

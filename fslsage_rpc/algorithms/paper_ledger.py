@@ -35,8 +35,7 @@ def averages_auxiliary(algorithm: Algorithm, course: Course) -> bool:
 
 def hands_auxiliary_over(algorithm: Algorithm, course: Course) -> bool:
     """Have clients trained the auxiliary models that the server aligns? Then it goes on from their mean."""
-    aligned = algorithm.auxiliary == "aligned" and algorithm.goes_on_from_trained
-    return aligned and course.trains_auxiliary
+    return algorithm.auxiliary == "aligned" and course.trains_auxiliary
 
 
 class PaperBytes(NamedTuple):

@@ -171,10 +171,9 @@ class AlgorithmKeys:
     align_every: Count | None = 10
     """l: alignment in rounds 1, l + 1, 2l + 1, ... (`start: paper`; else one later); null = never"""
     average_auxiliary: Literal["never", "alignment", "round"] = "alignment"
-    start: Literal["paper", "own_loss", "warm_start"] = "paper"
+    start: Literal["paper", "warm_start"] = "paper"
     """paper: clients are aligned at their first step, on one batch; else they step on their auxiliary models'
-    own loss in the first round, as in CSE-FSL, and the server then fits from the initial weights (own_loss),
-    or from the average of the trained ones (warm_start)"""
+    own loss in the first round, as in CSE-FSL, and the server fits from the average of the trained ones"""
     alignment: AlignmentKeys = field(default_factory=AlignmentKeys)
     measure_drift: bool = True
     """compare estimate and true gradient on every upload (server work of its own, timed apart)"""

@@ -97,7 +97,6 @@ class AuxiliaryFit:
     Attributes:
         model, weights: those in use, by this client and for the drift.
         fitted: the weights that a fit moves; where there is one copy, the same.
-        in_use: does the client go by this model, and not by one that it trains alone?
         inputs: of a fit behind the training, until it is taken up.
         left_out: `[n]`, by how much the fitted weights differ from those in use; None before they have
             travelled, and where they do not travel coded.
@@ -114,7 +113,6 @@ class AuxiliaryFit:
         self.model = copy_of(model, context.device) if self._apart else model
         self.weights = flatten(self.model) if self._apart else self.fitted
         self.optimizer = optimizer
-        self.in_use = True
         self.inputs: FitInputs | None = None
         self.left_out: Tensor | None = None
         self._next: Weights | None = None  # handed out, to be in use from the next turn on
@@ -211,7 +209,7 @@ class AuxiliaryFit:
             self.weights.load(self._next)
         if self.context.codings.auxiliary:
             self.left_out = self.fitted.floats - self.weights.floats
-        self._next, self.in_use = None, True
+        self._next = None
         self.record, self._made = self._made, None
         if self.inputs is not None:
             for _ in range(self.inputs.rounds):
@@ -323,7 +321,6 @@ class AuxiliaryFit:
             "weights": self.weights.state(),
             "optimizer": self.optimizer.state() if inputs is None else inputs.optimizer,
             "buffer": self.buffer.state(),
-            "in_use": self.in_use,
             **({} if self.left_out is None else {"left_out": self.left_out}),
             **({} if inputs is None else {"inputs": inputs.state()}),
         }
@@ -334,7 +331,6 @@ class AuxiliaryFit:
         self.weights.load_state(state["weights"])
         self.optimizer.load_state(state["optimizer"])
         self.buffer.load_state(state["buffer"], device)
-        self.in_use = state.get("in_use", True)  # older versions had no other
         left_out, inputs = state.get("left_out"), state.get("inputs")
         self.left_out = None if left_out is None else left_out.to(device, copy=True)
         self.inputs = None

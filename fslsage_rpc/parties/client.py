@@ -138,7 +138,7 @@ class Client:
             if isinstance(answer, Coded):
                 return self.codings.gradient.decode(answer)
             change = self.codings.auxiliary.decode(answer.change)
-            return Weights(self.auxiliary.at_the_server.floats + change, answer.integers)
+            return Weights(self.auxiliary.weights.floats + change, answer.integers)
 
     def end_round(self) -> None:
         """Learning rates that follow the rounds move on; absent clients' too."""
@@ -169,11 +169,6 @@ class Client:
     def owns_auxiliary(self) -> bool:
         """Does this client train its auxiliary model?"""
         return self._auxiliary is not None and self._auxiliary.optimizer is not None
-
-    @property
-    def trained_auxiliary(self) -> bool:
-        """Has it done so in this round?"""
-        return self._auxiliary is not None and self._auxiliary.trained
 
     def _forward(self, x: Tensor) -> Tensors:
         return (self.model(x),)

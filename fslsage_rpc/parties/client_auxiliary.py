@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fslsage_rpc.device.graphs import Graphed, Tensors
+from fslsage_rpc.device.graphs import Tensors
 from fslsage_rpc.models.dropout import Masks
-from fslsage_rpc.models.flat import Weights, flatten, trainable
+from fslsage_rpc.models.flat import flatten, trainable
 from fslsage_rpc.parties.auxiliary_fit import cut_layer_gradient
 from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
@@ -33,21 +33,16 @@ class ClientAuxiliary:
         self._parameters = trainable(model)
         self._masks = Masks(model, context.seed)
         self.estimates = context.graphed(self._masks)
-        self.trained = False  # in this round
         self.freeze()
 
     def freeze(self) -> None:
         """From here on it is the server's to fit."""
         self.optimizer: ScheduledOptimizer | None = None
-        self.steps: Graphed | None = None
-        self._at_the_server: Weights | None = None
         for parameter in self._parameters:
             parameter.requires_grad_(False)
 
     def take_over(self) -> ScheduledOptimizer:
         """From here on the client trains it, with a new optimizer."""
-        if self._context.codings.auxiliary:
-            self._at_the_server = self.weights.clone()
         for parameter in self._parameters:
             parameter.requires_grad_()
         self.optimizer = self._make_optimizer(self._parameters)
@@ -62,8 +57,6 @@ class ClientAuxiliary:
     def train(self, z: Tensor, y: Tensor, at: LocalStep) -> Tensor:
         """One step on (z, y), and its gradient `[B, ...]`: `Client.train_auxiliary`."""
         optimizer = self.optimizer or self.take_over()
-        assert self.steps is not None
-        self.trained = True
         self._masks.begin(at)
         (gradient,) = self.steps(self._step, z, y)
         optimizer.advance()
@@ -71,15 +64,12 @@ class ClientAuxiliary:
 
     def end_round(self) -> None:
         """A learning rate that follows the rounds moves on."""
-        self.trained = False
         if self.optimizer is not None:
             self.optimizer.end_round()
 
     def state(self) -> dict[str, Any]:
         """Everything that stays from round to round."""
         state = {"auxiliary_weights": self.weights.state()}
-        if self._at_the_server is not None:
-            state["auxiliary_at_the_server"] = self._at_the_server.state()
         return state if self.optimizer is None else state | {"auxiliary_optimizer": self.optimizer.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -89,13 +79,6 @@ class ClientAuxiliary:
             self.freeze()
         elif state["auxiliary_optimizer"] is not None:
             (self.optimizer or self.take_over()).load_state(state["auxiliary_optimizer"])
-        if self._at_the_server is not None and "auxiliary_at_the_server" in state:
-            self._at_the_server.load_state(state["auxiliary_at_the_server"])
-
-    @property
-    def at_the_server(self) -> Weights:
-        """Those that the server has in use: of which a coded answer is the change."""
-        return self._at_the_server or self.weights
 
     def _estimate(self, z: Tensor, y: Tensor) -> Tensors:
         return (cut_layer_gradient(self._model, z, y, self._context.loss),)

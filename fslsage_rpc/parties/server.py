@@ -191,7 +191,6 @@ class Server:
         """Every client's auxiliary model is fitted from these weights on."""
         for fit in self.fits.values():
             fit.weights.load(weights)
-            fit.in_use = True
 
     def end_round(self) -> None:
         """Learning rates that follow the rounds move on."""
@@ -361,7 +360,7 @@ class Server:
             with lane.phase(Phase.DECODE):
                 z = self._codings.smashed.decode(z)
         uploads = isinstance(body, Push) and fit is not None
-        compared = uploads and self.measure_drift and fit is not None and fit.in_use
+        compared = uploads and self.measure_drift
         gradient_wanted = isinstance(body, Exchange) or compared
         with lane.phase(Phase.STEP, execution.arrow):
             gradient = lane.train(z, y, gradient_wanted, at)

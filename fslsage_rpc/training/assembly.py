@@ -64,9 +64,7 @@ def build_server(
         model = fresh(split.auxiliary)
         optimizer = ScheduledOptimizer(config.optimizer.auxiliary, trainable(model))
         keys = config.algorithm.alignment
-        made = AuxiliaryFit(model, optimizer, keys, context(f"alignment of client {client}"))
-        made.in_use = algorithm.goes_on_from_trained
-        return made
+        return AuxiliaryFit(model, optimizer, keys, context(f"alignment of client {client}"))
 
     if algorithm.client_holds_whole_model:
         lanes: dict[int, Lane] = {}

@@ -183,7 +183,6 @@ class Experiment:
         rehearsal = Rehearsal(create(config.algorithm, federation), task, split)
         _check_memory_format(task, split, algorithm)
         if algorithm.auxiliary == "aligned":
-            _check_start(config)
             _check_alignment_derivatives(task, split)
         used = (split.client, split.server, *([] if algorithm.auxiliary == "none" else [split.auxiliary]))
         if any(map(has_batch_norm, used)):
@@ -346,22 +345,6 @@ def _check_memory_format(task: Task, split: SplitModel, algorithm: Algorithm) ->
             f"model.memory_format: got {wanted!r}, expected auto or contiguous: {name} fails on images in "
             f"that order ({first_line(error)})"
         )
-
-
-def _check_start(config: Config) -> None:
-    """Auxiliary models that some clients still train alone must not be averaged with fitted ones, nor have a
-    change come to them that is of a model which they have not seen.
-    """
-    absent = config.clients.participation < 1 or config.clients.on_loss == "drop"
-    if config.algorithm.start != "own_loss" or not absent:
-        return
-    lag, codec = config.algorithm.alignment.lag, config.comm.codec.auxiliary.name
-    for key, value in (("algorithm.alignment.lag", lag), ("comm.codec.auxiliary", codec)):
-        if value not in (0, "none"):
-            raise InputError(
-                f"algorithm.start: got 'own_loss', expected paper or warm_start, as {key} is {value} and "
-                "clients may be absent"
-            )
 
 
 def _check_alignment_derivatives(task: Task, split: SplitModel) -> None:

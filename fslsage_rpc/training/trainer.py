@@ -203,8 +203,8 @@ class Trainer:
         if self.server:
             self.server.wait()
         self.course = course if course and course.sized else self._gathered(course, made)
-        trained = any(client.trained_auxiliary for client in self.clients.values())
-        if trained and algorithm.auxiliary == "aligned" and not self.course.trains_auxiliary:
+        owns = any(client.owns_auxiliary for client in self.clients.values())
+        if owns and algorithm.auxiliary == "aligned" and not self.course.trains_auxiliary:
             raise refusal(algorithm, "trains the auxiliary model, which it did not in its rehearsal")
         averages = averages_auxiliary(algorithm, self.course)
         hands_over = hands_auxiliary_over(algorithm, self.course)
@@ -324,8 +324,8 @@ class Trainer:
 
     def _gathered(self, rehearsed: Course | None, made: dict[int, list[Ask]]) -> Course:
         """Collective: the course of the round that has ended, from what each rank's clients have asked."""
-        mine = any(client.trained_auxiliary for client in self.clients.values())
-        trained = rehearsed.trains_auxiliary if rehearsed else mine
+        owns = any(client.owns_auxiliary for client in self.clients.values())
+        trained = rehearsed.trains_auxiliary if rehearsed else owns
         with self._timeline.phase(Phase.DRAIN_WAIT):
             parts = self._transport.gather(Course(made, trained))
             course: Course = self._transport.broadcast(parts and Course.joined(parts))

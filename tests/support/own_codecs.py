@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fslsage_rpc.algorithms import Algorithm
 from fslsage_rpc.parties.codecs import Codec
-from fslsage_rpc.parties.requests import Exchange, Push
+from fslsage_rpc.parties.requests import Align, Exchange, Push
 
 
 class Raw(Codec):
@@ -51,3 +51,16 @@ class Twice(Algorithm):
         z = client.forward(x)
         yield Push(z.relu(), y)
         client.backward(z, (yield Exchange(z, y)))
+
+
+class TrainedThenAligned(Algorithm):
+    """Has the server fit a model that the client has trained meanwhile."""
+
+    auxiliary = "aligned"
+
+    def client_step(self, client: Any, t: int, step: int, x: Tensor, y: Tensor) -> Any:
+        z = client.forward(x)
+        yield Push(z, y)
+        gradient = client.train_auxiliary(z, y)
+        client.auxiliary_weights.load((yield Align()))
+        client.backward(z, gradient)
