@@ -135,6 +135,11 @@ def read_place(place: Place, runs: Path, loopback: Calibration) -> Measured:
     )
 
 
+def label(name: str, algorithm: str) -> str:
+    """A variant by its algorithm, and by its own name where that says more, as in a report."""
+    return display_name(algorithm) + ("" if name == algorithm else f": {name}")
+
+
 def measured_table(measured: Measured) -> str:
     """The rounds of one place, in Markdown."""
     headers = [
@@ -149,11 +154,11 @@ def measured_table(measured: Measured) -> str:
         *("averaging", "wire MiB", "lower bound", "efficiency"),
     ]
     rows = []
-    for record in measured.result["variants"].values():
+    for name, record in measured.result["variants"].items():
         seconds, client = record["round_seconds"], record["phases"]["client"]
         rows.append(
             [
-                display_name(record["algorithm"]),
+                label(name, record["algorithm"]),
                 f"{seconds['median']:.2f} ({seconds['q1']:.2f} to {seconds['q3']:.2f})",
                 f"{record['ratio_to_reference']['median']:.2f}",
                 *(
@@ -189,7 +194,7 @@ def predictions_table(places: Sequence[Measured]) -> str:
             rows.append(
                 [
                     one.place.title,
-                    display_name(record["algorithm"]),
+                    label(name, record["algorithm"]),
                     f"{record['round_seconds']['median']:.2f}",
                     *(f"{one.by_itself[name]:.2f}", f"{own:+.0%}"),
                     *(f"{one.by_loopback[name]:.2f}", f"{loopback:+.0%}"),
@@ -229,7 +234,7 @@ def as_measured(link: dict[str, float]) -> str:
 def bars(bench: SavedBench) -> bytes:
     """The picture of one place."""
     drawn = [
-        Bar(display_name(v.algorithm), color_of(v.algorithm), v.parts, v.bound_seconds)
+        Bar(label(v.name, v.algorithm), color_of(v.algorithm), v.parts, v.bound_seconds)
         for v in bench.variants
     ]
     return rendered(bars_figure(drawn, BAR_LABEL))

@@ -21,7 +21,6 @@ Prints the medians, and last, one a line, the medians of the paired ratios floor
 """
 
 import copy
-import os
 import statistics
 import time
 from collections import deque
@@ -37,6 +36,7 @@ from torch.nn import functional as F
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config, OptimizerKeys
 from fslsage_rpc.device.clock import clock, cpu_clock, synchronise
+from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.world import World
 from fslsage_rpc.training.experiment import Experiment
@@ -254,8 +254,9 @@ def compare(config: Config, world: World) -> tuple[list[float], list[float]]:
         world.transport.barrier()
         spent = world.transport.gather(arithmetic.cpu_seconds(rounds))
         if spent and pair:  # the first one warms up
-            floors.append(sum(spent) / (os.cpu_count() or 1) / interval)
+            floors.append(sum(spent) / len(usable_cores()) / interval)
             seconds.append(measured / interval)
+    trainer.close()
     return floors, seconds
 
 
@@ -271,7 +272,7 @@ def main() -> None:
         if world.hosts_server:
             print(
                 f"{algorithm}: floor {statistics.median(floors):.3f} s, round "
-                f"{statistics.median(seconds):.3f} s, {PAIRS} pairs, {os.cpu_count()} cores, "
+                f"{statistics.median(seconds):.3f} s, {PAIRS} pairs, {len(usable_cores())} cores, "
                 f"{torch.get_num_threads()} thread per rank",
                 flush=True,
             )

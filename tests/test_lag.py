@@ -290,6 +290,16 @@ class CollectsAtOnce(BeginsTwice):
         client.backward(z, client.estimate(z, y))
 
 
+class CollectsTooEarly(BeginsTwice):
+    def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
+        z = client.forward(x)
+        yield Push(z, y)
+        if step == 0:
+            yield BeginAlignment()
+            client.auxiliary_weights.load((yield Collect()))
+        client.backward(z, client.estimate(z, y))
+
+
 class AlignsMeanwhile(BeginsTwice):
     def client_step(self, client: Client, t: int, step: int, x: Tensor, y: Tensor) -> ClientStep:
         z = client.forward(x)
@@ -303,7 +313,8 @@ class AlignsMeanwhile(BeginsTwice):
     [
         (BeginsTwice, 0, "yields BeginAlignment, where algorithm.alignment.lag is 0"),
         (BeginsTwice, 1, "yields BeginAlignment in round 2 for client 0, which has one to collect"),
-        (CollectsAtOnce, 1, "yields Collect in round 1 for client 0, which has begun none"),
+        (CollectsAtOnce, 1, "yields Collect in round 1 for client 0, which has begun none before that round"),
+        (CollectsTooEarly, 1, "yields Collect in round 1 for client 0, which has begun none before that round"),
         (AlignsMeanwhile, 1, "yields BeginAlignment in round 1 for client 0, which has one to collect"),
     ],
 )

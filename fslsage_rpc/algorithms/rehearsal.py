@@ -7,7 +7,7 @@ are. So do the lower bound of a round, and the predictions of `plan`.
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -212,6 +212,7 @@ class Rehearsal:
         )
         self._auxiliary = None if algorithm.auxiliary == "none" else _without_numbers(split.auxiliary)
         self._batches: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # x, y and z, by their samples
+        self._alignments: dict[tuple[int, int], list[str]] = {}  # by client and round
         self._last: tuple[tuple[int, list[int]], dict[int, ClientRehearsal]] | None = None
         first = self.course(0)
         if is_own(algorithm.keys.name):
@@ -235,14 +236,12 @@ class Rehearsal:
             any(rehearsed.trains_auxiliary for rehearsed in clients.values()),
         )
 
-    def kinds(self, rounds: Iterable[int]) -> set[str]:
-        """The kinds of requests that there are in these rounds; all, where that depends on values."""
-        found: set[str] = set()
-        for course in map(self.course, rounds):
-            if course is None:
-                return set(KINDS)
-            found |= {ask.kind for asks in course.asks.values() for ask in asks}
-        return found
+    def asks_for(self, kinds: Collection[str], rounds: Iterable[int]) -> bool:
+        """Is there a request of these kinds in these rounds? Yes, where that depends on values."""
+        return any(
+            course is None or any(ask.kind in kinds for asks in course.asks.values() for ask in asks)
+            for course in map(self.course, rounds)
+        )
 
     def clients(self, t: int) -> dict[int, ClientRehearsal]:
         """The round of each participant."""
@@ -287,24 +286,32 @@ class Rehearsal:
         """
         for past in reversed(range(t)):
             there = client in self._federation.participants(past)
-            if there and (alignments := self.client(client, past).alignments):
+            if there and (alignments := self._alignments_of(client, past)):
                 return self.aligned(client, past)[-1] if alignments[-1] == BeginAlignment.kind else 0
         return 0
 
+    def _alignments_of(self, client: int, t: int) -> list[str]:
+        """`ClientRehearsal.alignments`; each round is looked back at from many others."""
+        if (client, t) not in self._alignments:
+            self._alignments[client, t] = self.client(client, t).alignments
+        return self._alignments[client, t]
+
     def _check_alignments(self, client: int, t: int, rehearsed: ClientRehearsal) -> None:
-        """An alignment that is begun is collected, once, before the next.
+        """An alignment that is begun is collected, once, before the next, and in a later round: in its own
+        the server may not have come to it yet.
 
         Raises:
             InputError: it is not.
         """
         alignments = rehearsed.alignments
-        begun = bool(alignments) and bool(self.begun(client, t))
+        earlier, now = bool(alignments) and bool(self.begun(client, t)), False
         for kind in alignments:
-            if begun != (kind == Collect.kind):
-                which = "has one to collect" if begun else "has begun none"
-                yields = f"yields {KINDS[kind].__name__} in round {t + 1} for client {client}, which {which}"
-                raise refusal(self._algorithm, yields)
-            begun = kind == BeginAlignment.kind
+            yields = f"yields {KINDS[kind].__name__} in round {t + 1} for client {client}"
+            if kind == Collect.kind and not earlier:
+                raise refusal(self._algorithm, f"{yields}, which has begun none before that round")
+            if kind != Collect.kind and (earlier or now):
+                raise refusal(self._algorithm, f"{yields}, which has one to collect")
+            earlier, now = False, kind == BeginAlignment.kind
 
     def _step(self, client: StandIn, t: int, step: int, samples: int) -> list[str | Ask]:
         """The events of a local step, in order."""

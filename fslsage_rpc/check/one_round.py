@@ -102,7 +102,7 @@ def _begins_alignments(experiment: Experiment) -> bool:
     algorithm, rounds = experiment.algorithm, experiment.config.rounds
     if algorithm.auxiliary != "aligned" or algorithm.requests_depend_on_values:
         return False
-    return BeginAlignment.kind in experiment.rehearsal.kinds(range(min(rounds, algorithm.interval + 1)))
+    return experiment.rehearsal.asks_for({BeginAlignment.kind}, range(min(rounds, algorithm.interval + 1)))
 
 
 def begin_fit(trainer: Trainer, client: int, samples: int) -> None:

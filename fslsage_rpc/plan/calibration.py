@@ -86,12 +86,13 @@ def _read(folder: Path, planned: Config) -> Calibration:
     links = [LinkSpeed(**speed) for each in speeds for speed in each.values()]
     link = LinkSpeed(*(statistics.fmean(getattr(each, name) for each in links) for name in vars(NO_LINK)))
     cores, threads = ranks[0]["cores"], [rank["threads"] for rank in ranks]
+    usable = ranks[0].get("usable_cores", cores)  # which older versions did not write
     config = load(folder / "config.yaml")
     too_many = config.clients.count > open_task(config).train_samples
-    if too_many or not all(0 < figure <= LARGEST for figure in (*vars(link).values(), cores, *threads)):
+    if too_many or not all(0 < figure <= LARGEST for figure in (*vars(link).values(), cores, usable, *threads)):
         raise ValueError("there would be clients without samples, or ranks that cannot be")
     shared = cores / threads[0] if len({rank["host"] for rank in ranks}) == 1 else math.inf
-    workers = max(1, cores // threads[0])
+    workers = max(1, usable // threads[0])
 
     def costs_of(name: str, variant: Config) -> Costs:
         check_work(folder, variant, with_algorithm(planned, variant.algorithm.name))

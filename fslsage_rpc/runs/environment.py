@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torchvision
 
+from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.device.placement import device_name
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.version import __version__
@@ -22,6 +23,7 @@ def rank_environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "device_name": device_name(device),
         "cores": os.cpu_count(),
+        "usable_cores": len(usable_cores()),
         "threads": torch.get_num_threads(),
     }
 

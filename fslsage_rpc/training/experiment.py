@@ -208,7 +208,7 @@ class Experiment:
             warnings=[
                 *_check_draws(task, split, algorithm),
                 *_check_outputs(task, split, train),
-                *_unused_codecs(config, rehearsal, algorithm.interval),
+                *_unused_codecs(config, rehearsal, algorithm),
                 *_unused_lag(config, rehearsal, algorithm),
             ],
         )
@@ -301,22 +301,18 @@ def _check_outputs(task: Task, split: SplitModel, train: Samples) -> list[str]:
     return []
 
 
-def _unused_codecs(config: Config, rehearsal: Rehearsal, interval: int) -> list[str]:
+def _unused_codecs(config: Config, rehearsal: Rehearsal, algorithm: Algorithm) -> list[str]:
     """One line for each codec of what this algorithm does not send."""
-    coded = [kind for kind, keys in vars(config.comm.codec).items() if keys.name != "none"]
-    if not coded:
-        return []
-    rounds = min(config.rounds, interval + 1)  # a warm start puts alignments off by one
-    asked = rehearsal.kinds(range(rounds))
+    rounds = range(min(config.rounds, algorithm.interval))
     sent_by = {
-        "smashed": {Push.kind, Exchange.kind},
-        "gradient": {Exchange.kind},
-        "auxiliary": TAKING_UP,
+        "smashed": ({Push.kind, Exchange.kind}, rounds),
+        "gradient": ({Exchange.kind}, rounds),
+        "auxiliary": (TAKING_UP, _rounds_of_alignments(config, algorithm)),
     }
     return [
         f"comm.codec.{kind} is not used by {config.algorithm.name}"
-        for kind in coded
-        if not sent_by[kind] & asked
+        for kind, keys in vars(config.comm.codec).items()
+        if keys.name != "none" and not rehearsal.asks_for(*sent_by[kind])
     ]
 
 
@@ -325,13 +321,21 @@ def _unused_lag(config: Config, rehearsal: Rehearsal, algorithm: Algorithm) -> l
     key, lag = "algorithm.alignment.lag", config.algorithm.alignment.lag
     if not lag or algorithm.auxiliary != "aligned":  # which is said of all keys of alignments
         return []
-    rounds = min(config.rounds, 2 * algorithm.interval + 1)
-    kinds = rehearsal.kinds(range(rounds))
-    if BeginAlignment.kind not in kinds:
+    rounds = _rounds_of_alignments(config, algorithm)
+    if not rehearsal.asks_for({BeginAlignment.kind}, rounds):
         return [f"{key} is not used by {config.algorithm.name}, which aligns nothing behind the training"]
-    if Collect.kind not in kinds:
-        return [f"{key}: got {lag}, so that no fitted model is taken up by round {rounds}"]
+    if not rehearsal.asks_for({Collect.kind}, rounds):
+        return [f"{key}: got {lag}, so that no fitted model is taken up by round {len(rounds)}"]
     return []
+
+
+def _rounds_of_alignments(config: Config, algorithm: Algorithm) -> range:
+    """Those in which a fitted model is taken up if ever one is: clients that are away align later."""
+    if algorithm.auxiliary != "aligned":
+        return range(0)
+    if config.clients.participation < 1:
+        return range(config.rounds)
+    return range(min(config.rounds, 2 * algorithm.interval + 1))  # a lag is shorter than an interval
 
 
 def _check_memory_format(task: Task, split: SplitModel, algorithm: Algorithm) -> None:

@@ -149,7 +149,8 @@ class Trainer:
             self.server.close()
 
     def complete_round(self, t: int, on_round: OnRound, evaluate: bool = False) -> bool:
-        """Train and record one round, as `train` does, for trainings that take turns.
+        """Train and record one round, as `train` does, for trainings that take turns. Over RPC those with
+        `alignment.lag` cannot: fits that rest between two rounds keep the threads that others' need.
 
         Args:
             evaluate: also where `evaluation.every` does not ask for it.
