@@ -401,6 +401,10 @@ class Averaging(SplitFedV1):
     average_auxiliary = "sometimes"  # type: ignore[assignment]
 
 
+class AlwaysAveraging(FslSage):
+    average_auxiliary = "round"
+
+
 class Raising(SplitFedV1):
     def __init__(self, keys: Any, federation: Any):
         raise RuntimeError("not\ntoday")
@@ -426,6 +430,15 @@ def test_what_is_no_algorithm_is_refused(name: str, words: str) -> None:
     message = mistake(create, keys, Federation([40, 40], 1.0, 20, 1, 0))
     assert message.startswith(f"algorithm.name: got {name!r}, ")
     assert words in message
+
+
+def test_averages_of_every_round_do_not_go_with_a_lag() -> None:
+    name = f"{HERE}:AlwaysAveraging"
+    keys = from_tree({"algorithm": {"name": name, "alignment": {"lag": 2}}}).algorithm
+    assert mistake(create, keys, Federation([40, 40], 1.0, 20, 1, 0)) == (
+        f"algorithm.name: got {name!r}, whose average_auxiliary is 'round', which algorithm.alignment.lag, 2, "
+        "does not allow"
+    )
 
 
 def test_an_unfinished_class_is_found_before_anything_else() -> None:

@@ -116,4 +116,7 @@ def _contradiction(algorithm: Algorithm) -> str | None:
         return f"average_auxiliary is {algorithm.average_auxiliary!r}, expected one of " + ", ".join(
             AVERAGE_AUXILIARY
         )
+    lag = algorithm.keys.alignment.lag
+    if lag and algorithm.auxiliary == "aligned" and algorithm.average_auxiliary == "round":
+        return f"average_auxiliary is 'round', which algorithm.alignment.lag, {lag}, does not allow"
     return None
