@@ -58,10 +58,14 @@ class Change:
 
 CHANGES: Sequence[Change] = (
     Change(
-        reason="The warm start is one of several starts.",
+        reason="The warm start is the default, and has another key.",
         configurations=("warm-start",),
         old="algorithm.warm_start=true",
-        new="algorithm.start=warm_start",
+    ),
+    Change(
+        reason="The paper's start was the default.",
+        configurations=("sage", "sage-batch-norm", "sage-dropout", "resume", "rpc-sage"),
+        new="algorithm.start=paper",
     ),
     Change(
         reason="Agreement is read off the first and the last pass of a fit, not off two more passes.",

@@ -257,9 +257,10 @@ def test_fits_give_way_to_lanes_rest_between_rounds_and_end_with_the_training() 
         ),
         ({"alignment": {"lag": -1}}, "algorithm.alignment.lag: got -1, expected an integer >= 0"),
         (
-            {"warm_start": True},
-            "algorithm.warm_start: got true, expected none: it is algorithm.start: warm_start now",
+            {"warm_start": True, "start": "paper"},
+            "algorithm.warm_start: got true, expected none: it is algorithm.start now",
         ),
+        ({"warm_start": [1]}, "algorithm.warm_start: got [1], expected none: it is algorithm.start now"),
     ],
 )
 def test_what_cannot_be_is_refused(keys: dict[str, Any], line: str) -> None:
@@ -267,7 +268,8 @@ def test_what_cannot_be_is_refused(keys: dict[str, Any], line: str) -> None:
 
 
 def test_a_key_that_an_old_folder_has_is_read() -> None:
-    assert from_tree({"algorithm": {"warm_start": False}}) == from_tree({})
+    for old, start in ((False, "paper"), (True, "warm_start")):
+        assert from_tree({"algorithm": {"warm_start": old}}) == from_tree({"algorithm": {"start": start}})
 
 
 class BeginsTwice(Algorithm):

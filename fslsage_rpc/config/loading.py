@@ -39,9 +39,10 @@ RENAMED = {
 """values of older versions, and what they are called now"""
 
 
-SUCCEEDED: dict[str, tuple[Any, str]] = {"algorithm.warm_start": (False, "algorithm.start: warm_start")}
-"""keys of older versions, the value that changes nothing, which the folders of old runs have, and what took
-their place"""
+SUCCEEDED: dict[str, tuple[str, dict[Any, Any]]] = {
+    "algorithm.warm_start": ("start", {False: "paper", True: "warm_start"})
+}
+"""keys of older versions, which the folders of old runs have, what took their place, and its values by theirs"""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -183,10 +184,10 @@ def _build(defaults: Any, tree: Any, prefix: str) -> Any:
                 raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {now} now")
             continue
         if f"{prefix}{key}" in SUCCEEDED:
-            idle, now = SUCCEEDED[f"{prefix}{key}"]
-            if value != idle:
-                raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {now} now")
-            continue
+            now, values = SUCCEEDED[f"{prefix}{key}"]
+            if now in tree or value not in list(values):
+                raise InputError(f"{prefix}{key}: got {show(value)}, expected none: it is {prefix}{now} now")
+            key, value = now, values[value]
         if isinstance(value, str) and (new := RENAMED.get(f"{prefix}{key}={value}")):
             raise InputError(f"{prefix}{key}: got {show(value)}, expected {new}, as it is called now")
         if key not in hints:

@@ -169,11 +169,12 @@ class AlgorithmKeys:
     upload_every: Count = 5
     """q: smashed data goes up at local steps 0, q, 2q, ..."""
     align_every: Count | None = 10
-    """l: alignment in rounds 1, l + 1, 2l + 1, ... (`start: paper`; else one later); null = never"""
+    """l: alignment in rounds 2, l + 2, 2l + 2, ... (`start: paper`: each one earlier); null = never"""
     average_auxiliary: Literal["never", "alignment", "round"] = "alignment"
-    start: Literal["paper", "warm_start"] = "paper"
-    """paper: clients are aligned at their first step, on one batch; else they step on their auxiliary models'
-    own loss in the first round, as in CSE-FSL, and the server fits from the average of the trained ones"""
+    start: Literal["paper", "warm_start"] = "warm_start"
+    """warm_start: in the first round clients step on their auxiliary models' own loss, as in CSE-FSL, and the
+    server fits from the average of the trained ones; paper: they are aligned at their first step, on the one
+    batch that is there"""
     alignment: AlignmentKeys = field(default_factory=AlignmentKeys)
     measure_drift: bool = True
     """compare estimate and true gradient on every upload (server work of its own, timed apart)"""
