@@ -167,7 +167,12 @@ def test_only_the_rounds_in_which_a_client_aligns_must_leave_no_batch_of_one() -
                     "model": {"name": "resnet18"},
                     "clients": {"count": 2, "batch_size": 33},
                     "data": {"name": "synthetic", "partition": "iid", "train_limit": 396},
-                    "algorithm": {"upload_every": 5, "align_every": 10, "alignment": alignment},
+                    "algorithm": {
+                        "upload_every": 5,
+                        "align_every": 10,
+                        "start": "paper",
+                        "alignment": alignment,
+                    },
                 }
             )
         )

@@ -35,6 +35,7 @@ def tree(algorithm: str, precision: str) -> dict[str, Any]:
             "name": algorithm,
             "upload_every": 2,
             "align_every": 2,
+            "start": "paper",
             "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
         },
     }

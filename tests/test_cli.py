@@ -28,7 +28,7 @@ SMALL = {
     "clients": {"count": 2, "batch_size": 64},
     "data": {"train_limit": 200, "test_limit": 50},
     "model": MODEL,
-    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
+    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 2}},
 }
 FOLDER = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "partition.json", "model.pt"}
 FOLDER |= {"checkpoints"}

@@ -33,7 +33,13 @@ def tree(name: str, rounds: int = 2, **codecs: Any) -> dict[str, Any]:
         "device": "cpu",
         "clients": {"count": 3, "batch_size": BATCH},
         "data": {"train_limit": 3 * SAMPLES, "test_limit": 60, "partition": "iid"},
-        "algorithm": {"name": name, "upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
+        "algorithm": {
+            "name": name,
+            "upload_every": 2,
+            "align_every": 2,
+            "start": "paper",
+            "alignment": {"epochs": 2},
+        },
         "comm": {"codec": codecs},
     }
 

@@ -48,6 +48,7 @@ def tree(name: str, cut: str, algorithm: str, **more: Any) -> dict[str, Any]:
             "name": algorithm,
             "upload_every": 1,
             "align_every": 1,
+            "start": "paper",
             "alignment": {"epochs": 2, "batch_size": 25, "buffer_size": 40},
         },
         **more,

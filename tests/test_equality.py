@@ -34,6 +34,7 @@ def tree(partition_file: Path, algorithm: str, order: str, model: str = "simple_
             "name": algorithm,
             "upload_every": 2,
             "align_every": 2,
+            "start": "paper",
             "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
         },
         "optimizer": {party: {"lr": 3e-3} for party in ("client", "server", "auxiliary")},

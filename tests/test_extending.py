@@ -47,7 +47,7 @@ SMALL: dict[str, Any] = {
     "transport": "local",
     "clients": {"count": 2, "batch_size": 12},
     "data": {"train_limit": 48, "test_limit": 24},
-    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
+    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 2}},
 }
 
 

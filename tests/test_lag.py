@@ -316,7 +316,11 @@ class AlignsMeanwhile(BeginsTwice):
         (BeginsTwice, 0, "yields BeginAlignment, where algorithm.alignment.lag is 0"),
         (BeginsTwice, 1, "yields BeginAlignment in round 2 for client 0, which has one to collect"),
         (CollectsAtOnce, 1, "yields Collect in round 1 for client 0, which has begun none before that round"),
-        (CollectsTooEarly, 1, "yields Collect in round 1 for client 0, which has begun none before that round"),
+        (
+            CollectsTooEarly,
+            1,
+            "yields Collect in round 1 for client 0, which has begun none before that round",
+        ),
         (AlignsMeanwhile, 1, "yields BeginAlignment in round 1 for client 0, which has one to collect"),
     ],
 )

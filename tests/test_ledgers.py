@@ -20,7 +20,7 @@ PAPER = {  # its CIFAR-10 setting
 
 
 def scenario(name: str, **keys: Any) -> Scenario:
-    algorithm = {"name": name, "upload_every": 5, "align_every": 10, **keys}
+    algorithm = {"name": name, "upload_every": 5, "align_every": 10, "start": "paper", **keys}
     return Scenario(from_tree({**PAPER, "algorithm": algorithm}), NO_LINK, client_ranks=1)
 
 
@@ -143,7 +143,13 @@ def test_both_ledgers_count_the_same_requests(name: str) -> None:
         "device": "cpu",
         "clients": {"count": 3, "batch_size": 16},
         "data": {"train_limit": 150, "test_limit": 20},
-        "algorithm": {"name": name, "upload_every": 2, "align_every": 2, "alignment": {"epochs": 1}},
+        "algorithm": {
+            "name": name,
+            "upload_every": 2,
+            "align_every": 2,
+            "start": "paper",
+            "alignment": {"epochs": 1},
+        },
     }
     planned = Scenario(from_tree({**tree, "data": {**tree["data"], "partition": "iid"}}), NO_LINK, 1)
     for round, line in enumerate(train_locally(tree).lines):

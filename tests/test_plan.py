@@ -49,7 +49,14 @@ def tree(name: str, **keys: Any) -> dict[str, Any]:
         "device": "cpu",
         "clients": {"count": 3, "batch_size": 16},
         "data": {"test_limit": 20, "partition": "iid"},
-        "algorithm": {"name": name, "upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}, **keys},
+        "algorithm": {
+            "name": name,
+            "upload_every": 2,
+            "align_every": 2,
+            "start": "paper",
+            "alignment": {"epochs": 2},
+            **keys,
+        },
     }
 
 

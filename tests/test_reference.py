@@ -29,6 +29,7 @@ TREE: dict[str, Any] = {
     "algorithm": {
         "upload_every": UPLOAD_EVERY,
         "align_every": 1,
+        "start": "paper",
         "average_auxiliary": "alignment",
         "alignment": {"epochs": EPOCHS, "batch_size": ALIGN_BATCH, "buffer_size": BUFFER},
     },

@@ -39,7 +39,13 @@ def tree(algorithm: str) -> dict[str, Any]:
         "device": "cpu",
         "clients": {"count": 3, "batch_size": 16},
         "data": {"train_limit": 150, "test_limit": 20, "partition": "iid"},
-        "algorithm": {"name": algorithm, "upload_every": 2, "align_every": 2, "alignment": {"epochs": 4}},
+        "algorithm": {
+            "name": algorithm,
+            "upload_every": 2,
+            "align_every": 2,
+            "start": "paper",
+            "alignment": {"epochs": 4},
+        },
         "comm": {"transports": ["uv"], "timeout_seconds": 60},
     }
 

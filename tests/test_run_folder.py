@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "rounds": 5,
             "device": "cpu",
             "clients": {"count": 3, "batch_size": 64, "participation": 0.6},
-            "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 3}},
+            "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 3}},
             "evaluation": {"every": 2},
         }
     )

@@ -74,7 +74,7 @@ def tree(per: str) -> dict[str, Any]:
         "device": "cpu",
         "clients": {"count": 2, "batch_size": 16, "participation": 0.5},
         "data": {"train_limit": 64, "test_limit": 20, "partition": "iid"},
-        "algorithm": {"align_every": 1, "alignment": {"epochs": 1}},
+        "algorithm": {"align_every": 1, "start": "paper", "alignment": {"epochs": 1}},
         "optimizer": {
             party: {**keys, "scheduler": halving(per)} for party in ("client", "server", "auxiliary")
         },

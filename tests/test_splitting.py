@@ -399,7 +399,7 @@ def test_a_model_by_name_trains(tmp_path: Path) -> None:
                 "cut": "1",
                 "auxiliary": {"kind": "mlp", "width": 4},
             },
-            "algorithm": {"align_every": 1, "alignment": {"epochs": 2}},
+            "algorithm": {"align_every": 1, "start": "paper", "alignment": {"epochs": 2}},
             "optimizer": {party: {"lr": 0.03} for party in ("client", "server", "auxiliary")},
         }
     )

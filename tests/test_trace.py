@@ -20,7 +20,7 @@ KEYS: dict[str, Any] = {
     "device": "cpu",
     "clients": {"count": 3, "batch_size": 16},
     "data": {"train_limit": 150, "test_limit": 20, "partition": "iid"},
-    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 4}},
+    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 4}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
 }
 PUSHES, ALIGNMENTS = 2 * 3 * 2, 3  # 4 steps a client and round, of which 2 upload; one round with alignments
@@ -87,7 +87,12 @@ def test_a_trace_of_one_process(tmp_path: Path) -> None:
 LAGGED = {
     **KEYS,
     "rounds": 4,
-    "algorithm": {"upload_every": 2, "align_every": 4, "alignment": {"epochs": 4, "lag": 2}},
+    "algorithm": {
+        "upload_every": 2,
+        "align_every": 4,
+        "start": "paper",
+        "alignment": {"epochs": 4, "lag": 2},
+    },
 }
 
 

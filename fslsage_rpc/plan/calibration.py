@@ -89,7 +89,9 @@ def _read(folder: Path, planned: Config) -> Calibration:
     usable = ranks[0].get("usable_cores", cores)  # which older versions did not write
     config = load(folder / "config.yaml")
     too_many = config.clients.count > open_task(config).train_samples
-    if too_many or not all(0 < figure <= LARGEST for figure in (*vars(link).values(), cores, usable, *threads)):
+    if too_many or not all(
+        0 < figure <= LARGEST for figure in (*vars(link).values(), cores, usable, *threads)
+    ):
         raise ValueError("there would be clients without samples, or ranks that cannot be")
     shared = cores / threads[0] if len({rank["host"] for rank in ranks}) == 1 else math.inf
     workers = max(1, usable // threads[0])

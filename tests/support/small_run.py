@@ -16,7 +16,7 @@ TREE: dict[str, Any] = {
     "clients": {"count": 3, "batch_size": 16},
     "data": {"train_limit": 120, "test_limit": 50, "partition": "iid"},
     "model": MODEL,
-    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 8}},
+    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 8}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
 }
 

@@ -86,6 +86,7 @@ def toy_tree(root: Path, *changes: Tree) -> Tree:
         "algorithm": {
             "upload_every": 2,
             "align_every": 2,
+            "start": "paper",
             "alignment": {"epochs": 4, "batch_size": 8, "buffer_size": 16},
         },
         "optimizer": {"client": adamw, "server": adamw, "auxiliary": {"lr": 1e-2}},

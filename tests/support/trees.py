@@ -35,6 +35,7 @@ def tree(output: Path, *changes: Tree, **keys: Any) -> Tree:
         "algorithm": {
             "upload_every": 2,
             "align_every": 2,
+            "start": "paper",
             "alignment": {"epochs": 2, "batch_size": 25, "buffer_size": 60},
         },
         "evaluation": {"every": 3},
@@ -53,7 +54,7 @@ BENCH: Tree = {
     "clients": {"count": 2, "batch_size": 16},
     "data": {"train_limit": 96, "test_limit": 20, "partition": "iid"},
     "model": MODEL,
-    "algorithm": {"upload_every": 2, "align_every": 2, "alignment": {"epochs": 2}},
+    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 2}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
     "bench": {
         "variants": {

@@ -17,6 +17,7 @@ def unequal_clients(folder: Path, algorithm: str) -> dict[str, Any]:
             "name": algorithm,
             "upload_every": 2,
             "align_every": 2,
+            "start": "paper",
             "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
         },
     }
