@@ -436,8 +436,8 @@ def test_averages_of_every_round_do_not_go_with_a_lag() -> None:
     name = f"{HERE}:AlwaysAveraging"
     keys = from_tree({"algorithm": {"name": name, "alignment": {"lag": 2}}}).algorithm
     assert mistake(create, keys, Federation([40, 40], 1.0, 20, 1, 0)) == (
-        f"algorithm.name: got {name!r}, whose average_auxiliary is 'round', which algorithm.alignment.lag, 2, "
-        "does not allow"
+        f"algorithm.name: got {name!r}, whose average_auxiliary is 'round', which algorithm.alignment.lag, "
+        "2, does not allow"
     )
 
 

@@ -76,8 +76,8 @@ def travelling(algorithm: Algorithm, client: Client, requests: ClientStep, made:
         if body.kind in TAKING_UP and client.codings.auxiliary and client.owns_auxiliary:
             raise refusal(
                 algorithm,
-                f"yields {type(body).__name__} for an auxiliary model that the client has trained in the same "
-                "round; with comm.codec.auxiliary a change comes, of the model that the server has in use",
+                f"yields {type(body).__name__} for an auxiliary model that the client has trained in the "
+                "same round; with comm.codec.auxiliary a change comes, of the model that the server has in use",
             )
         coded = client.encode(body, len(made) - 1)
         reply = yield coded

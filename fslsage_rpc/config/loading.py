@@ -42,7 +42,7 @@ RENAMED = {
 SUCCEEDED: dict[str, tuple[str, dict[Any, Any]]] = {
     "algorithm.warm_start": ("start", {False: "paper", True: "warm_start"})
 }
-"""keys of older versions, which the folders of old runs have, what took their place, and its values by theirs"""
+"""keys of older versions, as the folders of old runs have them; what took their place, its values by theirs"""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
