@@ -77,7 +77,7 @@ def travelling(algorithm: Algorithm, client: Client, requests: ClientStep, made:
             raise refusal(
                 algorithm,
                 f"yields {type(body).__name__} for an auxiliary model that the client has trained in the "
-                "same round; with comm.codec.auxiliary a change comes, of the model that the server has in use",
+                "same round; with comm.codec.auxiliary a change comes, of the one that the server has in use",
             )
         coded = client.encode(body, len(made) - 1)
         reply = yield coded

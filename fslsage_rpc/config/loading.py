@@ -37,12 +37,10 @@ RENAMED = {
     "model.name=gpt2": "fslsage_rpc.language.model:gpt2",
 }
 """values of older versions, and what they are called now"""
-
-
 SUCCEEDED: dict[str, tuple[str, dict[Any, Any]]] = {
     "algorithm.warm_start": ("start", {False: "paper", True: "warm_start"})
 }
-"""keys of older versions, as the folders of old runs have them; what took their place, its values by theirs"""
+"""keys of older versions, which the folders of old runs have; what took their place, its values by theirs"""
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
