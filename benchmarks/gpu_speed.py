@@ -70,6 +70,7 @@ def configuration(options: argparse.Namespace, **changes: Any) -> Config:
         "algorithm": {
             "name": options.algorithm,
             "align_every": 2,
+            "start": "paper",  # rounds 1, 3, ... align
             "alignment": {"epochs": 5, "batch_size": batch, "buffer_size": batch},
             "measure_drift": False,
         },

@@ -90,7 +90,8 @@ def configuration(algorithm: str, model: str, clients: int) -> Config:
             "algorithm": {
                 "name": algorithm,
                 "upload_every": BATCHES,
-                "align_every": 2,  # in the first round, which is not timed
+                "align_every": 2,
+                "start": "paper",  # it aligns in the first round, which is not timed
                 "alignment": {"epochs": 1, "batch_size": batch, "buffer_size": batch},
                 "measure_drift": False,
             },

@@ -66,6 +66,7 @@ def configuration(algorithm: str, overrides: list[str]) -> Config:
         "algorithm": {
             "name": algorithm,
             "align_every": 2,
+            "start": "paper",  # rounds 1, 3, ... align
             "alignment": {"epochs": 5, "batch_size": batch, "buffer_size": 2 * batch},
             "measure_drift": False,
         },
