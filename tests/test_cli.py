@@ -260,7 +260,7 @@ def test_an_alignment_batch_of_one_sample_is_refused_where_there_is_batch_norm(t
         "clients": {"count": 2, "batch_size": 50},
     }
     with pytest.raises(InputError, match=r"algorithm\.alignment\.batch_size: got 49"):
-        fslsage_rpc.train({**keys, "algorithm": {"alignment": {"batch_size": 49}}})
+        fslsage_rpc.train({**keys, "algorithm": {"start": "paper", "alignment": {"batch_size": 49}}})
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,12 @@ def tree(algorithm: dict[str, Any], optimizer: str = "adam", **more: Any) -> dic
         "device": "cpu",
         "clients": {"count": 3, "batch_size": 16},
         "data": {"train_limit": 150, "test_limit": 60, "partition": "iid"},
-        "algorithm": {"average_auxiliary": "never", "alignment": {"epochs": 2}, **algorithm},
+        "algorithm": {
+            "average_auxiliary": "never",
+            "start": "paper",
+            "alignment": {"epochs": 2},
+            **algorithm,
+        },
         "optimizer": {party: {"name": optimizer, "lr": 3e-3} for party in ("client", "server", "auxiliary")},
         **more,
     }

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ from fslsage_rpc.parties.requests import (
     Request,
 )
 from fslsage_rpc.parties.server import Server
+from fslsage_rpc.training.experiment import Experiment
 from support.rank_program import train_locally
 from support.trees import Tree, tree
 from support.user_input import mistake
@@ -44,9 +45,14 @@ SGD = OptimizerKeys(name="sgd", lr=0.1)
 # The algorithm's page
 
 
-def sage(lag: int, every: int | None = 4, participation: float = 1.0, **keys: Any) -> FslSage:
+def sage(
+    lag: int,
+    every: int | None = 4,
+    participation: float = 1.0,
+    start: Literal["paper", "warm_start"] = "paper",
+) -> FslSage:
     federation = Federation([40] * 6, participation, 10, 1, seed=3)
-    of_algorithm = AlgorithmKeys(align_every=every, alignment=AlignmentKeys(lag=lag), **keys)
+    of_algorithm = AlgorithmKeys(align_every=every, alignment=AlignmentKeys(lag=lag), start=start)
     made = create(of_algorithm, federation)
     assert isinstance(made, FslSage)
     return made
@@ -257,14 +263,17 @@ def test_fits_give_way_to_lanes_rest_between_rounds_and_end_with_the_training() 
         ),
         ({"alignment": {"lag": -1}}, "algorithm.alignment.lag: got -1, expected an integer >= 0"),
         (
-            {"warm_start": True, "start": "paper"},
+            {"warm_start": True},  # beside `start`
             "algorithm.warm_start: got true, expected none: it is algorithm.start now",
         ),
         ({"warm_start": [1]}, "algorithm.warm_start: got [1], expected none: it is algorithm.start now"),
     ],
 )
 def test_what_cannot_be_is_refused(keys: dict[str, Any], line: str) -> None:
-    assert mistake(from_tree, tree(Path("nowhere"), {"algorithm": keys})) == line
+    def prepare() -> None:
+        Experiment.prepare(from_tree(tree(Path("nowhere"), {"algorithm": keys})))
+
+    assert mistake(prepare) == line
 
 
 def test_a_key_that_an_old_folder_has_is_read() -> None:

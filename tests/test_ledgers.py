@@ -174,7 +174,8 @@ def test_wire_ledger_counts_by_kind_and_client_and_starts_again() -> None:
 
 
 def test_absent_clients_align_at_their_first_round_back() -> None:
-    keys = {"clients": {"count": 6, "participation": 0.5}, "algorithm": {"align_every": 4}, "seed": 3}
+    keys = {"clients": {"count": 6, "participation": 0.5}, "seed": 3}
+    keys["algorithm"] = {"align_every": 4, "start": "paper"}
     planned = Scenario(from_tree(keys), NO_LINK, client_ranks=1)
     for client in range(6):
         for interval in range(0, 40, 4):
@@ -188,6 +189,7 @@ def test_absent_clients_align_at_their_first_round_back() -> None:
 
 
 def test_alignment_never_means_never() -> None:
-    planned = Scenario(from_tree({"algorithm": {"align_every": None}}), NO_LINK, client_ranks=1)
+    keys = {"align_every": None, "start": "paper"}
+    planned = Scenario(from_tree({"algorithm": keys}), NO_LINK, client_ranks=1)
     never = planned.sizes.client
     assert not any(planned.round(r).aligned or planned.round(r).averaged_bytes > never for r in range(20))

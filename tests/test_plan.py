@@ -582,7 +582,7 @@ def test_a_benchmark_with_lag_predicts_itself_and_what_would_be_without(tmp_path
         assert isinstance(found, Prediction)
         seconds[lag] = found.round_seconds
     assert seconds[1] == pytest.approx(statistics.fmean(line["round_seconds"] for line in lines[2:]))
-    assert seconds[0] >= seconds[1]
+    assert seconds[0] == pytest.approx(seconds[1], rel=0.3)  # the same work, but for the requests
 
 
 @pytest.mark.nightly

@@ -297,7 +297,7 @@ class Rehearsal:
         return self._alignments[client, t]
 
     def _check_alignments(self, client: int, t: int, rehearsed: ClientRehearsal) -> None:
-        """An alignment that is begun is collected, once, before the next, and in a later round: in its own
+        """An alignment that is begun is collected, once, in a later round, before the next. In its own round
         the server may not have come to it yet.
 
         Raises:
