@@ -67,8 +67,7 @@ def planned_bound(
             if client in begun:
                 terms.append(begun.pop(client) + rest + sum(bounds[number + 1 :]))
             else:
-                ended: float = sum(bounds[: number + 1])
-                before[client] = ended, rest
+                before[client] = math.fsum(bounds[: number + 1]), rest
         begun |= {client: sum(bounds[:number]) + seconds for client, seconds in work.fits.items()}
     for client, (collected, rest) in before.items():
         # As these rounds were, so are the next ones: a fit that is begun in them is collected there.
