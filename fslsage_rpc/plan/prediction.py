@@ -61,13 +61,13 @@ def planned_bound(
     loads = sum(work.seconds for work in works) + sum(fits)
     terms = [sum(bounds), sum(fits) / server_workers, loads / scenario.shared_cores]
     begun: dict[int, float] = {}  # per client, when a fit has ended that it began in these rounds
-    before: dict[int, tuple[int, float]] = {}  # per client, when it collects one that it began before them
+    before: dict[int, tuple[float, float]] = {}  # per client, when it collects one that it began before them
     for number, work in enumerate(works):
         for client, rest in work.rests.items():
             if client in begun:
                 terms.append(begun.pop(client) + rest + sum(bounds[number + 1 :]))
             else:
-                before[client] = math.fsum(bounds[: number + 1]), rest
+                before[client] = sum(bounds[: number + 1]), rest
         begun |= {client: sum(bounds[:number]) + seconds for client, seconds in work.fits.items()}
     for client, (collected, rest) in before.items():
         # As these rounds were, so are the next ones: a fit that is begun in them is collected there.
