@@ -243,6 +243,16 @@ def test_a_lag_that_does_nothing_is_a_warning(
     assert Experiment.prepare(config).warnings == said
 
 
+def test_clients_that_are_seldom_there_take_models_up_and_send_them_late(tmp_path: Path) -> None:
+    clients = {"count": 50, "participation": 0.02}
+    keys = {"algorithm": {"alignment": {"lag": 1}}, "comm": {"codec": {"auxiliary": "int8"}}}
+    config = from_tree(tree(tmp_path, keys, clients=clients, data={"partition": "iid"}, rounds=60, seed=1))
+    experiment = Experiment.prepare(config)
+    several = range(2 * experiment.algorithm.interval + 1)
+    assert not experiment.rehearsal.asks_for({"collect"}, several)  # nobody is back yet
+    assert experiment.warnings == []
+
+
 def test_seconds_are_told_apart_from_those_of_alignments_behind_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
