@@ -546,7 +546,7 @@ def test_on_ranks_it_measures_their_links(tmp_path: Path, monkeypatch: pytest.Mo
         assert re.search(rf"rank {number} - rank 0 +[\d.]+ ms .*MB/s", shown), shown
     assert "gloo (the client ranks compute on CPUs); an all-reduce over 2 client ranks takes" in shown
     found = " ".join(shown.split())
-    assert re.search(r"Round 49, with alignment: [\d.]+ s, of which nothing but alignment [\d.]+ s", found)
+    assert re.search(r"Round 50, with alignment: [\d.]+ s, of which nothing but alignment [\d.]+ s", found)
     assert "Requests: 24 push, 4 align." in found
     assert re.search(r"50 rounds: \S+ \w+ if all are like this one, \S+ \w+ if 25 are and", found)
     memory = re.findall(r"^ +([012])((?: +[\d,]+\.\d){5}) *$", shown, re.MULTILINE)

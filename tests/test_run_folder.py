@@ -114,7 +114,7 @@ def test_many_tiny_clients_leave_metrics_that_json_can_hold(tmp_path: Path) -> N
     tiny = fslsage_rpc.train(
         Path(__file__).parent.parent / "configs" / "quickstart.yaml",
         *(f"output={tmp_path}", "device=cpu", "clients.count=100", "clients.batch_size=2", "rounds=2"),
-        *("data.train_limit=400", "algorithm.alignment.epochs=1"),
+        *("data.train_limit=400", "algorithm.alignment.epochs=1", "algorithm.start=paper"),
     )
     text = (tiny.folder / "metrics.jsonl").read_text()
     assert "NaN" not in text

@@ -252,9 +252,10 @@ def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) 
 
 
 def can_be_shown(summary: Any) -> bool:
-    """Has a summary that was read from a file all that its table shows?"""
+    """Has a summary that was read from a file all that is shown of it?"""
     try:
         Console(file=StringIO()).print(summary_table("", summary))
+        busy_line(summary.get("host_busy"))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, ConsoleError):
         return False
     return True
