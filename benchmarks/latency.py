@@ -27,8 +27,9 @@ from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.run import link_speed
 from fslsage_rpc.plan.scenario import Scenario
-from fslsage_rpc.report.figures import Bar, bars_figure, color_of, display_name, rendered
+from fslsage_rpc.report.figures import Bar, bars_figure, color_of, rendered
 from fslsage_rpc.report.sources import SavedBench, read
+from fslsage_rpc.report.tables import variant_name
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "bench" / "cifar10.yaml"
@@ -135,11 +136,6 @@ def read_place(place: Place, runs: Path, loopback: Calibration) -> Measured:
     )
 
 
-def label(name: str, algorithm: str) -> str:
-    """A variant by its algorithm, and by its own name where that says more, as in a report."""
-    return display_name(algorithm) + ("" if name == algorithm else f": {name}")
-
-
 def measured_table(measured: Measured) -> str:
     """The rounds of one place, in Markdown."""
     headers = [
@@ -158,7 +154,7 @@ def measured_table(measured: Measured) -> str:
         seconds, client = record["round_seconds"], record["phases"]["client"]
         rows.append(
             [
-                label(name, record["algorithm"]),
+                variant_name(name, record["algorithm"]),
                 f"{seconds['median']:.2f} ({seconds['q1']:.2f} to {seconds['q3']:.2f})",
                 f"{record['ratio_to_reference']['median']:.2f}",
                 *(
@@ -194,7 +190,7 @@ def predictions_table(places: Sequence[Measured]) -> str:
             rows.append(
                 [
                     one.place.title,
-                    label(name, record["algorithm"]),
+                    variant_name(name, record["algorithm"]),
                     f"{record['round_seconds']['median']:.2f}",
                     *(f"{one.by_itself[name]:.2f}", f"{own:+.0%}"),
                     *(f"{one.by_loopback[name]:.2f}", f"{loopback:+.0%}"),
@@ -234,7 +230,7 @@ def as_measured(link: dict[str, float]) -> str:
 def bars(bench: SavedBench) -> bytes:
     """The picture of one place."""
     drawn = [
-        Bar(label(v.name, v.algorithm), color_of(v.algorithm), v.parts, v.bound_seconds)
+        Bar(variant_name(v.name, v.algorithm), color_of(v.algorithm), v.parts, v.bound_seconds)
         for v in bench.variants
     ]
     return rendered(bars_figure(drawn, BAR_LABEL))

@@ -15,6 +15,7 @@ from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.training.evaluation import evaluate_run
 from fslsage_rpc.training.experiment import Experiment
 from support.rank_program import train_locally
+from support.trees import ALGORITHM
 
 BF16 = PRECISIONS["bf16"]
 
@@ -33,9 +34,7 @@ def tree(algorithm: str, precision: str) -> dict[str, Any]:
         "data": {"train_limit": 64, "test_limit": 60, "partition": "iid"},
         "algorithm": {
             "name": algorithm,
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
         },
     }

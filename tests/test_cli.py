@@ -17,7 +17,7 @@ from fslsage_rpc.errors import FIRST_WORD_SECONDS, HostError
 from fslsage_rpc.training.experiment import check
 from fslsage_rpc.transport.choices import has_channel
 from support.commands import fslsage, said
-from support.trees import MODEL
+from support.trees import ALGORITHM, MODEL
 
 SMALL = {
     "name": "small",
@@ -28,7 +28,7 @@ SMALL = {
     "clients": {"count": 2, "batch_size": 64},
     "data": {"train_limit": 200, "test_limit": 50},
     "model": MODEL,
-    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 2}},
+    "algorithm": {**ALGORITHM, "alignment": {"epochs": 2}},
 }
 FOLDER = {"config.yaml", "environment.json", "metrics.jsonl", "summary.json", "partition.json", "model.pt"}
 FOLDER |= {"checkpoints"}

@@ -21,6 +21,7 @@ from fslsage_rpc.randomness import LocalStep
 from fslsage_rpc.training.experiment import Experiment
 from support.equality import assert_same_bits
 from support.rank_program import Outcome, train_locally
+from support.trees import ALGORITHM
 
 OWN = "support.own_codecs"
 SAMPLES, BATCH = 48, 16
@@ -35,9 +36,7 @@ def tree(name: str, rounds: int = 2, **codecs: Any) -> dict[str, Any]:
         "data": {"train_limit": 3 * SAMPLES, "test_limit": 60, "partition": "iid"},
         "algorithm": {
             "name": name,
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 2},
         },
         "comm": {"codec": codecs},

@@ -11,7 +11,7 @@ from fslsage_rpc.transport import choices
 from support.batch_norm_model import CUT, SMASHED_SAMPLE
 from support.equality import OWN_COLLECTIVES, assert_same, without_seconds
 from support.rank_program import Outcome, train_and_save, train_locally, train_on_ranks
-from support.trees import merged
+from support.trees import ALGORITHM, merged
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for two jobs
 BATCH_NORM = "batch_norm"
@@ -32,9 +32,7 @@ def tree(partition_file: Path, algorithm: str, order: str, model: str = "simple_
         "model": dict(MODELS[model]),
         "algorithm": {
             "name": algorithm,
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
         },
         "optimizer": {party: {"lr": 3e-3} for party in ("client", "server", "auxiliary")},

@@ -37,6 +37,7 @@ from fslsage_rpc.tasks.images import ImageTask
 from fslsage_rpc.training.experiment import Experiment, check
 from support.commands import entries_of, fslsage, offer_commands
 from support.report_folders import write_run
+from support.trees import ALGORITHM
 from support.user_input import mistake
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -47,7 +48,7 @@ SMALL: dict[str, Any] = {
     "transport": "local",
     "clients": {"count": 2, "batch_size": 12},
     "data": {"train_limit": 48, "test_limit": 24},
-    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 2}},
+    "algorithm": {**ALGORITHM, "alignment": {"epochs": 2}},
 }
 
 

@@ -10,6 +10,7 @@ from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.transport.wire_ledger import WireLedger, ring_share
 from support.rank_program import train_locally
+from support.trees import ALGORITHM
 
 ROUNDS = 10  # one alignment interval
 PAPER = {  # its CIFAR-10 setting
@@ -145,9 +146,7 @@ def test_both_ledgers_count_the_same_requests(name: str) -> None:
         "data": {"train_limit": 150, "test_limit": 20},
         "algorithm": {
             "name": name,
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 1},
         },
     }

@@ -34,7 +34,7 @@ from fslsage_rpc.plan.run import link_speed, predictions
 from fslsage_rpc.plan.scenario import Costs, Scenario
 from support.commands import fslsage_on_ranks, said
 from support.rank_program import train_locally
-from support.trees import BENCH, merged
+from support.trees import ALGORITHM, BENCH, merged
 from support.user_input import mistake
 
 LINK = LinkSpeed(round_trip_seconds=0.2, up_bytes_per_second=100.0, down_bytes_per_second=200.0)
@@ -51,9 +51,7 @@ def tree(name: str, **keys: Any) -> dict[str, Any]:
         "data": {"test_limit": 20, "partition": "iid"},
         "algorithm": {
             "name": name,
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 2},
             **keys,
         },

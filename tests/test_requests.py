@@ -7,6 +7,7 @@ import pytest
 
 from fslsage_rpc.measure.request_times import RequestLog, RequestTimes, by_kind
 from support.rank_program import train_locally, train_on_ranks
+from support.trees import ALGORITHM
 
 
 def test_times_add_up_by_client_and_kind_and_start_again() -> None:
@@ -41,9 +42,7 @@ def tree(algorithm: str) -> dict[str, Any]:
         "data": {"train_limit": 150, "test_limit": 20, "partition": "iid"},
         "algorithm": {
             "name": algorithm,
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 4},
         },
         "comm": {"transports": ["uv"], "timeout_seconds": 60},

@@ -13,6 +13,7 @@ from fslsage_rpc.measure.phases import OF_CLIENTS
 from fslsage_rpc.notebook import Run
 from fslsage_rpc.runs.records import interval_median
 from fslsage_rpc.transport.wire_ledger import WIRE_KINDS
+from support.trees import ALGORITHM
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "rounds": 5,
             "device": "cpu",
             "clients": {"count": 3, "batch_size": 64, "participation": 0.6},
-            "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 3}},
+            "algorithm": {**ALGORITHM, "alignment": {"epochs": 3}},
             "evaluation": {"every": 2},
         }
     )

@@ -11,6 +11,7 @@ import fslsage_rpc
 from fslsage_rpc.device.clock import clock
 from fslsage_rpc.measure.trace import Arrow, ClockOffset, Span, TraceFile, estimate_offset
 from support.commands import fslsage_on_ranks
+from support.trees import ALGORITHM
 
 KEYS: dict[str, Any] = {
     "name": "traced",
@@ -20,7 +21,7 @@ KEYS: dict[str, Any] = {
     "device": "cpu",
     "clients": {"count": 3, "batch_size": 16},
     "data": {"train_limit": 150, "test_limit": 20, "partition": "iid"},
-    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 4}},
+    "algorithm": {**ALGORITHM, "alignment": {"epochs": 4}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
 }
 PUSHES, ALIGNMENTS = 2 * 3 * 2, 3  # 4 steps a client and round, of which 2 upload; one round with alignments

@@ -168,10 +168,13 @@ def folders_table(series: Sequence[Series], benches: Sequence[SavedBench]) -> Ta
 
 def variant_label(bench: SavedBench, variant: Variant) -> str:
     """Its algorithm, its own name where that says more, and whether the others are measured against it."""
-    name = display_name(variant.algorithm)
-    if variant.name != variant.algorithm:
-        name = f"{name}: {variant.name}"
+    name = variant_name(variant.name, variant.algorithm)
     return f"{name} (reference)" if variant.name == bench.reference else name
+
+
+def variant_name(name: str, algorithm: str) -> str:
+    """A variant's algorithm, and its own name where that says more."""
+    return display_name(algorithm) + ("" if name == algorithm else f": {name}")
 
 
 def mean_parts(series: Series) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from support.trees import MODEL
+from support.trees import ALGORITHM, MODEL
 
 ROUNDS = 12
 TREE: dict[str, Any] = {
@@ -16,7 +16,7 @@ TREE: dict[str, Any] = {
     "clients": {"count": 3, "batch_size": 16},
     "data": {"train_limit": 120, "test_limit": 50, "partition": "iid"},
     "model": MODEL,
-    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 8}},
+    "algorithm": {**ALGORITHM, "alignment": {"epochs": 8}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
 }
 

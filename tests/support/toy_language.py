@@ -7,7 +7,7 @@ from typing import Any
 
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config
-from support.trees import Tree, merged
+from support.trees import ALGORITHM, Tree, merged
 
 NAMES = ("Aromi", "Café Élan", "The Über Inn", "東京 Ramen")
 FOODS = ("Italian", "crêpes", "noodles")
@@ -84,9 +84,7 @@ def toy_tree(root: Path, *changes: Tree) -> Tree:
             "cut": "h.0",
         },
         "algorithm": {
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 4, "batch_size": 8, "buffer_size": 16},
         },
         "optimizer": {"client": adamw, "server": adamw, "auxiliary": {"lr": 1e-2}},

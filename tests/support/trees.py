@@ -20,6 +20,9 @@ CLIENTS = 3
 MODEL: Tree = {"memory_format": "contiguous"}
 """not by timing: numbers must not depend on it"""
 
+ALGORITHM: Tree = {"upload_every": 2, "align_every": 2, "start": "paper"}
+"""every second round aligns, from the first one on"""
+
 
 def tree(output: Path, *changes: Tree, **keys: Any) -> Tree:
     """A small run at fp64, of clients of unequal size."""
@@ -33,9 +36,7 @@ def tree(output: Path, *changes: Tree, **keys: Any) -> Tree:
         "data": {"train_limit": 100, "test_limit": 60, "alpha": 3.0},
         "model": MODEL,
         "algorithm": {
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 2, "batch_size": 25, "buffer_size": 60},
         },
         "evaluation": {"every": 3},
@@ -54,7 +55,7 @@ BENCH: Tree = {
     "clients": {"count": 2, "batch_size": 16},
     "data": {"train_limit": 96, "test_limit": 20, "partition": "iid"},
     "model": MODEL,
-    "algorithm": {"upload_every": 2, "align_every": 2, "start": "paper", "alignment": {"epochs": 2}},
+    "algorithm": {**ALGORITHM, "alignment": {"epochs": 2}},
     "comm": {"transports": ["uv"], "timeout_seconds": 60},
     "bench": {
         "variants": {

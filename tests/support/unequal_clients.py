@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from support.trees import ALGORITHM
+
 
 def unequal_clients(folder: Path, algorithm: str) -> dict[str, Any]:
     """Three rounds of three unequal clients, whose last batches are short; FSL-SAGE aligns in two of them."""
@@ -15,9 +17,7 @@ def unequal_clients(folder: Path, algorithm: str) -> dict[str, Any]:
         "data": {"partition": "file", "partition_file": str(parts), "test_limit": 60},
         "algorithm": {
             "name": algorithm,
-            "upload_every": 2,
-            "align_every": 2,
-            "start": "paper",
+            **ALGORITHM,
             "alignment": {"epochs": 4, "batch_size": 25, "buffer_size": 40},
         },
     }
