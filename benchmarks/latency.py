@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.bench.table import round_bytes, table
-from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import load
+from fslsage_rpc.config.variants import bench_variants
 from fslsage_rpc.measure.phases import PARTS
 from fslsage_rpc.plan.calibration import Calibration, read_calibration
 from fslsage_rpc.plan.prediction import predict
@@ -100,7 +100,7 @@ def predictions(place: Place, calibration: Calibration) -> dict[str, float]:
     link = link_speed(calibration.link, place.bandwidth, place.rtt)
     scenarios = {
         name: Scenario(config, link, CLIENT_RANKS, calibration.shared_cores)
-        for name, config in variant_configs(load(CONFIG)).items()
+        for name, config in bench_variants(load(CONFIG)).items()
     }
     return {
         name: predict(

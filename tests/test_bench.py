@@ -9,9 +9,9 @@ import yaml
 
 from fslsage_rpc.bench.pieces import fit_seconds
 from fslsage_rpc.bench.statistics import BenchRun, quartiles, summarise
-from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Bench
+from fslsage_rpc.config.variants import bench_variants
 from support.commands import fslsage_on_ranks, said
 from support.trees import BENCH
 from support.user_input import mistake
@@ -126,7 +126,7 @@ def bench_tree(**keys: Any) -> dict[str, Any]:
 
 
 def test_variants_are_overrides_of_one_configuration() -> None:
-    configs = variant_configs(from_tree({**bench_tree(), "rounds": 7}))
+    configs = bench_variants(from_tree({**bench_tree(), "rounds": 7}))
     assert {name: config.algorithm.name for name, config in configs.items()} == {
         "a": "fedavg",
         "b": "fsl_sage",
@@ -147,7 +147,7 @@ def test_variants_are_overrides_of_one_configuration() -> None:
     ],
 )
 def test_variants_that_cannot_be_are_refused(keys: dict[str, Any], message: str) -> None:
-    assert mistake(variant_configs, from_tree(bench_tree(**keys))).startswith(message)
+    assert mistake(bench_variants, from_tree(bench_tree(**keys))).startswith(message)
 
 
 @pytest.fixture

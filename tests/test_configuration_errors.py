@@ -23,6 +23,7 @@ FOLDER = "a folder name of letters, digits, '.', '_' and '-'"
 ARGUMENTS = "a mapping of names to numbers, texts or lists of numbers"
 DATASETS = "digits, synthetic, cifar10, cifar100, mnist, fashion_mnist"
 OWN = "package.module:function"
+VARIANTS = "a mapping of names to lists of key=value texts, or to mappings of names to such lists"
 ALGORITHMS = "fsl_sage, splitfed_v1, splitfed_v2, cse_fsl, fedavg"
 WRONG_VALUES = [  # in YAML, just as the message shows them
     ("clients.count", COUNT, ["'four'", "'4'", "4.0", "[4]", "{a: 4}", "2024-02-29", "true", "0", "-3"]),
@@ -52,6 +53,9 @@ WRONG_VALUES = [  # in YAML, just as the message shows them
     ("model.auxiliary.kind", f"one of copy, linear, mlp, or {OWN} or null", ["'conv'", "1"]),
     ("optimizer.server.scheduler.arguments", ARGUMENTS, ["3", "[1]", "{1: 2}", "{a: {b: 1}}", "{a: [x]}"]),
     ("checkpoint.every", f"{COUNT} or null", ["0", "true"]),
+    ("bench.variants", VARIANTS, ["3", "{a: {b: c}}", "{a: {b: {c: [d=1]}}}", "{a: [1]}"]),
+    ("sweep.variants", VARIANTS, ["[a]", "{1: [a=1]}"]),
+    ("sweep.seeds", "a list, each an integer", ["0", "[]", "[a]"]),
     ("trace", "true or false", ["0", "0.0", "null", "'false'", "[]"]),
 ]
 

@@ -16,9 +16,9 @@ from rich.console import Console
 import fslsage_rpc
 from fslsage_rpc.bench.statistics import BenchRun, summarise
 from fslsage_rpc.bench.table import diverged_lines
-from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Bench
+from fslsage_rpc.config.variants import bench_variants
 from fslsage_rpc.errors import Diverged
 from fslsage_rpc.models.flat import Weights
 from fslsage_rpc.report import comparison, tables
@@ -145,7 +145,7 @@ def test_a_report_says_so_of_runs_and_benches(tmp_path: Path) -> None:
 
 def test_a_benchmark_says_so_and_goes_on() -> None:
     keys = {"bench": {"variants": {"a": [], "b": []}, "reference": "b"}}
-    assert not any(variant.stop.diverged for variant in variant_configs(from_tree(keys)).values())
+    assert not any(variant.stop.diverged for variant in bench_variants(from_tree(keys)).values())
     figures = {
         "round_seconds": 1.0,
         "test_accuracy": None,

@@ -15,8 +15,8 @@ from fslsage_rpc.algorithms import ALGORITHMS, Algorithm
 from fslsage_rpc.algorithms.bound import NO_LINK, LinkSpeed
 from fslsage_rpc.algorithms.fsl_sage import FslSage
 from fslsage_rpc.algorithms.splitfed import SplitFedV2
-from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import from_tree, to_tree
+from fslsage_rpc.config.variants import bench_variants
 from fslsage_rpc.measure.phases import OF_CLIENTS
 from fslsage_rpc.parties.client import Client
 from fslsage_rpc.parties.requests import ClientStep, Exchange
@@ -501,7 +501,7 @@ def bench_folder(folder: Path, variants: dict[str, list[str]]) -> Path:
     config = from_tree({**keys, "bench": bench})
     (folder / "rounds").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(config)))
-    for name, variant in variant_configs(config).items():
+    for name, variant in bench_variants(config).items():
         if variant.algorithm.name not in NOT_READ:
             lines = train_locally(to_tree(variant)).lines
             (folder / "rounds" / f"{name}-0.jsonl").write_text("\n".join(map(json.dumps, lines)))

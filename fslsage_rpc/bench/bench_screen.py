@@ -11,6 +11,7 @@ from rich.table import Table
 from fslsage_rpc.bench import table as tables
 from fslsage_rpc.bench.statistics import BenchRun, typical_seconds
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.variants import combinations
 from fslsage_rpc.runs.screen import ProgressScreen
 
 
@@ -20,7 +21,9 @@ class BenchScreen(ProgressScreen):
     def __init__(self, config: Config):
         super().__init__([TextColumn("rounds")])
         self._warmup_rounds = config.bench.warmup_rounds
-        total = len(config.bench.variants) * config.bench.repeats * config.rounds
+        total = (
+            len(combinations(config.bench.variants, "bench.variants")) * config.bench.repeats * config.rounds
+        )
         self._task = self._progress.add_task(config.name, total=total)
 
     def show_round(self, run: BenchRun) -> None:

@@ -18,9 +18,9 @@ from fslsage_rpc.bench.bench_screen import BenchScreen
 from fslsage_rpc.bench.pieces import fit_seconds, round_pieces
 from fslsage_rpc.bench.statistics import BenchRun, summarise
 from fslsage_rpc.bench.table import markdown
-from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import to_tree
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.variants import bench_variants, combinations
 from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.opening import open_world
@@ -68,7 +68,7 @@ def checked_variants(config: Config, ranks: int) -> dict[str, Config]:
     Raises:
         InputError: one of them cannot run here.
     """
-    variants = variant_configs(config)
+    variants = bench_variants(config)
     for name, variant in variants.items():
         try:
             check(variant, ranks)
@@ -100,6 +100,7 @@ def _bench(
     runs: list[BenchRun] = []
     links: list[dict[int, LinkSpeed]] = []
     orders: dict[str, dict[str, dict[str, str]]] = {}
+    made = combinations(config.bench.variants, "bench.variants")
     ranks = world.transport.gather(rank_environment(world.device))
     for repeat in range(config.bench.repeats):
         names = list(variants)[:: 1 if repeat % 2 == 0 else -1]
@@ -135,7 +136,7 @@ def _bench(
             "variants": {
                 name: {
                     "algorithm": variants[name].algorithm.name,
-                    "overrides": config.bench.variants[name],
+                    "overrides": made[name].overrides,
                     "rounds": variants[name].rounds,
                     "image_order": orders[name],
                     **record,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fslsage_rpc.config.schema import Bench
+from fslsage_rpc.config.variants import combinations, references
 from fslsage_rpc.measure.host_load import BUSY, mean_busy
 
 Line = dict[str, Any]
@@ -45,13 +46,15 @@ class BenchRun:
 
 def summarise(runs: Sequence[BenchRun], keys: Bench) -> dict[str, dict[str, Any]]:
     """Per variant what `bench.json` says of it: one sample is one whole alignment interval."""
+    found = combinations(keys.variants, "bench.variants")
+    reference = references(found, keys.reference, "bench.reference")
     return {
         name: _variant(
             [run for run in runs if run.variant == name],
-            {run.repeat: run for run in runs if run.variant == keys.reference},
+            {run.repeat: run for run in runs if run.variant == reference[name]},
             keys,
         )
-        for name in keys.variants
+        for name in found
     }
 
 

@@ -332,20 +332,40 @@ class Stop:
     """the first round with a loss or a weight that is not finite; exit status 1"""
 
 
+VariantKeys = dict[str, list[str] | dict[str, list[str]]]
+"""see `fslsage_rpc.config.variants`"""
+
+
 @dataclass(kw_only=True)
 class Bench:
     """What `fslsage bench` compares; `train` does not use it. A benchmark runs all its rounds, whatever
     `stop` says, and writes no trace.
     """
 
-    variants: dict[str, list[str]] = field(default_factory=dict)
-    """per name the keys that it changes, as on the command line: [algorithm.name=splitfed_v1]"""
+    variants: VariantKeys = field(default_factory=dict)
+    """per name the keys that it changes, as on the command line: [algorithm.name=splitfed_v1]; a mapping of
+    such lists is a choice, and a name as `iid x algorithm` builds on others"""
     reference: str = "splitfed_v1"
     """the variant whose time the others' are divided by"""
     repeats: Count = 2
     """every variant is run so often; every second time in reverse order"""
     warmup_rounds: Annotated[int, Bounds(minimum=0)] = 1
     """rounds left out at the start of each run; to whole alignment intervals"""
+    target_accuracy: Share | None = None
+    """test accuracy to which seconds and bytes are counted"""
+
+
+@dataclass(kw_only=True)
+class Sweep:
+    """What `fslsage sweep` trains: every variant with every seed, each a run in output/name; `train` does not
+    use it.
+    """
+
+    variants: VariantKeys = field(default_factory=dict)
+    """as those of `bench`; here they may change what processes share, too, but not the seed"""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    reference: str | None = None
+    """the variant, or one of a choice, to which differences are given, paired by seed; null: none"""
     target_accuracy: Share | None = None
     """test accuracy to which seconds and bytes are counted"""
 
@@ -387,3 +407,4 @@ class Config:
     """write trace.json, a Chrome trace of all ranks"""
     stop: Stop = field(default_factory=Stop)
     bench: Bench = field(default_factory=Bench)
+    sweep: Sweep = field(default_factory=Sweep)

@@ -150,6 +150,12 @@ def _as_texts(value: Any) -> list[str]:
     raise ValueError(value)
 
 
+def _as_variant(value: Any) -> Any:
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: _as_texts(member) for name, member in value.items()}
+    return _as_texts(value)
+
+
 def _as_number_or_text(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(member, int | float) for member in value):
         return [_as_argument(member) for member in value]
@@ -179,7 +185,10 @@ def _as_argument(value: Any, depth: int = DEEPEST) -> Any:
 MAPPINGS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     Any: ("numbers, texts, true, false, null, and lists and mappings of these", _as_argument),
     float | str | list[float]: ("numbers, texts or lists of numbers", _as_number_or_text),
-    list[str]: ("lists of key=value texts", _as_texts),
+    list[str] | dict[str, list[str]]: (
+        "lists of key=value texts, or to mappings of names to such lists",
+        _as_variant,
+    ),
 }
 """by the type of a mapping's values: what they are called, and what converts them"""
 

@@ -17,10 +17,10 @@ import torch
 from fslsage_rpc.algorithms import find
 from fslsage_rpc.algorithms.bound import NO_LINK, LinkSpeed
 from fslsage_rpc.bench.statistics import BenchRun, Line
-from fslsage_rpc.bench.variants import variant_configs
 from fslsage_rpc.config.loading import changed_keys, from_tree, load, to_tree
 from fslsage_rpc.config.own import is_own
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.variants import bench_variants
 from fslsage_rpc.device.cores import server_workers
 from fslsage_rpc.device.placement import choose_device
 from fslsage_rpc.errors import InputError
@@ -109,7 +109,7 @@ def _read(folder: Path, planned: Config) -> Calibration:
         found = measure_costs(lines, scenario, threads)
         return found._replace(efficiency=efficiency(lines, scenario, found, workers))
 
-    costs = _costs_of(variant_configs(config), costs_of, planned)
+    costs = _costs_of(bench_variants(config), costs_of, planned)
     if (name := planned.algorithm.name) not in costs:
         unknown = find(name).requests_depend_on_values
         costs[name] = DEPENDS_ON_VALUES if unknown else f"{folder} has no variant of it"

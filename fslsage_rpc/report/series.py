@@ -22,6 +22,7 @@ LEFT_OUT = (
     "checkpoint",
     "trace",
     "bench",
+    "sweep",
     "data.root",
     "data.download",
     "comm.timeout_seconds",

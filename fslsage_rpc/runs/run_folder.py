@@ -33,12 +33,15 @@ from fslsage_rpc.runs.screen import can_be_shown
 from fslsage_rpc.runs.tensorboard import TensorBoard
 
 FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
+FREE_KEYS |= {"bench", "sweep"}
 """what may differ between a run and the run whose folder it finds, all below included but for codecs"""
 STOPPED = "STOPPED"
 DIVERGED = "DIVERGED"
 ENDINGS = (STOPPED, DIVERGED, "summary.json", "model.pt", "trace.json", "links.json")
 """what a run leaves at its end"""
 EVENTS = "tensorboard"
+SWEEP = "sweep.yaml"
+"""in the folder of a sweep, whose runs have folders of their own in it: its configuration"""
 ANOTHER = "choose another name=, or resume=never to replace that run"
 
 
@@ -72,10 +75,9 @@ class RunFolder:
         with self._writing():
             check_place(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "bench.json").exists():
-            raise InputError(
-                f"name: got {config.name!r}, where {self.path} holds a benchmark; choose another"
-            )
+        for file, what in (("bench.json", "a benchmark"), (SWEEP, "a sweep")):
+            if (self.path / file).exists():
+                raise InputError(f"name: got {config.name!r}, where {self.path} holds {what}; choose another")
         self._lock: FolderLock | None = None
         if not self._is_complete():
             with self._writing():

@@ -65,4 +65,4 @@ NULLABLE |= {
     "stop.paper_gib",
     "stop.accuracy",
 }
-NULLABLE |= {"bench.target_accuracy"}
+NULLABLE |= {"bench.target_accuracy", "sweep.reference", "sweep.target_accuracy"}
