@@ -70,6 +70,11 @@ def gpu_number(rank: int, size: int) -> int:
     return local_rank - 1 if on_server_host else local_rank
 
 
+def gpu_count(keys_device: str) -> int:
+    """The GPUs that a job of this configuration may use here."""
+    return 0 if keys_device == "cpu" else torch.cuda.device_count()
+
+
 def choose_device(keys_device: str, index: int) -> torch.device:
     """The device of a rank that would take GPU number `index` of its host.
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ def check_place(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    """Write a text file so that it appears whole or not at all, also where others write it, too."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -48,16 +48,22 @@ class ProgressScreen:
 
     Args:
         columns: of the bar, between its description and the time remaining.
+        time_left: the last column.
     """
 
-    def __init__(self, columns: Sequence[ProgressColumn], console: Console | None = None):
+    def __init__(
+        self,
+        columns: Sequence[ProgressColumn],
+        console: Console | None = None,
+        time_left: ProgressColumn | None = None,
+    ):
         self._console = console or SteadyCursorConsole(highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             *columns,
-            TimeRemainingColumn(),
+            time_left or TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
