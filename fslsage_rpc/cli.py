@@ -95,11 +95,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     sweep.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
     sweep.add_argument("--only", metavar="PATTERN", help="of names of variants or runs, as 'iid-*'")
     sweep.add_argument(
-        "--jobs", default="1", metavar="N", help="runs side by side, as GPUs or cores allow (1)"
+        "--jobs", default="1", metavar="N", help="runs side by side, as many as cores or GPUs (1)"
     )
-    sweep.add_argument(
-        "--launch", metavar="PROGRAM", help="that starts a run, as launch/local.sh; else this one"
-    )
+    sweep.add_argument("--launch", metavar="PROGRAM", help="that starts each run, as launch/local.sh")
     sweep.add_argument("--dry-run", action="store_true", help="list the runs with bytes and estimated hours")
     sweep.set_defaults(command=_sweep)
     plan = commands.add_parser("plan", help="predict rounds over other links and with more clients")
@@ -182,9 +180,7 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def _sweep(options: argparse.Namespace, arguments: list[str]) -> int:
     if "RANK" in os.environ:
-        raise InputError(
-            "sweep: got a rank of a job, expected to start the ranks of each run (--launch PROGRAM)"
-        )
+        raise InputError("sweep: got a rank of a job, expected no launcher, or one for each run as --launch")
     config, jobs = load(options.config, options.overrides), count("--jobs", options.jobs)
     with uninterrupted():
         from fslsage_rpc.sweep.run import forecast, sweep

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
@@ -47,20 +48,20 @@ def sweep(config: Config, only: str | None, jobs: int, launch: str | None) -> in
     """Train all runs that are not complete, then compare all that are.
 
     Returns:
-        The exit status: see `Sweep.train`.
+        The exit status: see `RunQueue.train`.
 
     Raises:
         InputError: a run cannot be here; found before any begins.
     """
-    chosen = selected(config, only)
+    chosen = selected(config, only, launch)
     there = {run.folder: WatchedRun(run) for run in sweep_runs(config)}
     runs = [there[run.folder] for run in share(chosen)]
-    training = Sweep(config, runs, jobs, launch)
+    training = RunQueue(config, runs, jobs, launch)
     folder = open_sweep(config)
     return training.train(folder, SweepScreen(config.name, runs, jobs))
 
 
-def selected(config: Config, only: str | None) -> list[SweepRun]:
+def selected(config: Config, only: str | None, launch: str | None = None) -> list[SweepRun]:
     """The runs that are asked for, held to what can run here.
 
     Args:
@@ -75,16 +76,25 @@ def selected(config: Config, only: str | None) -> list[SweepRun]:
         if not runs:
             known = ", ".join({run.variant: None for run in sweep_runs(config)})
             raise InputError(f"--only: got {only!r}, expected a pattern for some of {known}")
-    for run in {run.variant: run for run in reversed(runs)}.values():
+    seen: set[str] = set()
+    for run in runs:
+        if run.variant in seen:
+            continue
+        seen.add(run.variant)
         try:
-            check(run.config, 1 if run.config.transport == "local" else run.config.ranks)
+            check(_checkable(run.config, launch), 1 if run.config.transport == "local" else run.config.ranks)
         except InputError as error:
             raise type(error)(f"sweep.variants.{run.variant}: {error}") from None
     return runs
 
 
+def _checkable(config: Config, launch: str | None) -> Config:
+    """The configuration without what depends on how ranks are started, if a launcher starts them."""
+    return replace(config, clients=replace(config.clients, on_loss="fail")) if launch else config
+
+
 def share(runs: Sequence[SweepRun]) -> list[SweepRun]:
-    """Of these runs, those of this job of a SLURM array; all where it is none.
+    """Those runs that this job of a SLURM array is to train; all where it is none.
 
     Raises:
         InputError: the jobs' numbers do not follow each other.
@@ -146,7 +156,7 @@ class Slots:
         return found
 
 
-class Sweep:
+class RunQueue:
     """Trains runs, some side by side.
 
     Args:
@@ -198,7 +208,7 @@ class Sweep:
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """What asks this process to stop asks the runs, and no further one begins."""
+        """Signals that ask this process to stop ask the runs, and no further one begins."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._asked = True

@@ -51,7 +51,7 @@ class WatchedRun:
     @property
     def rounds_left(self) -> int:
         """Rounds that it has yet to train, where nothing ends it before."""
-        return 0 if self.summary else max(0, self.run.config.rounds - len(self.lines))
+        return 0 if self.summary is not None else max(0, self.run.config.rounds - len(self.lines))
 
     @property
     def seconds(self) -> float:
