@@ -1,3 +1,3 @@
 """Units of bytes."""
 
-MIB, GIB, TIB = 2**20, 2**30, 2**40
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40

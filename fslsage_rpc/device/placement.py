@@ -46,8 +46,12 @@ def gpu_memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin to look for `peak_device_bytes` anew."""
+    """Begin to look for `peak_device_bytes` anew.
+
+    What torch keeps from an earlier training would count, so it is given back first.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 

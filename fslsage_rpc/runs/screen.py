@@ -198,7 +198,7 @@ def busy_line(host_busy: float | None) -> str | None:
 
 
 def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) -> Table:
-    """Accuracy, seconds by phase, bytes by kind, and the paper ledger beside them.
+    """Accuracy, seconds by phase, bytes by kind, the paper ledger beside them, and peak memory.
 
     Numbers stand beside what they measure, or below it where fewer columns than `NARROW` leave no room.
     """
@@ -254,6 +254,18 @@ def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) 
     uncoded = summary.get("paper_bytes_uncoded_total", paper)
     if uncoded != paper:
         add("  without codecs", _mib(uncoded), _mib(uncoded / rounds))
+    peaks = summary.get("peak_memory", {})  # older ones have none
+    known = {
+        f"  {kind}, {place}": figures[f"{place}_bytes"]
+        for kind, figures in peaks.items()
+        for place in ("host", "device")
+        if figures[f"{place}_bytes"] is not None
+    }
+    if known:
+        table.add_section()
+        add("peak memory, largest rank")
+    for label, value in known.items():
+        add(label, _mib(value))
     return table
 
 
