@@ -17,13 +17,14 @@ from fslsage_rpc.job.stopping import STOPPED
 from fslsage_rpc.notebook import Run
 from support.equality import assert_identical, assert_whole
 from support.job_processes import members
-from support.run_folders import finished
+from support.run_folders import finished, lines
 from support.slurm_cluster import HOSTS, Cluster, cluster, why_not
 from support.trees import tree
 
 SCRIPT = str(Path(__file__).parent.parent / "launch" / "slurm.sbatch")
 JOB_SECONDS = 300
 ROUNDS = 30
+VARIANTS: dict[str, list[str]] = {"fsl_sage": [], "splitfed_v1": ["algorithm.name=splitfed_v1"]}
 pytestmark = pytest.mark.timeout(2 * JOB_SECONDS)  # they need root and Debian's slurm-wlm
 
 
@@ -66,7 +67,7 @@ def submit(
 
 
 def log(folder: Path) -> str:
-    return (folder / "slurm.log").read_text(encoding="utf-8")
+    return "".join(file.read_text(encoding="utf-8") for file in sorted(folder.glob("slurm*.log")))
 
 
 def wait_until(condition: Callable[[], object], folder: Path, seconds: float = JOB_SECONDS) -> None:
@@ -181,6 +182,59 @@ def test_check_looks_at_every_rank_of_the_job(launcher: str, slurm: Cluster, tmp
         assert re.search(rf"rank {rank} - rank 0 +[\d.]+ ms .*MB/s", shown), shown
     assert "an all-reduce over 3 client ranks takes" in shown
     assert not (tmp_path / "run").exists()
+
+
+def submit_sweep(slurm: Cluster, folder: Path, *options: str) -> str:
+    """Submit a sweep of two variants with two seeds, in `folder/study`; each job is two ranks on one node."""
+    keys = tree(Path("."), rounds=12, name="study", transport="rpc", data={"train_limit": 600})
+    keys["comm"]["interface"] = "eth0"
+    keys["sweep"] = {"variants": VARIANTS, "seeds": [0, 1]}
+    (folder / "study.yaml").write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+    allocation = ("--nodes=1", "--ntasks-per-node=2", "--job-name=test", "--output=slurm-%a.log")
+    environment = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "LAUNCHER": "srun"}
+    return slurm.submit(folder, *allocation, *options, SCRIPT, "sweep", "study.yaml", **environment)
+
+
+@pytest.mark.nightly
+def test_jobs_of_an_array_share_a_sweep_and_one_that_was_killed_goes_on(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    array = submit_sweep(slurm, tmp_path, "--array=0-1")
+    first, second = f"{array}_0", f"{array}_1"
+    run = study / "splitfed_v1-seed0"
+    wait_until(lambda: len(lines(run)) >= 3, tmp_path)
+    slurm.nodes[0].run("scancel", "--full", "--signal=KILL", second)
+    wait_until(lambda: slurm.state(second) == "CANCELLED", tmp_path)
+    assert slurm.wait(first, JOB_SECONDS) == 0
+    shown = (tmp_path / "slurm-0.log").read_text(encoding="utf-8")
+    assert "2/2  fsl_sage-seed1  accuracy" in shown, shown
+    assert not (run / "summary.json").exists()
+    assert not (study / "splitfed_v1-seed1").exists()
+    again = f"{submit_sweep(slurm, tmp_path, '--array=1')}_1"
+    assert slurm.wait(again, JOB_SECONDS) == 0
+    assert "goes on from round" in (run / "log.txt").read_text(encoding="utf-8")
+    for variant in VARIANTS:
+        for seed in (0, 1):
+            assert_whole(finished(study / f"{variant}-seed{seed}"))
+
+
+@pytest.mark.nightly
+def test_a_job_of_a_sweep_that_is_stopped_before_its_time_limit_is_requeued(
+    slurm: Cluster, tmp_path: Path
+) -> None:
+    job = f"{submit_sweep(slurm, tmp_path, '--array=0-1')}_0"
+    run = tmp_path / "study" / "fsl_sage-seed0"
+    wait_until(lambda: len(lines(run)) >= 3, tmp_path)
+    slurm.nodes[0].run("scancel", "--signal=USR1", "--batch", job)  # as --signal=B:USR1@120 does
+    wait_until(lambda: slurm.state(job) == "PENDING", tmp_path)
+    stopped_after = len(lines(run))
+    assert 3 <= stopped_after < 12
+    slurm.start_now(job)
+    assert slurm.wait(job, JOB_SECONDS) == 0, log(tmp_path)
+    assert f"goes on from round {stopped_after} " in (run / "log.txt").read_text(encoding="utf-8")
+    assert_whole(finished(run))
+    assert_whole(finished(tmp_path / "study" / "fsl_sage-seed1"))
 
 
 @pytest.mark.nightly
