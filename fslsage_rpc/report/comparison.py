@@ -9,17 +9,8 @@ from matplotlib.figure import Figure
 
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report import tables
-from fslsage_rpc.report.figures import (
-    Bar,
-    Curve,
-    Look,
-    Panel,
-    bars_figure,
-    color_of,
-    curves_figure,
-    looks_of,
-    rendered,
-)
+from fslsage_rpc.report.figures import Bar, Curve, Panel, bars_figure, curves_figure, rendered
+from fslsage_rpc.report.looks import Look, color_of, looks_of
 from fslsage_rpc.report.page import FORMATS, Block, Heading, Page, Picture, to_html, to_markdown
 from fslsage_rpc.report.series import Series, assignment, group, value_of
 from fslsage_rpc.report.sources import Line, SavedBench, Tree, read
