@@ -3,9 +3,10 @@
 An algorithm has the same colour in all figures, wherever colours of algorithms tell curves apart.
 """
 
+import itertools
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ALGORITHMS = {
@@ -80,3 +81,22 @@ def looks_of(algorithms: Sequence[str]) -> list[Look]:
         )
         for number in range(len(algorithms))
     ]
+
+
+def looks_side_by_side(algorithms: Sequence[str]) -> list[Look]:
+    """Looks for figures that stand side by side, and for print without colour.
+
+    The first curve of an algorithm has its colour in each figure. Others have the colours that are left, and
+    neighbours have different line styles.
+    """
+    looks: dict[int, Look] = {}
+    for number, algorithm in enumerate(algorithms):
+        if color_of(algorithm) not in {look.color for look in looks.values()}:
+            looks[number] = look_of(algorithm)
+    used = {look.color for look in looks.values()} | {look.marker for look in looks.values()}
+    colors = itertools.cycle([color for color in COLORS if color not in used] or COLORS)
+    markers = itertools.cycle([marker for marker in MARKERS if marker not in used] or MARKERS)
+    for number in range(len(algorithms)):
+        if number not in looks:
+            looks[number] = Look(next(colors), marker=next(markers))
+    return [replace(looks[number], style=STYLES[number % len(STYLES)]) for number in range(len(algorithms))]

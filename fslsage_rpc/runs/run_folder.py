@@ -271,11 +271,10 @@ class RunFolder:
             InputError: they differ in more than may be changed.
         """
         old = self._old_config()
-        for key, (was, is_now) in changed_keys(old or self._config, self._config).items():
-            if key.split(".")[0] not in FREE_KEYS or key.startswith("comm.codec."):
-                raise InputError(
-                    f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
-                )
+        for key, (was, is_now) in fixed_changes(old or self._config, self._config).items():
+            raise InputError(
+                f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
+            )
         if old and not self._asks_for_more(old):
             self.finished_summary = self._summary()
         return self.finished_summary is not None
@@ -351,6 +350,15 @@ class RunFolder:
 
     def _writing(self) -> AbstractContextManager[None]:
         return writing(self._config["output"], self.path)
+
+
+def fixed_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys that make another run of it, each with its old and new value."""
+    return {
+        key: values
+        for key, values in changed_keys(old, new).items()
+        if key.split(".")[0] not in FREE_KEYS or key.startswith("comm.codec.")
+    }
 
 
 def checkpoints_folder(config: Config) -> Path:
