@@ -24,7 +24,7 @@ from fslsage_rpc.report.sweeps import SavedSweep, read_sweep
 from fslsage_rpc.report.tables import accuracies, folders_table
 
 FORMATS = ("png", "pdf")
-"""of figures, where no others are asked for"""
+"""of figures, where none are asked for"""
 AGAINST = {
     "rounds": ("round", "round", "rounds"),
     "paper-bytes": ("paper_bytes_total", "paper ledger (modelled)", "modelled bytes of the paper ledger"),
@@ -49,13 +49,13 @@ class DrawnTogether:
 
 
 def write_sweep_report(
-    folder: str | Path, out: str | Path | None = None, formats: Sequence[str] = FORMATS
+    folder: str | Path, out: str | Path | None = None, formats: Sequence[str] = ()
 ) -> Path:
     """Write the report of the sweep in a folder, also of one that is half done.
 
     Args:
         out: a folder for it; None: `report` in that of the sweep.
-        formats: of figures.
+        formats: of figures; none: PNG and PDF.
 
     Returns:
         The HTML file.
@@ -64,10 +64,11 @@ def write_sweep_report(
         InputError: the folder is not of a sweep, or is damaged, or `out` cannot be written.
     """
     sweep = read_sweep(folder)
-    return comparison.save(compose(sweep, formats), str(Path(folder) / "report" if out is None else out))
+    page = compose(sweep, formats or FORMATS)
+    return comparison.save(page, str(Path(folder) / "report" if out is None else out))
 
 
-def compose(sweep: SavedSweep, formats: Sequence[str] = FORMATS) -> Page:
+def compose(sweep: SavedSweep, formats: Sequence[str]) -> Page:
     """The page with all its figures drawn."""
     blocks: list[Block] = [sweep.progress, Heading("Results"), results_table(sweep), reading(sweep)]
     if differences := differences_table(sweep):
@@ -101,7 +102,7 @@ def drawn_together(sweep: SavedSweep) -> list[DrawnTogether]:
 
 
 def _shared_name(sweep: SavedSweep, reference: str | None) -> str:
-    """What a reference is made of besides that which makes it one."""
+    """The parts of a reference but for that which makes it one."""
     if reference is None:
         return "others" if sweep.references else ""
     made_one = sweep.config.sweep.reference

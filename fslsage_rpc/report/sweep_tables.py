@@ -41,7 +41,7 @@ READING_DIFFERENCES = (
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is measured of each run, and how it is written."""
+    """A column of a table: what each run comes to, and how it is written."""
 
     header: str
     of: Measurement

@@ -1,4 +1,4 @@
-"""What a terminal shows of a sweep: how far it is, and its tables, in as many blocks as they need."""
+"""A sweep in a terminal: how far it is, and its tables, in as many blocks as they need."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ def show_sweep(sweep: SavedSweep, console: Console) -> None:
 
 
 def _say(text: str, console: Console) -> None:
-    console.print(text, markup=False, highlight=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _show(title: str, table: Table, console: Console) -> None:
