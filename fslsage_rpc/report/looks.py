@@ -3,9 +3,8 @@
 An algorithm has the same colour in all figures, wherever colours of algorithms tell curves apart.
 """
 
-import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,17 +85,34 @@ def looks_of(algorithms: Sequence[str]) -> list[Look]:
 def looks_side_by_side(algorithms: Sequence[str]) -> list[Look]:
     """Looks for figures that stand side by side, and for print without colour.
 
-    The first curve of an algorithm has its colour in each figure. Others have the colours that are left, and
-    neighbours have different line styles.
+    The first curve of an algorithm has its colour and marker in each figure. Others have those that are left
+    first, and neighbours have different line styles.
     """
     looks: dict[int, Look] = {}
     for number, algorithm in enumerate(algorithms):
         if color_of(algorithm) not in {look.color for look in looks.values()}:
-            looks[number] = look_of(algorithm)
-    used = {look.color for look in looks.values()} | {look.marker for look in looks.values()}
-    colors = itertools.cycle([color for color in COLORS if color not in used] or COLORS)
-    markers = itertools.cycle([marker for marker in MARKERS if marker not in used] or MARKERS)
-    for number in range(len(algorithms)):
-        if number not in looks:
-            looks[number] = Look(next(colors), marker=next(markers))
-    return [replace(looks[number], style=STYLES[number % len(STYLES)]) for number in range(len(algorithms))]
+            looks[number] = _styled(look_of(algorithm), number)
+    colors = _unused_first(COLORS, {look.color for look in looks.values()})
+    markers = _unused_first(MARKERS, {look.marker for look in looks.values()})
+    others = [number for number in range(len(algorithms)) if number not in looks]
+    for place, number in enumerate(others):
+        look = _styled(Look(_turn(colors, place)[0], marker=_turn(markers, place)[0]), number)
+        # A colour comes back in another line style, as long as there is one.
+        taken = {(other.color, other.style) for other in looks.values()}
+        free = [color for color in _turn(colors, place) if (color, look.style) not in taken]
+        looks[number] = replace(look, color=free[0]) if free else look
+    return [looks[number] for number in range(len(algorithms))]
+
+
+def _styled(look: Look, number: int) -> Look:
+    return replace(look, style=STYLES[number % len(STYLES)])
+
+
+def _unused_first(choice: Sequence[str], used: Container[str | None]) -> list[str]:
+    return sorted(choice, key=lambda one: one in used)
+
+
+def _turn(choice: list[str], place: int) -> list[str]:
+    """All of a choice, beginning at a place."""
+    start = place % len(choice)
+    return choice[start:] + choice[:start]

@@ -190,15 +190,10 @@ def read_run(folder: Path, name: str, label: str | None) -> SavedRun:
             f"RUN: got {str(folder)!r}, whose config.yaml is not of this version ({error})"
         ) from None
     metrics, summary = folder / "metrics.jsonl", folder / "summary.json"
-    return SavedRun(
-        folder,
-        config,
-        _checked_environment(folder),
-        _read_lines(metrics) if metrics.exists() else [],
-        _read_json(summary) if summary.exists() else None,
-        name,
-        label,
-    )
+    # Before the lines, which are whole where there is a summary: the run may be about to end.
+    ended = _read_json(summary) if summary.exists() else None
+    lines = _read_lines(metrics) if metrics.exists() else []
+    return SavedRun(folder, config, _checked_environment(folder), lines, ended, name, label)
 
 
 def _with_rounds(run: SavedRun) -> SavedRun:
