@@ -21,6 +21,7 @@ from fslsage_rpc.report.sweep_tables import differences_table, results_table, va
 from fslsage_rpc.report.sweeps import RunState, SavedSweep, read_sweep
 from fslsage_rpc.report.tables import UNKNOWN
 from fslsage_rpc.report.terminal import show_sweep
+from fslsage_rpc.runs.places import write_whole
 from support.report_folders import MIB, write_run, write_sweep
 from support.user_input import mistake
 
@@ -462,3 +463,13 @@ def test_a_damaged_folder_is_one_line(damage: str, tmp_path: Path) -> None:
     change, said = DAMAGES[damage]
     change(folder)
     assert said in mistake(read_sweep, folder)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    write_whole(tmp_path / "whole", b"\xff")
+    write_whole(tmp_path / "whole", "é\udcff")  # part of a path that is no UTF-8
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "folder", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "whole"]
+    assert (tmp_path / "whole").read_text() == "é?"
