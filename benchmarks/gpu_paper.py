@@ -31,9 +31,10 @@ import torch
 from cifar10_parts import read
 
 from fslsage_rpc.cli import OneLineParser
-from fslsage_rpc.config.loading import load, to_tree
+from fslsage_rpc.config.loading import from_tree, load, to_tree
 from fslsage_rpc.config.own import first_line
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.variants import sweep_runs
 from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.device.clock import clock
 from fslsage_rpc.errors import InputError
@@ -45,7 +46,7 @@ from fslsage_rpc.runs.places import write_whole
 from fslsage_rpc.training.experiment import Experiment, check
 from fslsage_rpc.training.trainer import Trainer
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "paper" / "cifar10_resnet18"
+CONFIG = Path(__file__).parent.parent / "configs" / "paper" / "cifar10_resnet18.yaml"
 ALGORITHMS = ("fsl_sage", "cse_fsl", "splitfed_v1")
 SETTINGS = (
     "graphs=auto",
@@ -160,9 +161,10 @@ def configurations(data: str, folder: Path, overrides: Sequence[str]) -> list[Co
         key = override.partition("=")[0]
         if any(f"{key}.".startswith(f"{ours}.") or ours.startswith(f"{key}.") for ours in OURS):
             raise InputError(f"{key}: got an override, expected none: it is set here")
+    papers = {run.variant: run.config for run in sweep_runs(load(CONFIG))}
     configs = []
     for name in ALGORITHMS:
-        config = load(CONFIGS / f"cifar10_resnet18_{name}_iid.yaml", [*SETTINGS, *overrides])
+        config = from_tree(to_tree(papers[f"iid-{name}"]), [*SETTINGS, *overrides])
         configs.append(
             replace(
                 config,

@@ -4,7 +4,8 @@
 
 Trains small configurations in the old checkout and in the one that holds this script, side by side, each by
 its command line. Then `model.pt` and the keys of `metrics.jsonl` that both write are compared, bit for bit.
-Seconds and the load of the host are left out. What differs on purpose stands in `CHANGES`, with reasons.
+Seconds, the load of the host and peak memory are left out. What differs on purpose stands in `CHANGES`, with
+reasons.
 
 Prints a line for each configuration with its first differences, and a table. The runs are kept where any
 differ. Exit status: 0 if all are the same, 1 if any differ, 2 for a mistake in the command line. Under 3
@@ -112,7 +113,7 @@ CONFIGURATIONS = {
 }
 FIRST_STARTS = {"resume": [["rounds=3"]]}
 """settings of earlier starts of a configuration, which the last one goes on from"""
-LEFT_OUT = {"seconds", "phases", "load", "host", "host_busy"}
+LEFT_OUT = {"seconds", "phases", "load", "host", "host_busy", "peak"}
 """words in keys of `metrics.jsonl` that differ between equal runs"""
 OF_RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """variables of a job, which the runs are no part of"""

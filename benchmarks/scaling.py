@@ -33,10 +33,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fslsage_rpc.check.machine import status_bytes
 from fslsage_rpc.config.loading import from_tree
 from fslsage_rpc.config.schema import Config
-from fslsage_rpc.device.memory import give_back_free_pages, keep_large_blocks
+from fslsage_rpc.device.memory import give_back_free_pages, keep_large_blocks, status_bytes
 from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.models.flat import module_bytes
 from fslsage_rpc.parties.turns import MOST_OPEN_STEPS

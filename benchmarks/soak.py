@@ -44,7 +44,7 @@ LONGEST_PAUSE_SECONDS = 0.5
 """a kill comes at most so long after a round's line: somewhere in the next round, or the one after"""
 CLOCKS = (
     *("round_seconds", "elapsed_seconds", "evaluation_seconds", "cpu_seconds", "host_busy"),
-    *("phases", "requests"),
+    *("phases", "requests", "peak_memory"),
 )
 """what differs in the lines of two equal runs"""
 FLAT = 0.02

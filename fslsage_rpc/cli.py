@@ -91,6 +91,16 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument("config", help="YAML configuration file with a `bench` section")
     bench.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
     bench.set_defaults(command=_bench)
+    sweep = commands.add_parser("sweep", help="train all variants with all seeds, and compare them")
+    sweep.add_argument("config", help="YAML configuration file with a `sweep` section")
+    sweep.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
+    sweep.add_argument("--only", metavar="PATTERN", help="of names of variants or runs, as 'iid-*'")
+    sweep.add_argument(
+        "--jobs", default="1", metavar="N", help="runs side by side, as many as cores or GPUs (1)"
+    )
+    sweep.add_argument("--launch", metavar="PROGRAM", help="that starts each run, as launch/local.sh")
+    sweep.add_argument("--dry-run", action="store_true", help="list the runs with bytes and estimated hours")
+    sweep.set_defaults(command=_sweep)
     plan = commands.add_parser("plan", help="predict rounds over other links and with more clients")
     plan.add_argument("config", help="YAML configuration file")
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values to use instead")
@@ -173,6 +183,19 @@ def _bench(options: argparse.Namespace, arguments: list[str]) -> int:
 
     bench(config, BenchScreen(config))
     return 0
+
+
+def _sweep(options: argparse.Namespace, arguments: list[str]) -> int:
+    if "RANK" in os.environ:
+        raise InputError("sweep: got a rank of a job, expected no launcher, or one for each run as --launch")
+    config, jobs = load(options.config, options.overrides), count("--jobs", options.jobs)
+    with uninterrupted():
+        from fslsage_rpc.sweep.run import forecast, sweep
+
+    if options.dry_run:
+        forecast(config, options.only, jobs)
+        return 0
+    return sweep(config, options.only, jobs, options.launch)
 
 
 def _plan(options: argparse.Namespace, arguments: list[str]) -> int:

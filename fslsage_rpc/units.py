@@ -1,6 +1,6 @@
 """Units of bytes."""
 
-MIB, GIB, TIB = 2**20, 2**30, 2**40
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
 
 def unit_of(size: float) -> tuple[int, str]:

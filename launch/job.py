@@ -15,7 +15,6 @@ prints
 Exit status: 0; 2 where the input is wrong, with one line that says so.
 """
 
-import os
 import shlex
 import socket
 import sys
@@ -23,11 +22,11 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import torch
-
 from fslsage_rpc.bench.run import checked_variants, open_folder
 from fslsage_rpc.config.loading import load
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.cores import usable_cores
+from fslsage_rpc.device.placement import gpu_count
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.runs.places import writing
 from fslsage_rpc.training.run import prepare
@@ -59,7 +58,7 @@ def describe(arguments: Sequence[str]) -> str:
     command, path, *overrides = arguments
     config = load(path, overrides)
     chosen = any(word.startswith("ranks=") for word in overrides)
-    ranks = config.ranks if chosen else suitable_ranks(config, gpus(config), cores())
+    ranks = config.ranks if chosen else suitable_ranks(config, gpu_count(config.device), len(usable_cores()))
     if config.transport == "local":
         ranks = 1
     folder = Path(config.output) / config.name
@@ -89,16 +88,6 @@ def suitable_ranks(config: Config, gpus: int, cores: int) -> int:
     least = 2 if config.clients.on_loss == "drop" else 1
     hosts = max(gpus or cores - 1, least)
     return min(hosts, config.clients.count) + 1
-
-
-def gpus(config: Config) -> int:
-    """The GPUs that ranks may use here."""
-    return 0 if config.device == "cpu" else torch.cuda.device_count()
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:

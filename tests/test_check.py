@@ -17,13 +17,14 @@ from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.check import findings
 from fslsage_rpc.check.display import CheckScreen
 from fslsage_rpc.check.findings import COPIES, Findings, ModelSize, Outlook, Rank, rounds_counted
-from fslsage_rpc.check.machine import Disk, Machine, status_bytes
+from fslsage_rpc.check.machine import Disk, Machine
 from fslsage_rpc.check.one_round import Use, dearest_round, fill_buffers
 from fslsage_rpc.check.run import examine, risky
 from fslsage_rpc.cli import main
 from fslsage_rpc.config import loading as configuration
 from fslsage_rpc.config.loading import from_tree, to_tree
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.device.memory import status_bytes
 from fslsage_rpc.device.placement import GpuPlace
 from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.runs.checkpoint_files import complete_folders

@@ -9,6 +9,7 @@ import yaml
 
 from fslsage_rpc.config.loading import load
 from fslsage_rpc.config.schema import Config
+from fslsage_rpc.config.variants import sweep_runs
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -16,7 +17,10 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_of_the_repository_is_valid(path: Path) -> None:
-    assert load(path).name in (path.stem, "run")
+    config = load(path)
+    assert config.name in (path.stem, "run")
+    if config.sweep.variants:
+        assert sweep_runs(config)
 
 
 def test_the_reference_lists_every_key_with_its_default() -> None:

@@ -328,7 +328,7 @@ def test_pieces_are_of_what_ranks_report() -> None:
     end = RequestTimes(1, compute_seconds=9.0)  # of which the bound knows nothing
 
     def report(phases: dict[str, float] | None, requests: ByClient) -> RankReport:
-        return RankReport(1.0, phases, CoreTimes("a", 1.0, 1.0), {}, {}, 0.0, 0, {}, requests, [])
+        return RankReport(1.0, phases, CoreTimes("a", 1.0, 1.0), {}, {}, 0.0, 0, {}, requests, [], {})
 
     averaging = {"client": {"averaging": 0.1}, "server": {"averaging": 0.2, "targets": 0.3}}
     round = round_pieces(

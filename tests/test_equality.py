@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fslsage_rpc.device.memory import status_bytes
 from fslsage_rpc.transport import choices
 from support.batch_norm_model import CUT, SMASHED_SAMPLE
 from support.equality import OWN_COLLECTIVES, assert_same, without_seconds
@@ -243,6 +244,19 @@ def test_rounds_learn_and_are_evaluated_when_asked(case: int, local: list[Outcom
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     evaluated = [line["test_accuracy"] is not None for line in lines]
     assert evaluated == [False, True, True]  # evaluation.every is 2, and the last round always is
+
+
+@pytest.mark.gate
+def test_each_kind_of_rank_has_its_own_peak_memory(local: list[Outcome], three_ranks: list[Outcome]) -> None:
+    for outcomes, kinds in ((local, {"server and client"}), (three_ranks, {"server", "client"})):
+        for line in outcomes[0].lines:
+            assert line["peak_memory"].keys() == kinds
+            assert all(figures["device_bytes"] is None for figures in line["peak_memory"].values())
+    for kind in ("server", "client"):
+        peaks = [line["peak_memory"][kind]["host_bytes"] for line in three_ranks[0].lines]
+        known = status_bytes("VmHWM") is not None
+        assert peaks == (sorted(peaks) if known else [None] * len(peaks))
+        assert not known or peaks[0] > 0
 
 
 @pytest.mark.gate

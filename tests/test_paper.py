@@ -1,5 +1,6 @@
-"""configs/paper holds every experiment of the paper, each exactly what its name says."""
+"""The sweeps of configs/paper are every experiment of the paper, each exactly what its name says."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.algorithms.bound import NO_LINK
 from fslsage_rpc.config.loading import changed_keys, from_tree, load, to_tree
+from fslsage_rpc.config.schema import Sweep
+from fslsage_rpc.config.variants import combinations, references, sweep_runs
 from fslsage_rpc.plan.scenario import Scenario
 
 PAPER = Path(__file__).parent.parent / "configs" / "paper"
@@ -31,12 +34,12 @@ AUXILIARY_SIZES = {"linear": {"kind": "linear"}, "half": {"until": "layer3.0"}, 
 
 
 def experiments() -> dict[str, dict[str, Any]]:
-    """The name of every experiment, and the keys that its name stands for."""
+    """The file and variant of every experiment, and the keys that they stand for."""
     trees = {}
     for data, model, algorithm, partition in itertools.product(
         ("cifar10", "cifar100"), MODELS, ALGORITHMS, PARTITIONS
     ):
-        trees[f"{data}_{model}_{algorithm}_{partition}"] = {
+        trees[f"{data}_{model}/{partition}-{algorithm}"] = {
             "data": {"name": data, **PARTITIONS[partition]},
             "model": MODELS[model],
             "algorithm": {"name": algorithm},
@@ -45,11 +48,11 @@ def experiments() -> dict[str, dict[str, Any]]:
         iid = {"data": {"name": data, "partition": "iid"}, "model": MODELS["resnet18"]}
         for interval in (2, 3, 5, 20, 30, 40, 50):
             keys = {"name": "fsl_sage", "align_every": interval}
-            trees[f"{data}_resnet18_fsl_sage_iid_l{interval}"] = {**iid, "algorithm": keys}
+            trees[f"{data}_resnet18/iid-fsl_sage-l{interval}"] = {**iid, "algorithm": keys}
         for algorithm, (size, auxiliary) in itertools.product(
             ("fsl_sage", "cse_fsl"), AUXILIARY_SIZES.items()
         ):
-            trees[f"{data}_resnet18_{algorithm}_iid_auxiliary_{size}"] = {
+            trees[f"{data}_resnet18/iid-{algorithm}-auxiliary_{size}"] = {
                 **iid,
                 "model": {**MODELS["resnet18"], "auxiliary": auxiliary},
                 "algorithm": {"name": algorithm},
@@ -57,11 +60,13 @@ def experiments() -> dict[str, dict[str, Any]]:
     return trees
 
 
-FILES = {path.stem: path for path in PAPER.rglob("*.yaml") if path.stem != "base"}
+FILES = [path for path in sorted(PAPER.rglob("*.yaml")) if not path.stem.startswith("base")]
+RUNS = {f"{path.stem}/{run.variant}": run for path in FILES for run in sweep_runs(load(path))}
 
 
-def test_there_is_one_file_for_each_experiment() -> None:
-    assert set(FILES) == set(experiments())
+def test_there_is_one_run_for_each_experiment() -> None:
+    assert RUNS.keys() == experiments().keys()
+    assert len({run.folder for run in RUNS.values()}) == len(RUNS) == 106
 
 
 def test_the_base_is_the_papers_setting() -> None:
@@ -75,16 +80,23 @@ def test_the_base_is_the_papers_setting() -> None:
     assert (config.rounds, config.stop.paper_gib) == (200, 200)
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_a_file_is_the_base_and_what_its_name_says(name: str) -> None:
-    base, config = to_tree(load(PAPER / "base.yaml")), load(FILES[name])
-    stated = {**experiments()[name], "name": name}
-    expected = to_tree(from_tree({**base, **{key: _over(base[key], stated[key]) for key in stated}}))
-    assert changed_keys(expected, to_tree(config)) == {}
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_the_base_and_what_its_name_says(name: str) -> None:
+    base = to_tree(load(PAPER / "base.yaml"))
+    file, variant = name.split("/")
+    own = {"name": f"{variant}-seed0", "output": f"runs/paper/{file}", "sweep": dataclasses.asdict(Sweep())}
+    stated = {key: {**base[key], **keys} for key, keys in experiments()[name].items()}
+    expected = to_tree(from_tree({**base, **stated, **own}))
+    assert changed_keys(expected, to_tree(RUNS[name].config)) == {}
 
 
-def _over(below: Any, above: Any) -> Any:
-    return {**below, **above} if isinstance(below, dict) else above
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_run_is_compared_with_splitfed_v1_on_the_same_partition(path: Path) -> None:
+    keys = load(path).sweep
+    assert keys.reference == "splitfed_v1"
+    found = combinations(keys.variants, "sweep.variants")
+    compared = references(found, keys.reference, "sweep.reference")
+    assert compared == {name: f"{made.parts[0]}-splitfed_v1" for name, made in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,6 @@ def _over(below: Any, above: Any) -> Any:
         ("fsl_sage", 147_106_448),
     ],
 )
-def test_the_files_have_the_papers_communication_load(algorithm: str, expected: int) -> None:
-    planned = Scenario(load(FILES[f"cifar10_resnet18_{algorithm}_iid"]), NO_LINK, client_ranks=1)
+def test_the_runs_have_the_papers_communication_load(algorithm: str, expected: int) -> None:
+    planned = Scenario(RUNS[f"cifar10_resnet18/iid-{algorithm}"].config, NO_LINK, client_ranks=1)
     assert sum(planned.round(round).paper_bytes for round in range(10)) / 10 == expected

@@ -22,6 +22,8 @@ from fslsage_rpc.config.loading import to_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.config.variants import bench_variants, combinations
 from fslsage_rpc.config.yaml_files import to_yaml
+from fslsage_rpc.device.memory import forget_host_peak
+from fslsage_rpc.device.placement import forget_peak
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.world import World, is_first_rank, job_ranks
@@ -105,6 +107,8 @@ def _bench(
     for repeat in range(config.bench.repeats):
         names = list(variants)[:: 1 if repeat % 2 == 0 else -1]
         for name in names:
+            forget_host_peak()
+            forget_peak(world.device)
             experiment = Experiment.prepare(variants[name])
             compare_ranks(experiment, world)
             trainer = Trainer(experiment, world)
@@ -119,7 +123,7 @@ def _bench(
                     _write_rounds(folder, run)
                 screen.end_run(run)
             world.transport.serve(None)
-            del trainer
+            del trainer, experiment  # else the next one's peak memory would have them
             gc.collect()
     if world.hosts_server:
         result = {

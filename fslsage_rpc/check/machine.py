@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from fslsage_rpc.device.cores import usable_cores
-from fslsage_rpc.device.memory import physical_memory
+from fslsage_rpc.device.memory import physical_memory, status_bytes
 from fslsage_rpc.device.placement import GpuPlace, gpu_memory
 from fslsage_rpc.job.sockets import hostname_address, interface_addresses, listeners
 from fslsage_rpc.runs.environment import rank_environment, versions
+from fslsage_rpc.units import KIB
 
-KIB = 2**10
 NO_LIMIT_BYTES = 2**60
 """limits of cgroups beyond this mean that there is none"""
 
@@ -114,18 +114,6 @@ def existing_folder(output: str) -> Path:
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     return folder
-
-
-def status_bytes(key: str) -> int | None:
-    """Bytes of memory that the kernel says of this process: `VmRSS` now, `VmHWM` at most so far.
-
-    Returns:
-        None where it does not say.
-    """
-    with suppress(OSError):
-        found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        return int(found[1]) * KIB if found else None
-    return None
 
 
 def _mps_runs() -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fslsage_rpc.check.machine import status_bytes
+from fslsage_rpc.device.memory import status_bytes
 from fslsage_rpc.device.placement import forget_peak, peak_device_bytes
 from fslsage_rpc.device.streams import current_place
 from fslsage_rpc.job.world import World

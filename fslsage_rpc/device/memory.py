@@ -1,17 +1,21 @@
-"""A host's memory: how much there is, and how the C library hands out large blocks of it, what lasts apart
-from what comes and goes.
+"""A host's memory: how much there is, how much a process takes, and how the C library hands out
+large blocks of it, what lasts apart from what comes and goes.
 """
 
 import ctypes
 import math
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fslsage_rpc.units import KIB
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 LARGEST_BYTES = 2**31 - 1
@@ -26,6 +30,28 @@ def physical_memory() -> int | None:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def status_bytes(key: str) -> int | None:
+    """Bytes of memory that the kernel says of this process: `VmRSS` now, `VmHWM` at most so far.
+
+    Returns:
+        None where it does not say.
+    """
+    with suppress(OSError):
+        found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(found[1]) * KIB if found else None
+    return None
+
+
+def forget_host_peak() -> None:
+    """Begin to look for the peak of `status_bytes` anew, where the system allows.
+
+    Free pages that the heap keeps from an earlier training would count, so they are given back first.
+    """
+    give_back_free_pages()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS, and nothing else
 
 
 def one_heap() -> None:

@@ -46,8 +46,12 @@ def gpu_memory(device: torch.device) -> tuple[int, int] | None:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begin to look for `peak_device_bytes` anew."""
+    """Begin to look for `peak_device_bytes` anew.
+
+    What torch keeps from an earlier training would count, so it is given back first.
+    """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
@@ -68,6 +72,11 @@ def gpu_number(rank: int, size: int) -> int:
         return min(int(os.environ.get("LOCAL_WORLD_SIZE", size)), max(torch.cuda.device_count(), 1)) - 1
     on_server_host = rank == local_rank
     return local_rank - 1 if on_server_host else local_rank
+
+
+def gpu_count(keys_device: str) -> int:
+    """The GPUs that a job of this configuration may use here."""
+    return 0 if keys_device == "cpu" else torch.cuda.device_count()
 
 
 def choose_device(keys_device: str, index: int) -> torch.device:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -119,13 +119,21 @@ def _read(folder: Path, planned: Config) -> Calibration:
 
 def check_work(folder: Path, measured: Config, planned: Config) -> None:
     """Raise where seconds per sample or pass of one mean nothing for the other, of the same algorithm."""
+    for key, (was, is_now) in unlike_work(measured, planned).items():
+        got = f"--calibrate: got {folder}, which measured {key}={was}"
+        raise InputError(f"{got}, expected {is_now} as planned")
+
+
+def unlike_work(measured: Config, planned: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys by which a sample or pass of one does other work than one of the other, with both values."""
     aligned = find(measured.algorithm.name).auxiliary == "aligned"
     keys = WORK + [f"algorithm.{key}" for key in WORK_OF_ALIGNMENT if aligned]
-    for key, (was, is_now) in changed_keys(to_tree(measured), to_tree(planned)).items():
-        of_work = any(f"{key}.".startswith(f"{section}.") for section in keys)
-        if of_work and not (key == "device" and "auto" in (was, is_now)):
-            got = f"--calibrate: got {folder}, which measured {key}={was}"
-            raise InputError(f"{got}, expected {is_now} as planned")
+    return {
+        key: (was, is_now)
+        for key, (was, is_now) in changed_keys(to_tree(measured), to_tree(planned)).items()
+        if any(f"{key}.".startswith(f"{section}.") for section in keys)
+        and not (key == "device" and "auto" in (was, is_now))
+    }
 
 
 def calibrate_here(config: Config, names: Iterable[str]) -> Calibration:

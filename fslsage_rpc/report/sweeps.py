@@ -10,7 +10,8 @@ from fslsage_rpc.config.schema import Config
 from fslsage_rpc.config.variants import Combination, SweepRun, combinations, references, sweep_runs
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report.sources import SavedRun, Tree, is_number, read_run
-from fslsage_rpc.runs.run_folder import SWEEP, fixed_changes
+from fslsage_rpc.runs.former_run import fixed_changes
+from fslsage_rpc.runs.run_folder import SWEEP
 
 LISTED = 5
 """runs that a sentence names of each state, at most"""
@@ -121,6 +122,8 @@ def _member(sweep: Path, planned: SweepRun) -> SweepMember:
         return SweepMember(planned, RunState.UNFINISHED if begun else RunState.NOT_BEGUN, None)
     run = read_run(folder, planned.config.name, planned.variant)
     for key, (is_there, expected) in fixed_changes(run.config, to_tree(planned.config)).items():
+        if planned.config.resume == "never":  # by which the sweep replaces it
+            return SweepMember(planned, RunState.NOT_BEGUN, None)
         raise InputError(f"{folder}: got {key}={is_there!r}, expected {expected!r} as in {sweep / SWEEP}")
     _check_memory(folder, run.summary)
     # A complete run of fewer rounds is to be gone on with.

@@ -3,10 +3,10 @@
 import errno
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 from fslsage_rpc.errors import InputError
 
@@ -56,7 +56,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    temporary = path.with_name(f".{uuid4().hex}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         # A path may be no UTF-8.
         temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)

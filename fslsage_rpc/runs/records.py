@@ -3,7 +3,7 @@
 import math
 import statistics
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from fslsage_rpc.transport.wire_ledger import RANK, WIRE_KINDS
 WATCHED = 0.9
 """the least share of a run's seconds whose load is known where the whole run's is told"""
 WireBytes = dict[int, dict[str, int]]
+PeakMemory = dict[str, dict[str, int | None]]
+"""`host_bytes` and `device_bytes` by the kind of rank; None: the system does not tell, or a CPU's"""
 
 
 @dataclass
@@ -42,6 +44,7 @@ class RankReport:
     wire: WireBytes
     requests: ByClient
     spans: list[Span]
+    peak_memory: PeakMemory
 
 
 def round_seconds(reports: Sequence[RankReport]) -> float:
@@ -82,6 +85,17 @@ def client_device_seconds(reports: Sequence[RankReport]) -> dict[str, float]:
     return {name: sum(s.get(name, 0.0) for s in measured) / len(measured) for name in names}
 
 
+def highest(peaks: Iterable[PeakMemory]) -> PeakMemory:
+    """The largest figures of each kind of rank, of those that are known."""
+    most: PeakMemory = {}
+    for kinds in peaks:
+        for kind, figures in kinds.items():
+            so_far = most.setdefault(kind, dict(figures))
+            for name, bytes in figures.items():
+                so_far[name] = max((n for n in (so_far[name], bytes) if n is not None), default=None)
+    return most
+
+
 class RoundRecorder:
     """Turns what the ranks report into metrics lines, and keeps the totals; not the lines: a long run has
     many.
@@ -110,6 +124,7 @@ class RoundRecorder:
         self._watched_seconds, self._others_seconds = 0.0, 0.0  # of rounds whose `host_busy` is known
         self._phases: dict[str, dict[str, float]] = {"client": {}, "server": {}}
         self._wire_bytes = dict.fromkeys(WIRE_KINDS, 0)
+        self._peak_memory: PeakMemory = {}
         self._last_scored: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
         self.diverged: int | None = None
@@ -173,6 +188,7 @@ class RoundRecorder:
                 "server": server.cpu_seconds,
             },
             "host_busy": host_busy([report.cores for report in reports]),
+            "peak_memory": highest(report.peak_memory for report in reports),
             "requests": {kind: times.record() for kind, times in requests.items()},
             "wire_bytes": wire_bytes,
             "paper_bytes": paid,
@@ -207,6 +223,7 @@ class RoundRecorder:
                 total[name] = total.get(name, 0.0) + seconds
         for kind in WIRE_KINDS:
             self._wire_bytes[kind] += line["wire_bytes"][kind]
+        self._peak_memory = highest([self._peak_memory, line.get("peak_memory", {})])
         self._uncoded_bytes += line.get("paper_bytes_uncoded", line["paper_bytes"])
         if line.get("diverged") and self.diverged is None:
             self.diverged = line["round"]
@@ -235,6 +252,7 @@ class RoundRecorder:
             "evaluation_seconds": self._evaluation_seconds,
             "cpu_seconds": None if math.isnan(self._cpu_seconds) else self._cpu_seconds,
             "host_busy": self._others_seconds / self._watched_seconds if watched else None,
+            "peak_memory": self._peak_memory,
             "interval_rounds": interval,
             "median_round_seconds": interval_median(self._round_seconds, interval),
             "phases": self._phases,

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from fslsage_rpc.config.loading import changed_keys, load, to_tree
+from fslsage_rpc.config.loading import to_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.errors import InputError
@@ -25,16 +25,12 @@ from fslsage_rpc.runs.checkpoint_files import (
     write_durably,
 )
 from fslsage_rpc.runs.folder_lock import FolderLock
+from fslsage_rpc.runs.former_run import ANOTHER, FormerRun
 from fslsage_rpc.runs.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
 from fslsage_rpc.runs.places import check_place, writing
 from fslsage_rpc.runs.records import is_scored
-from fslsage_rpc.runs.round_numbers import summary_from_one
-from fslsage_rpc.runs.screen import can_be_shown
 from fslsage_rpc.runs.tensorboard import TensorBoard
 
-FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
-FREE_KEYS |= {"bench", "sweep"}
-"""what may differ between a run and the run whose folder it finds, all below included but for codecs"""
 STOPPED = "STOPPED"
 DIVERGED = "DIVERGED"
 ENDINGS = (STOPPED, DIVERGED, "summary.json", "model.pt", "trace.json", "links.json")
@@ -42,7 +38,6 @@ ENDINGS = (STOPPED, DIVERGED, "summary.json", "model.pt", "trace.json", "links.j
 EVENTS = "tensorboard"
 SWEEP = "sweep.yaml"
 """in the folder of a sweep, whose runs have folders of their own in it: its configuration"""
-ANOTHER = "choose another name=, or resume=never to replace that run"
 
 
 class RunFolder:
@@ -65,6 +60,7 @@ class RunFolder:
     def __init__(self, config: Config, warn: Callable[[str], None]):
         self.path = Path(config.output) / config.name
         self.warn = warn
+        self._former = FormerRun(config)
         self.finished_summary: dict[str, Any] | None = None
         self.manifest: Manifest | None = None
         self._before: list[dict[str, Any]] | None = []  # until it is started, the lines to go on from
@@ -79,11 +75,13 @@ class RunFolder:
             if (self.path / file).exists():
                 raise InputError(f"name: got {config.name!r}, where {self.path} holds {what}; choose another")
         self._lock: FolderLock | None = None
-        if not self._is_complete():
+        self.finished_summary = self._former.finished_summary()
+        if not self.finished_summary:
             with self._writing():
                 self._lock = FolderLock(self.path, warn)
             try:
-                if not self._is_complete():  # it may have ended since
+                self.finished_summary = self._former.finished_summary()  # it may have ended since
+                if not self.finished_summary:
                     self._look_at_run()
             except BaseException:
                 self.release()
@@ -264,61 +262,20 @@ class RunFolder:
             write_durably(self.path / "model.pt", serialised(dict(model)))
             self._write("summary.json", _json(summary))
 
-    def _is_complete(self) -> bool:
-        """Hold the configuration of the run that is there, if any, to this one: is nothing left to do?
-
-        Raises:
-            InputError: they differ in more than may be changed.
-        """
-        old = self._old_config()
-        for key, (was, is_now) in fixed_changes(old or self._config, self._config).items():
-            raise InputError(
-                f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
-            )
-        if old and not self._asks_for_more(old):
-            self.finished_summary = self._summary()
-        return self.finished_summary is not None
-
     def _look_at_run(self) -> None:
         """Find what is left to do of the run that is there, if any."""
-        old = self._old_config()
+        old = self._former.config()
         if old is None:
             return
         self._find_checkpoint()
-        if self._summary() and not self.manifest:
-            key, (was, is_now) = next(iter(self._asks_for_more(old).items()))
+        if self._former.summary() and not self.manifest:
+            key, (was, is_now) = next(iter(self._former.asks_for_more(old).items()))
             raise InputError(
                 f"{key}: got {is_now!r}, expected {was!r} as in the complete run in "
                 f"{self.path}, which has no checkpoint to go on from; {ANOTHER}"
             )
         if not self.manifest:
             self.warn(f"the unfinished run in {self.path} is replaced: it has no checkpoint to go on from")
-
-    def _old_config(self) -> dict[str, Any] | None:
-        """The configuration of the run that is there; None where there is none, or it is to be replaced."""
-        path = self.path / "config.yaml"
-        return to_tree(load(path)) if self._config["resume"] == "auto" and path.exists() else None
-
-    def _asks_for_more(self, old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """The keys by which a complete run is given more to do, each with its old and new value."""
-        changes = changed_keys(old, self._config)
-        return {key: values for key, values in changes.items() if key.split(".")[0] in ("rounds", "stop")}
-
-    def _summary(self) -> dict[str, Any] | None:
-        """That of a complete run; None where there is none, or not what the program writes."""
-        try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-            summary = summary_from_one(summary, self._rounds_there())
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return None
-        return summary if can_be_shown(summary) else None
-
-    def _rounds_there(self) -> list[dict[str, Any]]:
-        """The lines of rounds that are there; none where they cannot be read."""
-        try:
-            return rounds_of(decoded(self._metrics.path.read_bytes()))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return []
 
     def _find_checkpoint(self) -> None:
         """Take the newest sound checkpoint; damaged ones are named and left out.
@@ -350,15 +307,6 @@ class RunFolder:
 
     def _writing(self) -> AbstractContextManager[None]:
         return writing(self._config["output"], self.path)
-
-
-def fixed_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys that make another run of it, each with its old and new value."""
-    return {
-        key: values
-        for key, values in changed_keys(old, new).items()
-        if key.split(".")[0] not in FREE_KEYS or key.startswith("comm.codec.")
-    }
 
 
 def checkpoints_folder(config: Config) -> Path:

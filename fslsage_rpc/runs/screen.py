@@ -48,16 +48,22 @@ class ProgressScreen:
 
     Args:
         columns: of the bar, between its description and the time remaining.
+        time_left: the last column.
     """
 
-    def __init__(self, columns: Sequence[ProgressColumn], console: Console | None = None):
+    def __init__(
+        self,
+        columns: Sequence[ProgressColumn],
+        console: Console | None = None,
+        time_left: ProgressColumn | None = None,
+    ):
         self._console = console or SteadyCursorConsole(highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             *columns,
-            TimeRemainingColumn(),
+            time_left or TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -192,7 +198,7 @@ def busy_line(host_busy: float | None) -> str | None:
 
 
 def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) -> Table:
-    """Accuracy, seconds by phase, bytes by kind, and the paper ledger beside them.
+    """Accuracy, seconds by phase, bytes by kind, the paper ledger beside them, and peak memory.
 
     Numbers stand beside what they measure, or below it where fewer columns than `NARROW` leave no room.
     """
@@ -248,6 +254,18 @@ def summary_table(name: str, summary: dict[str, Any], width: int = TABLE_WIDTH) 
     uncoded = summary.get("paper_bytes_uncoded_total", paper)
     if uncoded != paper:
         add("  without codecs", _mib(uncoded), _mib(uncoded / rounds))
+    peaks = summary.get("peak_memory", {})  # older ones have none
+    known = {
+        f"  {kind}, {place}": figures[f"{place}_bytes"]
+        for kind, figures in peaks.items()
+        for place in ("host", "device")
+        if figures[f"{place}_bytes"] is not None
+    }
+    if known:
+        table.add_section()
+        add("peak memory, largest rank")
+    for label, value in known.items():
+        add(label, _mib(value))
     return table
 
 

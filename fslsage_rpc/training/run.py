@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fslsage_rpc.config.schema import AlgorithmKeys, Config
+from fslsage_rpc.device.memory import forget_host_peak
+from fslsage_rpc.device.placement import forget_peak
 from fslsage_rpc.errors import Diverged, RunOver
 from fslsage_rpc.job.opening import open_world
 from fslsage_rpc.job.stopping import Stopped, StopRequest
@@ -36,6 +38,7 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
         Stopped: on request, before its end.
         Diverged: by which `stop.diverged` has ended the run, now or before.
     """
+    forget_host_peak()  # before the data are loaded, which may take more than the training
     warn = screen.warn if is_first_rank(config) else None
     links = emulated_links()
     experiment, folder = prepare(config, job_ranks(config), warn)
@@ -46,6 +49,7 @@ def run(config: Config, screen: Screen, stop: StopRequest | None = None) -> Path
         ):  # also while it fails: torchrun sends SIGTERM to ranks that have a word to say
             try:
                 ended = None
+                forget_peak(world.device)
                 with (
                     screen if folder else nullcontext(),
                     suppress(RunOver),

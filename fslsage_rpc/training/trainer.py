@@ -12,7 +12,8 @@ from fslsage_rpc.algorithms.client_round import client_round, refusal
 from fslsage_rpc.algorithms.paper_ledger import averages_auxiliary, hands_auxiliary_over, paper_bytes
 from fslsage_rpc.algorithms.rehearsal import Course
 from fslsage_rpc.device.clock import clock, cpu_clock, synchronise
-from fslsage_rpc.device.memory import lasting_blocks
+from fslsage_rpc.device.memory import lasting_blocks, status_bytes
+from fslsage_rpc.device.placement import peak_device_bytes
 from fslsage_rpc.job.world import World
 from fslsage_rpc.measure.host_load import CoreTimes
 from fslsage_rpc.measure.phases import Phase
@@ -26,7 +27,7 @@ from fslsage_rpc.parties.scheduler import Scheduler
 from fslsage_rpc.parties.server import Server
 from fslsage_rpc.runs.checkpoint_files import RankState
 from fslsage_rpc.runs.checkpoints import Checkpoints
-from fslsage_rpc.runs.records import RankReport, RoundRecorder, is_scored, round_seconds
+from fslsage_rpc.runs.records import PeakMemory, RankReport, RoundRecorder, is_scored, round_seconds
 from fslsage_rpc.tasks import Batches, Score
 from fslsage_rpc.training.assembly import build_aggregator, build_clients, build_server, shared_context
 from fslsage_rpc.training.evaluation import evaluate
@@ -280,6 +281,7 @@ class Trainer:
             wire=self._ledger.take(),
             requests=self._log.take(),
             spans=self._tracer.take() if self._tracer else [],
+            peak_memory=self._peak_memory(),
         )
         finite = next(iter(self.clients.values())).weights.finite() if self._link else True
         shares = self.experiment.federation.shares(t)
@@ -290,6 +292,7 @@ class Trainer:
             reports, requests, shares_by_rank, finites = zip(*gathered, strict=True)
             check_shares(shares_by_rank)  # each rank knows its own clients' alone
             score = self._evaluate(self.server) if evaluated else None
+            reports[0].peak_memory = self._peak_memory()  # this rank's; no other evaluates
             server = self.server.report(round_seconds(reports))
             if hands_auxiliary_over(self._algorithm, self.course):
                 server.drifts = []  # of auxiliary models that the clients have not gone by
@@ -313,6 +316,12 @@ class Trainer:
             stops = any(requests) and not last
         last, stops, self.diverged = self._transport.broadcast((last, stops, diverged))
         return last, stops
+
+    def _peak_memory(self) -> PeakMemory:
+        """This process's so far; what it hosts is the kind of its rank."""
+        hosts = [party for party, here in (("server", self.server), ("client", self._link)) if here]
+        peaks = {"host_bytes": status_bytes("VmHWM"), "device_bytes": peak_device_bytes(self.world.device)}
+        return {" and ".join(hosts): peaks}
 
     def _open_trace(self) -> TraceFile | None:
         """Collective: the ranks' clocks are laid on the server's; on its rank, the file to come."""

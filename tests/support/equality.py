@@ -13,16 +13,16 @@ from support.rank_program import Outcome
 from support.run_folders import everything, lines
 from support.small_run import ROUNDS
 
-SECONDS = (
+MEASURED = (
     *("round_seconds", "elapsed_seconds", "evaluation_seconds", "cpu_seconds", "host_busy"),
-    *("phases", "requests"),
+    *("phases", "requests", "peak_memory"),
 )
 OWN_COLLECTIVES = "weights_allreduce"  # depends on the number of ranks by definition; all else travels by RPC
 
 
 def without_seconds(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Figures that are equal in equal runs."""
-    return [{key: value for key, value in line.items() if key not in SECONDS} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def assert_same(a: Outcome, b: Outcome) -> None:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from fslsage_rpc.check.findings import COPIES
-from fslsage_rpc.check.machine import status_bytes
 from fslsage_rpc.check.run import examine
 from fslsage_rpc.cli import main
 from fslsage_rpc.config.loading import load
+from fslsage_rpc.device.memory import status_bytes
 
 
 def write_peak(folder: Path) -> None:
