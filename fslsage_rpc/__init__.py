@@ -8,13 +8,14 @@ from fslsage_rpc.version import __version__
 if TYPE_CHECKING:
     from fslsage_rpc.config.schema import Config
     from fslsage_rpc.errors import InputError
-    from fslsage_rpc.notebook import train
+    from fslsage_rpc.notebook import load, train
 
-__all__ = ["Config", "InputError", "__version__", "train"]
+__all__ = ["Config", "InputError", "__version__", "load", "train"]
 
 _MODULES = {
     "Config": "fslsage_rpc.config.schema",
     "InputError": "fslsage_rpc.errors",
+    "load": "fslsage_rpc.notebook",
     "train": "fslsage_rpc.notebook",
 }
 

@@ -23,6 +23,7 @@ from fslsage_rpc.job.stopping import (
     uninterrupted,
 )
 
+GET_MATPLOTLIB = "pip install 'fslsage_rpc[plots]'"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
 
 
@@ -114,13 +115,19 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--calibrate", metavar="RUN", help="folder of a benchmark; else this machine is measured"
     )
     plan.set_defaults(command=_plan)
-    report = commands.add_parser("report", help="compare runs and benches in one page with figures")
-    report.add_argument("folders", nargs="+", metavar="RUN", help="run folder, or folder of a bench")
-    report.add_argument("--out", required=True, metavar="DIR", help="folder for report.html, .md and figures")
+    report = commands.add_parser("report", help="runs and benches, or a sweep, in one page with figures")
+    report.add_argument(
+        "folders", nargs="+", metavar="RUN", help="run folder, or folder of a bench; or that of a sweep alone"
+    )
+    report.add_argument(
+        "--out", metavar="DIR", help="folder for report.html, .md and figures; of a sweep, else RUN/report"
+    )
     report.add_argument(
         "--label", action="append", default=[], metavar="NAME", help="one for each RUN, in their order"
     )
-    report.add_argument("--format", default="png", metavar="FORMATS", help="of figures, as png,pdf,svg (png)")
+    report.add_argument(
+        "--format", metavar="FORMATS", help="of figures, as png,pdf,svg; else png, and of a sweep png,pdf"
+    )
     report.set_defaults(command=_compare)
     check = commands.add_parser("check", help="what this machine is, and what one round of a run takes on it")
     check.add_argument("config", nargs="?", help="YAML configuration file; none: the machine alone")
@@ -222,21 +229,58 @@ def _launch(config: Config, arguments: list[str]) -> int:
 
 
 def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
-    try:
-        import matplotlib  # noqa: F401  # only to see whether the extra is there
-    except ImportError:
-        raise InputError("report: needs matplotlib: pip install 'fslsage_rpc[plots]'") from None
     with uninterrupted():
-        from fslsage_rpc.report.comparison import write_report
         from fslsage_rpc.report.page import FORMATS
+        from fslsage_rpc.report.sweeps import is_sweep
 
-    formats = options.format.split(",")
+    formats = options.format.split(",") if options.format is not None else []
     if not set(formats) <= set(FORMATS):
         raise InputError(
             f"--format: got {options.format!r}, expected one or more of png, svg and pdf, as png,pdf"
         )
-    print(f"Report: {write_report(options.folders, options.out, options.label, formats)}")
+    sweeps = [folder for folder in options.folders if is_sweep(folder)]
+    if sweeps:
+        return _report_sweep(sweeps[0], options, formats)
+    if options.out is None:
+        raise InputError("the following arguments are required: --out (see fslsage report --help)")
+    if not _has_matplotlib():
+        raise InputError(f"report: needs matplotlib: {GET_MATPLOTLIB}")
+    with uninterrupted():
+        from fslsage_rpc.report.comparison import write_report
+
+    print(f"Report: {write_report(options.folders, options.out, options.label, formats or ['png'])}")
     return 0
+
+
+def _report_sweep(folder: str, options: argparse.Namespace, formats: list[str]) -> int:
+    if len(options.folders) > 1:
+        raise InputError(
+            f"RUN: got {len(options.folders)}, of which {folder!r} is a sweep's, expected that one alone"
+        )
+    if options.label:
+        raise InputError(f"--label: got {options.label[0]!r} for a sweep, whose variants have names")
+    with uninterrupted():
+        from fslsage_rpc.report.sweeps import read_sweep
+        from fslsage_rpc.report.terminal import show_sweep
+        from fslsage_rpc.runs.screen import SteadyCursorConsole
+
+    show_sweep(read_sweep(folder), SteadyCursorConsole(highlight=False))
+    if not _has_matplotlib():
+        print(f"The page and its figures need matplotlib: {GET_MATPLOTLIB}")
+        return 0
+    with uninterrupted():
+        from fslsage_rpc.report.sweep_page import write_sweep_report
+
+    print(f"Report: {write_sweep_report(folder, options.out, formats)}", flush=True)
+    return 0
+
+
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401  # only to see whether the extra is there
+    except ImportError:
+        return False
+    return True
 
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:

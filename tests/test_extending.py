@@ -32,6 +32,8 @@ from fslsage_rpc.parties.codecs import create as create_codec
 from fslsage_rpc.parties.requests import ClientStep
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.scenario import Costs, Scenario
+from fslsage_rpc.report.looks import ALGORITHMS as LOOKS
+from fslsage_rpc.report.looks import color_of, look_of, rank_of
 from fslsage_rpc.tasks import Task, open_task
 from fslsage_rpc.tasks.images import ImageTask
 from fslsage_rpc.training.experiment import Experiment, check
@@ -295,12 +297,11 @@ def test_reports_import_nothing_and_put_the_users_own_last(tmp_path: Path) -> No
 
 
 def test_algorithms_of_the_users_own_look_the_same_in_all_figures() -> None:
-    figures = pytest.importorskip("fslsage_rpc.report.figures")
-    looks = {name: figures.look_of(name) for name in ("fedavg", "a:A", "a:B", "b:A")}
+    looks = {name: look_of(name) for name in ("fedavg", "a:A", "a:B", "b:A")}
     assert len({(look.color, look.marker) for look in looks.values()}) == len(looks)
-    assert looks["a:A"].color == figures.color_of("a:A")
-    assert looks["a:A"].color not in {color for _, color in figures.ALGORITHMS.values()}
-    assert sorted(["b:A", "fedavg", "a:A", "fsl_sage"], key=figures.rank_of) == [
+    assert looks["a:A"].color == color_of("a:A")
+    assert looks["a:A"].color not in {color for _, color in LOOKS.values()}
+    assert sorted(["b:A", "fedavg", "a:A", "fsl_sage"], key=rank_of) == [
         *("fsl_sage", "fedavg", "a:A", "b:A")
     ]
 

@@ -18,8 +18,9 @@ from matplotlib import image
 from matplotlib.colors import to_hex
 
 from fslsage_rpc.report import comparison, tables
-from fslsage_rpc.report.figures import ALGORITHMS as LOOKS
-from fslsage_rpc.report.figures import Bar, Curve, Panel, bars_figure, curves_figure, look_of
+from fslsage_rpc.report.figures import Bar, Curve, Panel, bars_figure, curves_figure
+from fslsage_rpc.report.looks import ALGORITHMS as LOOKS
+from fslsage_rpc.report.looks import look_of
 from fslsage_rpc.report.page import Page, Picture, Table, to_html, to_markdown
 from fslsage_rpc.report.series import Series, group
 from fslsage_rpc.report.sources import parts_of, read

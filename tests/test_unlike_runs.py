@@ -13,8 +13,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from fslsage_rpc.report import comparison, tables
-from fslsage_rpc.report.figures import Curve, Panel, curves_figure, looks_of
+from fslsage_rpc.report.figures import Curve, Panel, curves_figure
 from fslsage_rpc.report.labels import fitted
+from fslsage_rpc.report.looks import looks_of
 from fslsage_rpc.report.page import to_markdown
 from fslsage_rpc.report.series import Series, group
 from fslsage_rpc.report.sources import read

@@ -9,21 +9,13 @@ from matplotlib.figure import Figure
 
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.report import tables
-from fslsage_rpc.report.figures import (
-    Bar,
-    Curve,
-    Look,
-    Panel,
-    bars_figure,
-    color_of,
-    curves_figure,
-    looks_of,
-    rendered,
-)
+from fslsage_rpc.report.figures import Bar, Curve, Panel, bars_figure, curves_figure, rendered
+from fslsage_rpc.report.looks import Look, color_of, looks_of
 from fslsage_rpc.report.page import FORMATS, Block, Heading, Page, Picture, to_html, to_markdown
 from fslsage_rpc.report.series import Series, assignment, group, value_of
 from fslsage_rpc.report.sources import Line, SavedBench, Tree, read
-from fslsage_rpc.units import GIB, MIB, TIB
+from fslsage_rpc.runs.places import write_whole
+from fslsage_rpc.units import unit_of
 from fslsage_rpc.version import __version__
 
 SETTING = ("data.name", "data.partition", "model.name", "model.cut", "clients.count", "clients.batch_size")
@@ -40,7 +32,6 @@ BENCH_TEXT = (
     "overlap. On a busy host, where others had more than 5 % of the cores in a sample or more, ratios and "
     "efficiencies are not to be trusted."
 )
-UNITS = ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"))
 
 
 def write_report(
@@ -60,17 +51,26 @@ def write_report(
             `out` cannot be written.
     """
     runs, benches = read(paths, labels)
-    page = compose(group(runs), benches, formats)
+    return save(compose(group(runs), benches, formats), out)
+
+
+def save(page: Page, out: str) -> Path:
+    """Write a page and the files of its pictures into a folder.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for picture in page.pictures:
             for name, contents in picture.files.items():
-                (folder / name).write_bytes(contents)
-        for name, text in (("report.md", to_markdown(page)), ("report.html", to_html(page))):
-            (folder / name).write_text(
-                text, encoding="utf-8", errors="replace"
-            )  # of a path that is not UTF-8
+                write_whole(folder / name, contents)
+        write_whole(folder / "report.md", to_markdown(page))
+        write_whole(folder / "report.html", to_html(page))
     except OSError as error:
         raise InputError(
             f"--out: got {out!r}, expected a folder that can be written ({error.strerror})"
@@ -87,12 +87,13 @@ def compose(
         blocks += _runs(series, formats)
     for number, bench in enumerate(benches, start=1):
         blocks += _bench(bench, f"latency-bench-{number}" if len(benches) > 1 else "latency-bench", formats)
-    blocks += [Heading("Where it was measured"), *_environments(series, benches)]
+    blocks += [Heading("Where it was measured"), *environments(series, benches)]
     blocks += [Heading("What was read"), tables.folders_table(series, benches)]
     return Page(f"Report of fslsage_rpc {__version__}", blocks)
 
 
-def _picture(figure: Figure, name: str, formats: Sequence[str], caption: str) -> Picture:
+def picture(figure: Figure, name: str, formats: Sequence[str], caption: str) -> Picture:
+    """A figure as files of this name in the formats."""
     images = {format: rendered(figure, format) for format in {"png", *formats}}
     files = {f"{name}.{format}": images[format] for format in FORMATS if format in formats}
     return Picture(images["png"], files, caption)
@@ -111,9 +112,9 @@ def _runs(series: Sequence[Series], formats: Sequence[str]) -> list[Block]:
         *blocks,
         *_accuracy(series, looks, formats),
         Heading("Seconds per round", 3),
-        _picture(bars_figure(bars, BAR_LABEL), "latency", formats, caption),
+        picture(bars_figure(bars, BAR_LABEL), "latency", formats, caption),
         tables.parts_table(bars),
-        *_drift(series, looks, formats),
+        *drift(series, looks, formats),
     ]
 
 
@@ -147,18 +148,18 @@ def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequ
     if not scored:
         return [heading, "No round has a test accuracy."]
     without = "; ".join(one.label for one in series if one not in scored)
-    curves = _curves(scored, looks)
+    curves = curves_of(scored, looks)
     seeds = "Mean over seeds, round by round; the band runs from the lowest to the highest."
     if any(len({len(run.lines) for run in one.runs}) > 1 for one in scored):
         seeds += " Beyond the last round that all seeds have, each goes on as a thin line."
-    wire, wire_unit = _unit(scored, "wire_bytes_total")
-    paper, paper_unit = _unit(scored, "paper_bytes_total")
+    wire, wire_unit = unit_along(scored, "wire_bytes_total")
+    paper, paper_unit = unit_along(scored, "paper_bytes_total")
     panels = {
-        "rounds": [Panel(_round, _test_accuracy, "round", "test accuracy", whole_numbers=True)],
+        "rounds": [Panel(_round, test_accuracy, "round", "test accuracy", whole_numbers=True)],
         "seconds": [
             Panel(
                 lambda line: line["elapsed_seconds"],
-                _test_accuracy,
+                test_accuracy,
                 "training clock, seconds",
                 "test accuracy",
             )
@@ -166,14 +167,14 @@ def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequ
         "bytes": [
             Panel(
                 lambda line: line["wire_bytes_total"] / wire,
-                _test_accuracy,
+                test_accuracy,
                 f"bytes on the wire, {wire_unit}",
                 "test accuracy",
                 "measured",
             ),
             Panel(
                 lambda line: line["paper_bytes_total"] / paper,
-                _test_accuracy,
+                test_accuracy,
                 f"paper ledger, {paper_unit}",
                 "test accuracy",
                 "modelled",
@@ -183,9 +184,9 @@ def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequ
     return [
         heading,
         *([f"Without a test accuracy: {without}."] if without else []),
-        *_coinciding(scored),
+        *coinciding(scored),
         *(
-            _picture(
+            picture(
                 curves_figure(curves, what), f"accuracy-{name}", formats, f"Accuracy against {name}. {seeds}"
             )
             for name, what in panels.items()
@@ -193,7 +194,7 @@ def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequ
     ]
 
 
-def _coinciding(series: Sequence[Series]) -> list[str]:
+def coinciding(series: Sequence[Series]) -> list[str]:
     """A sentence for each set of series that have the same accuracy in all rounds and seeds."""
     labels: dict[str, list[str]] = {}
     for one in series:
@@ -209,7 +210,14 @@ def _coinciding(series: Sequence[Series]) -> list[str]:
     ]
 
 
-def _drift(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequence[str]) -> list[Block]:
+def drift(
+    series: Sequence[Series], looks: Mapping[str, Look], formats: Sequence[str], name: str = "drift"
+) -> list[Block]:
+    """How far the estimated gradients are from the true ones; nothing where no algorithm estimates any.
+
+    Args:
+        name: of the figure's files.
+    """
     drifting = [
         one
         for one in series
@@ -237,13 +245,13 @@ def _drift(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequenc
         ),
     ]
     figure = curves_figure(
-        _curves(drifting, looks), panels, mark=lambda line: line.get("alignment") is not None
+        curves_of(drifting, looks), panels, mark=lambda line: line.get("alignment") is not None
     )
     caption = (
         "Drift of the gradient estimate, mean over clients and over seeds, with a band from the lowest to "
         "the highest seed. Markers: rounds in which clients take up a fitted auxiliary model."
     )
-    return [Heading("Drift of the estimate", 3), _picture(figure, "drift", formats, caption)]
+    return [Heading("Drift of the estimate", 3), picture(figure, name, formats, caption)]
 
 
 def _bench(bench: SavedBench, file: str, formats: Sequence[str]) -> list[Block]:
@@ -261,7 +269,7 @@ def _bench(bench: SavedBench, file: str, formats: Sequence[str]) -> list[Block]:
     ]
     if bars:
         caption = f"Mean seconds per round of {title} against the lower bound. {BAR_TEXT}"
-        figure = _picture(bars_figure(bars, BAR_LABEL), file, formats, caption)
+        figure = picture(bars_figure(bars, BAR_LABEL), file, formats, caption)
         blocks += [figure, tables.parts_table(bars)]
     if target := tables.target_table(bench):
         reached = f"{tables.UNKNOWN} where a variant did not reach it in every repeat."
@@ -269,7 +277,7 @@ def _bench(bench: SavedBench, file: str, formats: Sequence[str]) -> list[Block]:
     return blocks
 
 
-def _environments(series: Sequence[Series], benches: Sequence[SavedBench]) -> list[Block]:
+def environments(series: Sequence[Series], benches: Sequence[SavedBench]) -> list[Block]:
     """Each environment once, with what was measured in it."""
     measured: dict[str, tuple[Tree, list[str]]] = {}
     same = len({json.dumps(run.environment, sort_keys=True) for one in series for run in one.runs}) == 1
@@ -296,16 +304,16 @@ def _looks(series: Sequence[Series]) -> dict[str, Look]:
     return dict(zip(algorithms, looks_of(list(algorithms.values())), strict=True))
 
 
-def _curves(series: Sequence[Series], looks: Mapping[str, Look]) -> list[Curve]:
+def curves_of(series: Sequence[Series], looks: Mapping[str, Look]) -> list[Curve]:
+    """A curve for each series, with the look under its name."""
     return [
         Curve(one.label, looks[one.name], [run.lines for run in one.runs], one.finished) for one in series
     ]
 
 
-def _unit(series: Sequence[Series], key: str) -> tuple[int, str]:
-    """The largest unit of bytes of which the longest curve has at least ten, else MiB."""
-    largest = max(run.lines[-1][key] for one in series for run in one.runs)
-    return next((unit for unit in UNITS if largest >= 10 * unit[0]), UNITS[-1])
+def unit_along(series: Sequence[Series], key: str) -> tuple[int, str]:
+    """The unit of bytes for the longest curve."""
+    return unit_of(max(run.lines[-1][key] for one in series for run in one.runs))
 
 
 def _round(line: Line) -> float:
@@ -313,7 +321,8 @@ def _round(line: Line) -> float:
     return number
 
 
-def _test_accuracy(line: Line) -> float | None:
+def test_accuracy(line: Line) -> float | None:
+    """The measure of most figures; None in a round that was not evaluated."""
     accuracy: float | None = line["test_accuracy"]
     return accuracy
 

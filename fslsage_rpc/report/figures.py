@@ -1,14 +1,10 @@
-"""Figures of runs and benches, by matplotlib (the `plots` extra).
-
-An algorithm has the same colour in all of them, wherever colours of algorithms tell curves apart.
-"""
+"""Figures of runs and benches, by matplotlib (the `plots` extra)."""
 
 import io
 import math
 import textwrap
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -18,31 +14,17 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from fslsage_rpc.report.looks import Look
+
 Line = dict[str, Any]
 """one line of metrics.jsonl"""
 Measure = Callable[[Line], float | None]
 """what is drawn of a line; None leaves the round out"""
-
-ALGORITHMS = {
-    "fsl_sage": ("FSL-SAGE", "#0072B2"),
-    "cse_fsl": ("CSE-FSL", "#009E73"),
-    "splitfed_v1": ("SplitFedV1", "#D55E00"),
-    "splitfed_v2": ("SplitFedV2", "#E69F00"),
-    "fedavg": ("FedAvg", "#CC79A7"),
-}
-"""names, and colours that colour-blind readers can tell apart (Okabe and Ito)"""
-OWN_COLORS = ("#666666", "#56B4E9", "#000000")
-"""for algorithms that are not among these, the user's own: by name, so that two may share one"""
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-"""of curves that algorithms do not tell apart: those of Okabe and Ito but for yellow, faint on white"""
-STYLES = ("-", "--", ":", "-.", (0, (7, 2, 1, 2, 1, 2)))
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 
 TEXTURES = {
     "compute": (1.0, ""),
@@ -53,10 +35,10 @@ TEXTURES = {
 }
 """how much of its algorithm's colour a part of a bar has, and its hatch"""
 
-WIDTH = 9.5
-"""inches"""
-LEGEND_LINE = 0.6
-"""inches that an entry of a legend takes besides its text"""
+LEGEND_LINE = 5.2
+"""letter heights that an entry of a legend takes besides its text"""
+LETTER = 0.68
+"""of its height: the width of a letter with room to spare"""
 BAR_LABEL_LETTERS = 42
 """in a line beside a bar"""
 LOG_RATIO = 5
@@ -64,12 +46,26 @@ LOG_RATIO = 5
 
 
 @dataclass(frozen=True)
-class Look:
-    """How a curve is drawn."""
+class Size:
+    """How large a figure is, and what is drawn in it: inches, and points of letters and lines."""
 
-    color: str
-    style: Any = "-"
-    marker: str | None = None
+    width: float
+    height: float
+    """above the legend"""
+    dpi: int
+    letters: float
+    legend_letters: float
+    line: float
+    marker: float
+    markers: int
+    """along a curve, about"""
+    ticks: int
+    """along the x axis, at most"""
+
+
+SCREEN = Size(9.5, 4.2, 130, 10.0, 8.33, 1.6, 4.5, 20, 10)
+COLUMN = Size(3.5, 2.2, 300, 7.5, 7.0, 1.1, 3.2, 8, 6)
+"""one column of a paper"""
 
 
 @dataclass(frozen=True)
@@ -110,64 +106,20 @@ class Panel:
     """y has no upper limit"""
 
 
-def display_name(algorithm: str) -> str:
-    """The algorithm as its paper writes it, or the user's own as the configuration names it."""
-    return ALGORITHMS.get(algorithm, (algorithm, ""))[0]
-
-
-def color_of(algorithm: str) -> str:
-    """Its colour; one of the user's own always has the same, too."""
-    own = OWN_COLORS[_number(algorithm) % len(OWN_COLORS)]
-    return ALGORITHMS.get(algorithm, ("", own))[1]
-
-
-def rank_of(algorithm: str) -> tuple[int, str]:
-    """Its place among all algorithms, those of the user's own last, by name."""
-    return _place(algorithm), algorithm
-
-
-def _place(algorithm: str) -> int:
-    names = list(ALGORITHMS)
-    return names.index(algorithm) if algorithm in names else len(names)
-
-
-def _number(name: str) -> int:
-    """A number that follows from a name, the same in every process."""
-    return zlib.crc32(name.encode())
-
-
-def look_of(algorithm: str) -> Look:
-    """The colour of an algorithm, and its marker."""
-    own = 0 if algorithm in ALGORITHMS else _number(algorithm) // len(OWN_COLORS)
-    return Look(color_of(algorithm), marker=MARKERS[(_place(algorithm) + own) % len(MARKERS)])
-
-
-def looks_of(algorithms: Sequence[str]) -> list[Look]:
-    """Looks for one curve of each of these: those of the algorithms, where no two share a colour.
-
-    Else each curve has a look of its own: another colour, and with the colours used up another line style.
-    """
-    if len({color_of(algorithm) for algorithm in algorithms}) == len(algorithms):
-        return [look_of(algorithm) for algorithm in algorithms]
-    return [
-        Look(
-            COLORS[number % len(COLORS)],
-            STYLES[number // len(COLORS) % len(STYLES)],
-            MARKERS[number % len(MARKERS)],
-        )
-        for number in range(len(algorithms))
-    ]
-
-
 def draw(
-    axes: Axes, curve: Curve, x: Measure, y: Measure, mark: Callable[[Line], bool] | None = None
+    axes: Axes,
+    curve: Curve,
+    x: Measure,
+    y: Measure,
+    mark: Callable[[Line], bool] | None = None,
+    size: Size = SCREEN,
 ) -> None:
     """The mean over seeds of y against that of x, round by round, and a band from the lowest to the highest
     y.
 
     Rounds in which y is None (those that were not evaluated) are left out. Beyond the last round that all
     seeds have, each goes on as a thin line of its own. Markers stand at the rounds that `mark` picks, else
-    at some twenty.
+    at as many as the size has.
     """
     runs = [{line["round"]: line for line in run if y(line) is not None} for run in curve.runs]
     runs = [run for run in runs if run]
@@ -179,10 +131,10 @@ def draw(
     if len(runs) > 1:
         axes.fill_between(xs, ys.min(0), ys.max(0), color=curve.look.color, alpha=0.18, linewidth=0)
     if mark is None:
-        marked: Any = max(1, len(shared) // 20)
+        marked: Any = max(1, len(shared) // size.markers)
     else:
         marked = [i for i, round in enumerate(shared) if any(mark(run[round]) for run in runs)]
-    axes.plot(xs, ys.mean(0), **_look(curve), markevery=marked)
+    axes.plot(xs, ys.mean(0), **_look(curve, size), markevery=marked)
     for run in runs:
         rest = [line for round, line in run.items() if not shared or round >= shared[-1]]
         if len(rest) > 1 or not shared:
@@ -191,42 +143,47 @@ def draw(
                 [_drawn(y, line) for line in rest],
                 linestyle=curve.look.style,
                 color=curve.look.color,
-                linewidth=0.8,
+                linewidth=size.line / 2,
             )
 
 
-def tidy(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+def tidy(axes: Axes, title: str, x_label: str, y_label: str, size: Size = SCREEN) -> None:
     """Title, labelled axes with units, a light grid, and no box."""
-    axes.set_title(title, fontsize="medium")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_title(title, fontsize=size.letters)
+    axes.set_xlabel(x_label, fontsize=size.letters)
+    axes.set_ylabel(y_label, fontsize=size.letters)
+    axes.tick_params(labelsize=size.letters)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def curves_figure(
-    curves: Sequence[Curve], panels: Sequence[Panel], mark: Callable[[Line], bool] | None = None
+    curves: Sequence[Curve],
+    panels: Sequence[Panel],
+    mark: Callable[[Line], bool] | None = None,
+    size: Size = SCREEN,
 ) -> Figure:
     """All curves in each panel, the legend below; panels of the same y share its axis.
 
     An axis is logarithmic where a linear one would squeeze a curve, and says so.
     """
-    handles = [Line2D([], [], **_look(curve)) for curve in curves]
+    handles = [Line2D([], [], **_look(curve, size)) for curve in curves]
     same_y = len({panel.y_label for panel in panels}) == 1
-    figure = _figure(4.2, handles)
+    figure = _figure(handles, size)
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=same_y)[0]
     for number, (axes, panel) in enumerate(zip(grid, panels, strict=True)):
         for curve in curves:
-            draw(axes, curve, panel.x, panel.y, mark)
+            draw(axes, curve, panel.x, panel.y, mark, size)
         y_label = "" if same_y and number else panel.y_label
-        tidy(axes, panel.title, panel.x_label, y_label)
+        tidy(axes, panel.title, panel.x_label, y_label, size)
         lengths = [_longest(curve, panel) for curve in curves]
         if not panel.whole_numbers and max(lengths) >= LOG_RATIO * min(lengths) > 0:
             _make_logarithmic(axes, panel.x_label)
         else:
             axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=panel.whole_numbers))
+            steps = [1, 2, 5, 10]
+            axes.xaxis.set_major_locator(MaxNLocator(size.ticks, steps=steps, integer=panel.whole_numbers))
         low, high = axes.dataLim.intervaly
         if panel.y_over_decades and high >= 100 * low > 0:
             axes.set_yscale("log")
@@ -245,7 +202,7 @@ def bars_figure(bars: Sequence[Bar], x_label: str) -> Figure:
         )
     labels = [_in_lines(bar.label) for bar in bars]
     lines = sum(max(2, label.count("\n") + 1) for label in labels)
-    figure = _figure(1.0 + 0.26 * lines, handles)
+    figure = _figure(handles, replace(SCREEN, height=1.0 + 0.26 * lines))
     axes = figure.subplots()
     tidy(axes, "", x_label, "")
     axes.grid(visible=False, axis="y")
@@ -263,7 +220,7 @@ def rendered(figure: Figure, form: str = "png") -> bytes:
     """The picture as a file of this format: png, pdf or svg."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # publishers refuse Type 3, matplotlib's default
-        figure.savefig(buffer, format=form, dpi=130)
+        figure.savefig(buffer, format=form)
     return buffer.getvalue()
 
 
@@ -307,36 +264,39 @@ def _patch(color: str, part: str) -> Patch:
     return Patch(facecolor=(red, green, blue), edgecolor=color, hatch=hatch, linewidth=0.8, label=part)
 
 
-def _figure(height: float, handles: Sequence[Artist]) -> Figure:
-    """A figure of so many inches above a legend, which lies outside the axes in as many rows as it needs."""
+def _figure(handles: Sequence[Artist], size: Size) -> Figure:
+    """A figure above a legend, which lies outside the axes in as many rows as it needs."""
+    letter = size.legend_letters / 72  # inches
+    room, line = size.width - 0.2, LEGEND_LINE * letter
     for handle in handles:
-        handle.set_label(_wrap(str(handle.get_label()), 110))
+        handle.set_label(_wrap(str(handle.get_label()), int((room - line) / (LETTER * letter))))
     lines_of_labels = [line for handle in handles for line in str(handle.get_label()).split("\n")]
-    widest = max(map(_inches, lines_of_labels), default=0.0)
-    columns = max(1, min(len(handles), int((WIDTH - 0.2) / (widest + LEGEND_LINE))))
+    widest = max((_inches(line, size) for line in lines_of_labels), default=0.0)
+    columns = max(1, min(len(handles), int(room / (widest + line))))
     lines = max((str(handle.get_label()).count("\n") + 1 for handle in handles), default=0)
     rows = math.ceil(len(handles) / columns) * lines
-    figure = Figure(figsize=(WIDTH, height + 0.2 * rows), layout="constrained")
+    inches = (size.width, size.height + 1.73 * letter * rows)
+    figure = Figure(figsize=inches, dpi=size.dpi, layout="constrained")
     figure.legend(
         handles=list(handles),
         loc="outside lower center",
         ncols=columns,
-        fontsize="small",
+        fontsize=size.legend_letters,
         handlelength=3,
         columnspacing=1.4,
     )
     return figure
 
 
-def _look(curve: Curve) -> dict[str, Any]:
+def _look(curve: Curve, size: Size) -> dict[str, Any]:
     """The curve's line, for matplotlib."""
     return {
         "label": curve.label,
         "color": curve.look.color,
         "linestyle": curve.look.style,
         "marker": curve.look.marker,
-        "markersize": 4.5,
-        "linewidth": 1.6 if curve.finished else 0.9,
+        "markersize": size.marker,
+        "linewidth": size.line if curve.finished else size.line / 2,
         "markerfacecolor": curve.look.color if curve.finished else "white",
     }
 
@@ -362,10 +322,10 @@ def _wrap(label: str, width: int) -> str:
     return "\n".join(textwrap.wrap(label, width, break_on_hyphens=False)).replace("$", r"\$")
 
 
-def _inches(line: str) -> float:
+def _inches(line: str, size: Size) -> float:
     """The width of a line of a legend."""
-    size = FontProperties(size="small").get_size_in_points()
-    return float(TextPath((0, 0), line, size=size).get_extents().width) / 72 if line else 0.0
+    path = TextPath((0, 0), line, size=size.legend_letters) if line else None
+    return float(path.get_extents().width) / 72 if path else 0.0
 
 
 def _longest(curve: Curve, panel: Panel) -> float:

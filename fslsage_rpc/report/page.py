@@ -17,6 +17,7 @@ thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 .facts th, .facts td { text-align: left; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; }
+.narrow { display: inline-block; width: 34rem; max-width: 100%; margin-right: 1rem; }
 figcaption { color: #555; font-size: 0.9rem; }
 """
 
@@ -49,11 +50,13 @@ class Picture:
     Attributes:
         png: the figure inside the HTML page, whatever the files are.
         files: contents by name; the first is the one that the Markdown page shows.
+        narrow: as wide as a column of a paper, so that the HTML page has room for two beside each other.
     """
 
     png: bytes
     files: Mapping[str, bytes]
     caption: str
+    narrow: bool = False
 
     @property
     def title(self) -> str:
@@ -128,7 +131,8 @@ def _html(block: Block) -> str:
             data = base64.b64encode(block.png).decode("ascii")
             caption = html.escape(block.caption)
             image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(block.title)}">'
-            return f"<figure>\n{image}\n<figcaption>{caption}</figcaption>\n</figure>"
+            kind = ' class="narrow"' if block.narrow else ""
+            return f"<figure{kind}>\n{image}\n<figcaption>{caption}</figcaption>\n</figure>"
     return f"<p>{html.escape(block)}</p>"
 
 

@@ -10,8 +10,8 @@ from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.config.loading import changed_keys
 from fslsage_rpc.config.schema import AlgorithmKeys
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.report.figures import display_name, rank_of
 from fslsage_rpc.report.labels import LETTERS, fitted
+from fslsage_rpc.report.looks import display_name, rank_of
 from fslsage_rpc.report.sources import SavedRun, Tree
 
 LEFT_OUT = (

@@ -141,7 +141,7 @@ def read(paths: Sequence[str], labels: Sequence[str] = ()) -> tuple[list[SavedRu
         if (folder / "bench.json").exists():
             benches.append(_read_bench(folder, label or name))
         else:
-            runs.append(_read_run(folder, name, label))
+            runs.append(_with_rounds(read_run(folder, name, label)))
     return runs, benches
 
 
@@ -177,27 +177,34 @@ def known_sum(values: Sequence[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _read_run(folder: Path, name: str, label: str | None) -> SavedRun:
+def read_run(folder: Path, name: str, label: str | None) -> SavedRun:
+    """The run in a folder, which may have no round yet.
+
+    Raises:
+        InputError: what it holds is damaged.
+    """
     try:
         config = to_tree(load(folder / "config.yaml"))
     except InputError as error:
         raise InputError(
             f"RUN: got {str(folder)!r}, whose config.yaml is not of this version ({error})"
         ) from None
-    if not (folder / "metrics.jsonl").exists():
+    metrics, summary = folder / "metrics.jsonl", folder / "summary.json"
+    # Before the lines, which are whole where there is a summary: the run may be about to end.
+    ended = _read_json(summary) if summary.exists() else None
+    lines = _read_lines(metrics) if metrics.exists() else []
+    return SavedRun(folder, config, _checked_environment(folder), lines, ended, name, label)
+
+
+def _with_rounds(run: SavedRun) -> SavedRun:
+    """The run, which must have some."""
+    if not (run.folder / "metrics.jsonl").exists():
         raise InputError(
-            f"RUN: got {str(folder)!r}, which has no metrics.jsonl; expected a run with rounds in it"
+            f"RUN: got {str(run.folder)!r}, which has no metrics.jsonl; expected a run with rounds in it"
         )
-    finished = (folder / "summary.json").exists()
-    return SavedRun(
-        folder,
-        config,
-        _checked_environment(folder),
-        _read_lines(folder / "metrics.jsonl"),
-        _read_json(folder / "summary.json") if finished else None,
-        name,
-        label,
-    )
+    if not run.lines:
+        raise InputError(f"RUN: got {str(run.folder)!r}, which has no finished round; expected one or more")
+    return run
 
 
 def _checked_environment(folder: Path) -> Tree:
@@ -228,8 +235,6 @@ def _read_lines(path: Path) -> list[Line]:
             raise InputError(f"{path}: line {number} is damaged, expected the figures of a round")
         wire_bytes += sum(line["wire_bytes"].values())
         lines.append({**line, "wire_bytes_total": wire_bytes})
-    if not lines:
-        raise InputError(f"RUN: got {str(path.parent)!r}, which has no finished round; expected one or more")
     return from_one(lines)
 
 
@@ -239,23 +244,24 @@ def _is_round(line: Any) -> bool:
         return False
     drift, accuracy = line.get("drift"), line.get("test_accuracy", "none")  # null in a round not evaluated
     return (
-        all(_is_number(line.get(key)) for key in ("round", "elapsed_seconds", "paper_bytes_total"))
+        all(is_number(line.get(key)) for key in ("round", "elapsed_seconds", "paper_bytes_total"))
         and _are_numbers(line.get("wire_bytes"))
         and _are_numbers(line["phases"].get("client"))
-        and (accuracy is None or _is_number(accuracy))
-        and (line.get("train_loss") is None or _is_number(line["train_loss"]))
+        and (accuracy is None or is_number(accuracy))
+        and (line.get("train_loss") is None or is_number(line["train_loss"]))
         and (drift is None or isinstance(drift, dict))
-        and all(value is None or _is_number(value) for value in (drift or {}).values())
+        and all(value is None or is_number(value) for value in (drift or {}).values())
     )
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Is it a number that a float can hold?"""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max  # an integer may be larger
 
 
 def _are_numbers(tree: Any) -> bool:
-    return isinstance(tree, dict) and all(_is_number(value) for value in tree.values())
+    return isinstance(tree, dict) and all(is_number(value) for value in tree.values())
 
 
 def _read_bench(folder: Path, name: str) -> SavedBench:
@@ -329,7 +335,7 @@ def _number(tree: Any, name: str, *keys: str) -> float | None:
     value = _find(tree, name, *keys)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
-    if not _is_number(value):
+    if not is_number(value):
         raise ValueError(f"variants.{name}.{'.'.join(keys)} is {value!r}, expected a number or null")
     return value
 

@@ -4,11 +4,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fslsage_rpc.algorithms import ALGORITHMS
 from fslsage_rpc.bench.table import links_line
-from fslsage_rpc.report.figures import Bar, display_name
+from fslsage_rpc.report.looks import display_name
 from fslsage_rpc.report.page import Table
 from fslsage_rpc.report.series import Series
 from fslsage_rpc.report.sources import (
@@ -22,6 +22,9 @@ from fslsage_rpc.report.sources import (
     parts_of,
 )
 from fslsage_rpc.units import MIB
+
+if TYPE_CHECKING:  # it needs matplotlib
+    from fslsage_rpc.report.figures import Bar
 
 UNKNOWN = "–"
 BUSY_HOST = " (busy host)"
@@ -127,7 +130,7 @@ def target_table(bench: SavedBench) -> Table | None:
     return Table(headers, rows) if any(variant.target for variant in bench.variants) else None
 
 
-def parts_table(bars: Sequence[Bar]) -> Table:
+def parts_table(bars: Sequence["Bar"]) -> Table:
     """Seconds per round by part, their sum, and the lower bound where one is known: one row for each bar."""
     parts = list(bars[0].parts)
     bounded = any(bar.bound_seconds is not None for bar in bars)

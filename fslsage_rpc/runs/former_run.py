@@ -35,11 +35,10 @@ class FormerRun:
             InputError: the configurations differ in more than may be changed.
         """
         old = self.config()
-        for key, (was, is_now) in changed_keys(old or self._config, self._config).items():
-            if key.split(".")[0] not in FREE_KEYS or key.startswith("comm.codec."):
-                raise InputError(
-                    f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
-                )
+        for key, (was, is_now) in fixed_changes(old or self._config, self._config).items():
+            raise InputError(
+                f"{key}: got {is_now!r}, expected {was!r} as in the run in {self.path}; {ANOTHER}"
+            )
         return self.summary() if old and not self.asks_for_more(old) else None
 
     def config(self) -> dict[str, Any] | None:
@@ -67,3 +66,12 @@ class FormerRun:
             return rounds_of(decoded((self.path / "metrics.jsonl").read_bytes()))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return []
+
+
+def fixed_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys that make another run of it, each with its old and new value."""
+    return {
+        key: values
+        for key, values in changed_keys(old, new).items()
+        if key.split(".")[0] not in FREE_KEYS or key.startswith("comm.codec.")
+    }

@@ -50,8 +50,17 @@ def check_place(folder: Path) -> None:
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all, also where others write it, too."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it appears whole or not at all, also where several processes write it at once.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        # A path may be no UTF-8.
+        temporary.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from fslsage_rpc.config.loading import from_tree, to_tree
+from fslsage_rpc.config.variants import sweep_runs
+from fslsage_rpc.config.yaml_files import to_yaml
 
 MIB = 2**20
 PHASES = {
@@ -60,6 +62,30 @@ def write_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     if finished:
         (folder / "summary.json").write_text(json.dumps({"median_round_seconds": 5.25}))
+    return folder
+
+
+VARIANTS: dict[str, Any] = {
+    "partition": {"iid": ["data.partition=iid"], "skewed": ["data.alpha=0.3"]},
+    "algorithm": {"fsl_sage": [], "splitfed_v1": ["algorithm.name=splitfed_v1"]},
+    "partition x algorithm": [],
+}
+
+
+def write_sweep(folder: Path, runs: dict[str, list[float | None]], **keys: Any) -> Path:
+    """A sweep of `VARIANTS`, of 4 rounds if not otherwise asked for: by name of a run its accuracies.
+
+    A run with fewer rounds than these is unfinished.
+    """
+    folder.mkdir(parents=True)
+    keys = {"rounds": 4, **keys}
+    keys["sweep"] = {"variants": VARIANTS, "seeds": [0, 1, 2], **keys.get("sweep", {})}
+    config = from_tree({"name": folder.name, "output": str(folder.parent), **keys})
+    (folder / "sweep.yaml").write_text(to_yaml(to_tree(config)))
+    planned = {run.config.name: run.config for run in sweep_runs(config)}
+    for name, accuracies in runs.items():
+        tree = {key: value for key, value in to_tree(planned[name]).items() if key not in ("name", "output")}
+        write_run(folder / name, accuracies, finished=len(accuracies) == config.rounds, **tree)
     return folder
 
 
