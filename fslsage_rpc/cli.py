@@ -23,7 +23,6 @@ from fslsage_rpc.job.stopping import (
     uninterrupted,
 )
 
-GET_MATPLOTLIB = "pip install 'fslsage_rpc[plots]'"
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is first imported, which is below
 
 
@@ -232,6 +231,7 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     with uninterrupted():
         from fslsage_rpc.report.page import FORMATS
         from fslsage_rpc.report.sweeps import is_sweep
+        from fslsage_rpc.report.terminal import GET_MATPLOTLIB, has_matplotlib
 
     formats = options.format.split(",") if options.format is not None else []
     if not set(formats) <= set(FORMATS):
@@ -243,7 +243,7 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
         return _report_sweep(sweeps[0], options, formats)
     if options.out is None:
         raise InputError("the following arguments are required: --out (see fslsage report --help)")
-    if not _has_matplotlib():
+    if not has_matplotlib():
         raise InputError(f"report: needs matplotlib: {GET_MATPLOTLIB}")
     with uninterrupted():
         from fslsage_rpc.report.comparison import write_report
@@ -260,27 +260,10 @@ def _report_sweep(folder: str, options: argparse.Namespace, formats: list[str]) 
     if options.label:
         raise InputError(f"--label: got {options.label[0]!r} for a sweep, whose variants have names")
     with uninterrupted():
-        from fslsage_rpc.report.sweeps import read_sweep
-        from fslsage_rpc.report.terminal import show_sweep
-        from fslsage_rpc.runs.screen import SteadyCursorConsole
+        from fslsage_rpc.report.terminal import report_sweep
 
-    show_sweep(read_sweep(folder), SteadyCursorConsole(highlight=False))
-    if not _has_matplotlib():
-        print(f"The page and its figures need matplotlib: {GET_MATPLOTLIB}")
-        return 0
-    with uninterrupted():
-        from fslsage_rpc.report.sweep_page import write_sweep_report
-
-    print(f"Report: {write_sweep_report(folder, options.out, formats)}", flush=True)
+    report_sweep(folder, options.out, formats)
     return 0
-
-
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401  # only to see whether the extra is there
-    except ImportError:
-        return False
-    return True
 
 
 def _check(options: argparse.Namespace, arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -9,12 +10,41 @@ from rich.table import Table as RichTable
 
 from fslsage_rpc.report.page import Table
 from fslsage_rpc.report.sweep_tables import READING_DIFFERENCES, differences_table, reading, results_table
-from fslsage_rpc.report.sweeps import SavedSweep
+from fslsage_rpc.report.sweeps import SavedSweep, read_sweep
+from fslsage_rpc.runs.screen import SteadyCursorConsole
 
+GET_MATPLOTLIB = "pip install 'fslsage_rpc[plots]'"
 BESIDE = 3
 """letters between two columns"""
 HEADER = 12
 """letters in a line of a header, at least, where the words are as short"""
+
+
+def report_sweep(folder: str | Path, out: str | None = None, formats: Sequence[str] = ()) -> None:
+    """Print the tables of the sweep in a folder, and write its page and figures where there is matplotlib.
+
+    Args:
+        out, formats: see `write_sweep_report`.
+
+    Raises:
+        InputError: the folder is damaged, or `out` cannot be written to.
+    """
+    show_sweep(read_sweep(folder), SteadyCursorConsole(highlight=False))
+    if not has_matplotlib():
+        print(f"The page and its figures need matplotlib: {GET_MATPLOTLIB}")
+        return
+    from fslsage_rpc.report.sweep_page import write_sweep_report  # which imports matplotlib
+
+    print(f"Report: {write_sweep_report(folder, out, formats)}", flush=True)
+
+
+def has_matplotlib() -> bool:
+    """Can it be imported?"""
+    try:
+        import matplotlib  # noqa: F401  # only to see whether the extra is there
+    except ImportError:
+        return False
+    return True
 
 
 def show_sweep(sweep: SavedSweep, console: Console) -> None:

@@ -21,12 +21,14 @@ from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.device.placement import gpu_count
 from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.stopping import STOPPED, signals_that_stop
+from fslsage_rpc.report.sweeps import read_sweep
+from fslsage_rpc.report.terminal import report_sweep
 from fslsage_rpc.runs.places import check_place, write_whole, writing
 from fslsage_rpc.runs.run_folder import SWEEP
 from fslsage_rpc.runs.screen import SteadyCursorConsole
 from fslsage_rpc.sweep.forecast import show_forecast
 from fslsage_rpc.sweep.sweep_screen import SweepScreen
-from fslsage_rpc.sweep.watched_run import WatchedRun
+from fslsage_rpc.sweep.watched_run import LOG, WatchedRun
 from fslsage_rpc.training.experiment import check
 
 POLL_SECONDS = 0.2
@@ -58,7 +60,15 @@ def sweep(config: Config, only: str | None, jobs: int, launch: str | None) -> in
     runs = [there[run.folder] for run in share(chosen)]
     training = RunQueue(config, runs, jobs, launch)
     folder = open_sweep(config)
-    return training.train(folder, SweepScreen(config.name, runs, jobs))
+    status = training.train(folder, SweepScreen(config.name, runs, jobs))
+    if status == STOPPED:
+        print(f"{read_sweep(folder).progress} The same command goes on.", flush=True)
+        return status
+    report_sweep(folder)
+    for run in runs:
+        if run.failure:
+            print(f"{run.run.config.name} failed: {run.failure} ({run.run.folder / LOG})", flush=True)
+    return status
 
 
 def selected(config: Config, only: str | None, launch: str | None = None) -> list[SweepRun]:
