@@ -26,7 +26,7 @@ from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.plan.calibration import calibrate_here, read_calibration
 from fslsage_rpc.plan.run import link_speed, predictions
 from fslsage_rpc.plan.scenario import Scenario
-from fslsage_rpc.report.figures import display_name
+from fslsage_rpc.report.looks import display_name
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "bench" / "latency.yaml"

@@ -173,6 +173,16 @@ def test_a_complete_run_is_unfinished_where_more_rounds_are_asked_for(tmp_path: 
     assert str(read_sweep(folder).members[0]) == "iid-fsl_sage-seed0 (round 4 of 6)"
 
 
+def test_runs_that_the_sweep_replaces_are_not_begun(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "study", FSL_SAGE)
+    config = yaml.safe_load((folder / "sweep.yaml").read_text())
+    changed = {**config, "clients": {"count": 7}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(changed))
+    assert "seed0: got clients.count=4, expected 7 as in " in mistake(read_sweep, folder)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**changed, "resume": "never"}))
+    assert {member.state for member in read_sweep(folder).members} == {RunState.NOT_BEGUN}
+
+
 def test_runs_are_found_where_the_folder_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sweep(tmp_path / "study", FSL_SAGE).rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "moved")
