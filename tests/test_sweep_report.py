@@ -354,11 +354,14 @@ def test_curves_are_named_by_what_sets_them_apart(tmp_path: Path) -> None:
 
     assert labels("with", reference="splitfed_v1") == {
         "iid": ["FSL-SAGE", "SplitFedV1"],
-        "skewed": ["SplitFedV1", "fsl_sage-l2", "fsl_sage-l7"],
+        "skewed": ["SplitFedV1", "FSL-SAGE, l2", "FSL-SAGE, l7"],
         "others": ["FedAvg"],
     }
     (together,) = labels("without").values()
-    assert together == [*names, "skewed-fsl_sage-l7", "FedAvg"]
+    assert together == [
+        *("iid, FSL-SAGE", "iid, SplitFedV1", "skewed, SplitFedV1"),
+        *("skewed, FSL-SAGE, l2", "skewed, FSL-SAGE, l7", "FedAvg"),
+    ]
     assert list(labels("one", reference="alone")) == [""]
 
 

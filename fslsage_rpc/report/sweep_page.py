@@ -119,7 +119,7 @@ def _labels(sweep: SavedSweep, variants: Sequence[str]) -> list[str]:
     labels = [
         display_name(algorithm)
         if Counter(algorithms)[algorithm] == 1
-        else "-".join(part for part in mine if part not in shared) or variant
+        else ", ".join(display_name(part) for part in mine if part not in shared) or variant
         for algorithm, mine, variant in zip(algorithms, parts, variants, strict=True)
     ]
     return labels if len(set(labels)) == len(labels) else list(variants)
