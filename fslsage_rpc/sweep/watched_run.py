@@ -38,7 +38,8 @@ class WatchedRun:
         self._there = FormerRun(replace(run.config, resume="auto"))
         self._process: subprocess.Popen[bytes] | None = None
         self._printed_before = 0
-        self._seen: tuple[int, int] | None = None
+        replaces = run.config.resume == "never"
+        self._seen = self._extent() if replaces else None  # what is there is none of its own
         self.lines: list[dict[str, Any]] = []
         self.summary = FormerRun(run.config).finished_summary()
         self.look()
@@ -66,16 +67,17 @@ class WatchedRun:
 
     def look(self) -> None:
         """Read the rounds again, if there are more."""
-        if self.run.config.resume == "never" and self._process is None:
-            return  # what is there is replaced
+        if (seen := self._extent()) != self._seen:
+            self._seen = seen
+            self.lines = self._there.rounds() or self.lines  # none where a line is being written
+
+    def _extent(self) -> tuple[int, int] | None:
+        """By which `metrics.jsonl` is seen to change; None where there is none."""
         try:
             file = (self.run.folder / "metrics.jsonl").stat()
         except OSError:
-            return
-        seen = (file.st_mtime_ns, file.st_size)
-        if seen != self._seen:
-            self._seen = seen
-            self.lines = self._there.rounds() or self.lines  # none where a line is being written
+            return None
+        return file.st_mtime_ns, file.st_size
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start its process, in a session of its own: a terminal's Ctrl-C reaches it through the sweep.
