@@ -93,6 +93,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     )
     assert "which cannot be read (No such file or directory)" in mistake(fslsage_rpc.load, tmp_path / "no")
     damaged = write_run(tmp_path / "run", [0.5])
+    (damaged / "summary.json").write_text("{}")
     assert mistake(fslsage_rpc.load, damaged) == (
         f"{damaged / 'summary.json'}: is damaged, expected what the program wrote"
     )

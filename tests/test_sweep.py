@@ -54,7 +54,7 @@ class InThisProcess:
 
     def __init__(self, command: list[str], stdout: IO[bytes], env: Mapping[str, str], **others: Any):
         type(self).started.append(command)
-        assert command[:3] == [sys.executable, "-m", "fslsage_rpc"]
+        assert command[:4] == [sys.executable, "-m", "fslsage_rpc", "train"]
         self.returncode = main(command[3:])
 
     def poll(self) -> int:
@@ -71,7 +71,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[InThisProc
 
 def trained(processes: type[InThisProcess]) -> list[str]:
     """The names of the runs that were started since this was last asked."""
-    names = [word[5:] for command in processes.started for word in command if word.startswith("name=")]
+    names = [Path(command[-1]).parent.name for command in processes.started]
     processes.started.clear()
     return names
 
@@ -138,15 +138,19 @@ def test_jobs_of_an_array_share_the_runs(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_fails_or_diverges_is_reported_and_stops_no_other(
     tmp_path: Path, in_this_process: type[InThisProcess], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    variants = {"lost": ["data.root=a"], "wild": [NEVER_FINITE], "sound": []}
+    variants = {"lost": [], "unready": [], "wild": [NEVER_FINITE], "sound": []}
     config = write(tmp_path, variants, seeds=[0])
     (tmp_path / "study" / "lost-seed0" / "metrics.jsonl").mkdir(parents=True)  # cannot be written to
+    (tmp_path / "study" / "unready-seed0").touch()  # is no folder
     done = sweep(capsys, config)
     assert done.returncode == 1
     assert trained(in_this_process) == ["lost-seed0", "wild-seed0", "sound-seed0"]
-    assert "1/3  lost-seed0  failed: " in done.stdout
-    assert "diverged in round 1" in next(line for line in done.stdout.splitlines() if "2/3" in line)
-    assert "3/3  sound-seed0  accuracy" in done.stdout
+    said = done.stdout.splitlines()
+    assert any(line.startswith("1/4  lost-seed0  failed: ") for line in said)
+    assert any(line.startswith("2/4  unready-seed0  failed: cannot be started (") for line in said)
+    assert any("3/4  wild-seed0" in line and "diverged in round 1" in line for line in said)
+    assert any(line.startswith("4/4  sound-seed0  accuracy") for line in said)
+    assert any(line.startswith("lost-seed0 failed: ") for line in said)
     again = sweep(capsys, config)
     assert again.returncode == 1
     assert trained(in_this_process) == ["lost-seed0"]  # one that has diverged is complete
@@ -179,10 +183,63 @@ def test_other_settings_in_the_same_folder_are_refused_before_anything_is_traine
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rounds=1", "rounds: got 1, expected 2 or more, as the run in"),
+        ("evaluation.every=2", "evaluation.every: got 2, expected 1 as in the run in"),
+        ("ranks=2", "ranks: got 2, expected 3 as in the run in"),
+    ],
+)
+def test_runs_of_one_mean_are_measured_alike(
+    tmp_path: Path,
+    in_this_process: type[InThisProcess],
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    config = write(tmp_path, seeds=[0])
+    assert sweep(capsys, config, "--only", "fsl_sage").returncode == 0
+    refused = sweep(capsys, config, override)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"fslsage_rpc: {message}")
+    assert sweep(capsys, config, "comm.timeout_seconds=99", "checkpoint.keep=1").returncode == 0
+    assert trained(in_this_process) == ["fsl_sage-seed0", "splitfed_v1-seed0"]
+
+
+def test_runs_are_replaced_by_others_where_that_is_asked_for(
+    tmp_path: Path, in_this_process: type[InThisProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path, seeds=[0])
+    assert sweep(capsys, config).returncode == 0
+    trained(in_this_process)
+    anew = ("clients.batch_size=8", "rounds=1", "resume=never")
+    assert sweep(capsys, config, *anew, "--only", "fsl_sage").returncode == 2  # the other would stay
+    assert trained(in_this_process) == []
+    assert sweep(capsys, config, *anew).returncode == 0
+    assert trained(in_this_process) == ["fsl_sage-seed0", "splitfed_v1-seed0"]
+    assert len(lines(tmp_path / "study" / "fsl_sage-seed0")) == 1
+    assert sweep(capsys, config, *anew[:2]).returncode == 0
+    assert trained(in_this_process) == []
+
+
+def test_a_later_sweep_changes_no_settings_of_runs_that_an_earlier_one_has_yet_to_begin(
+    tmp_path: Path, in_this_process: type[InThisProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(tmp_path, seeds=[0])
+    assert sweep(capsys, config).returncode == 0
+    for command in in_this_process.started:
+        planned = yaml.safe_load(Path(command[-1]).read_text())
+        assert (planned["rounds"], planned["sweep"]["variants"]) == (2, {})
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["sweep.variants={}"], "sweep.variants: got {}, expected variants, as "),
         (["--only", "x*"], "--only: got 'x*', expected a pattern for some of fsl_sage, splitfed_v1"),
+        (["--launch", "'abc"], '--launch: got "\'abc", expected a program that is there, as '),
+        (["--launch", "launch/nosuch.sh"], "--launch: got 'launch/nosuch.sh', expected a program "),
+        (["--launch", ""], "--launch: got '', expected a program that is there, as launch/local.sh"),
         (["--jobs", "1000"], "--jobs: got 1000, expected at most "),
         (["--jobs", "0"], "--jobs: got '0', expected a whole number from 1 on"),
         (["model.cut=nowhere"], "sweep.variants.fsl_sage: model.cut: got 'nowhere', expected "),
@@ -236,13 +293,20 @@ def test_a_dry_run_lists_runs_with_bytes_and_time_and_trains_none(
     assert ["*" in row for row in rows] == [True, False, True, False]  # rounds of it have been timed
 
 
+def line(number: int, seconds: float = 1.0, **keys: Any) -> dict[str, Any]:
+    """A line of `metrics.jsonl`, as far as a sweep looks at it."""
+    figures = {"round": number, "round_seconds": seconds, "evaluation_seconds": 1.0}
+    return {**figures, "test_accuracy": 0.5, "paper_bytes_total": 1000 * number, **keys}
+
+
 def watched(tmp_path: Path, done: Mapping[str, Sequence[float]], rounds: int = 10) -> list[WatchedRun]:
     """Runs of these variants, of which so many rounds have taken so many seconds."""
     variants = {name: [] for name in done}
     config = from_tree({"rounds": rounds, "output": str(tmp_path), "sweep": {"variants": variants}})
     runs = [WatchedRun(run) for run in sweep_runs(config)]
     for run, seconds in zip(runs, done.values(), strict=True):
-        run.lines = [{"round_seconds": each, "evaluation_seconds": 1.0} for each in seconds]
+        for number, each in enumerate(seconds, start=1):
+            run.progress.add(line(number, each))
     return runs
 
 
@@ -255,6 +319,89 @@ def test_time_left_goes_by_rounds_of_the_same_variant_or_else_of_all(tmp_path: P
     runs[1].failure, runs[2].summary = "lost", {}
     assert seconds_left(runs, jobs=2) == pytest.approx(6 * 2.0)
     assert seconds_left(watched(tmp_path, {"a": []}), jobs=1) is None
+
+
+def test_time_left_ends_with_the_paper_ledger(tmp_path: Path) -> None:
+    variants = {"variants": {"a": []}}
+    config = from_tree({"rounds": 1000, "output": str(tmp_path), "stop": {"paper_gib": 1}, "sweep": variants})
+    (run,) = (WatchedRun(run) for run in sweep_runs(config))
+    assert run.rounds_left == 1000
+    run.progress.add(line(1, paper_bytes_total=2**28))
+    assert run.rounds_left == 3
+    assert seconds_left([run], jobs=1) == pytest.approx(3 * 2.0)
+
+
+def test_a_run_is_watched_by_what_its_file_has_grown_by(tmp_path: Path) -> None:
+    (planned,) = sweep_runs(from_tree({"output": str(tmp_path), "sweep": {"variants": {"a": []}}}))
+    run, metrics = WatchedRun(planned), planned.folder / "metrics.jsonl"
+    planned.folder.mkdir(parents=True)
+    first, second = (json.dumps(line(number, test_accuracy=None)) for number in (1, 2))
+    seen = []
+    for text in (
+        first[:10],  # is being written
+        f"{first}\n{second}",
+        f"{first}\n{second}\n",
+        f'{first}\n{second}\n{{"event": "loss"}}\n{{"round": 3}}\nx\n',  # what is no round is left out
+        f"{json.dumps(line(1))}\n",  # goes on from an earlier round
+    ):
+        metrics.write_text(text)
+        run.look()
+        seen.append((run.progress.rounds, run.progress.seconds, run.progress.accuracy))
+    assert seen == [(0, 0, None), (1, 2, None), (2, 4, None), (2, 4, None), (1, 2, 0.5)]
+
+
+class Ended:
+    """A process that has ended with a status."""
+
+    def __init__(self, status: int):
+        self._status, self.signals = status, list[int]()
+
+    def poll(self) -> int:
+        return self._status
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+@pytest.mark.parametrize(
+    ("status", "asked", "stopped"),
+    [
+        (STOPPED, True, True),
+        (STOPPED, False, True),
+        (-signal.SIGTERM, True, True),
+        (128 + signal.SIGTERM, True, True),
+        (-signal.SIGTERM, False, False),
+        (-signal.SIGKILL, True, False),
+        (1, True, False),
+    ],
+)
+def test_a_run_that_ends_as_it_was_asked_to_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, asked: bool, stopped: bool
+) -> None:
+    (planned,) = sweep_runs(from_tree({"output": str(tmp_path), "sweep": {"variants": {"a": []}}}))
+    run, process = WatchedRun(planned), Ended(status)
+    monkeypatch.setattr("fslsage_rpc.sweep.watched_run.subprocess.Popen", lambda *_, **others: process)
+    run.start(["program"], {})
+    if asked:
+        run.ask_to_stop()
+    assert run.ended()
+    assert (run.stopped, run.failure is None) == (stopped, stopped)
+    assert process.signals == [signal.SIGTERM] * asked
+
+
+def test_a_signal_reaches_a_run_that_is_being_started(
+    tmp_path: Path, in_this_process: type[InThisProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = Ended(STOPPED)
+
+    def popen(*arguments: Any, **others: Any) -> Ended:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr("fslsage_rpc.sweep.watched_run.subprocess.Popen", popen)
+    assert main(["sweep", write(tmp_path)]) == STOPPED
+    assert process.signals == [signal.SIGTERM]
+    assert not (tmp_path / "study" / "splitfed_v1-seed0").exists()
 
 
 def test_durations_are_spelled_to_about_a_twentieth() -> None:
@@ -339,7 +486,7 @@ def test_a_sweep_that_is_stopped_and_one_whose_run_is_killed_go_on(tmp_path: Pat
     assert not second.exists()
     with started(config) as process:
         wait_for(lambda: len(lines(first)) > stopped_after, process)
-        for each in survivors("name=fsl_sage-seed0"):  # its launcher and its ranks
+        for each in survivors("fsl_sage-seed0/train.yaml"):  # its launcher and its ranks
             os.kill(each, signal.SIGKILL)
         text = said_at_end(process)
         assert process.returncode == 1, text
@@ -352,7 +499,7 @@ def test_a_sweep_that_is_stopped_and_one_whose_run_is_killed_go_on(tmp_path: Pat
     assert survivors(str(tmp_path)) == []
     assert (first / "log.txt").read_text().count("goes on from round") == 2
     for run in sweep_runs(from_tree(yaml.safe_load(Path(config).read_text()))):
-        keys = [f"seed={run.seed}", f"name=whole-{run.config.name}", "transport=local", *run.overrides[:-4]]
+        keys = [f"name=whole-{run.config.name}", "transport=local", *VARIANTS[run.variant]]
         assert main(["train", config, *keys]) == 0
         assert_identical(finished(tmp_path / f"whole-{run.config.name}"), finished(study / run.config.name))
 

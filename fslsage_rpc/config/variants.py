@@ -5,13 +5,13 @@ A name with ` x ` builds on others: every combination of theirs is a variant, wi
 """
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from fslsage_rpc.config.loading import FOLDER_NAME, LONGEST_NAME, from_tree, to_tree
-from fslsage_rpc.config.schema import Config, VariantKeys
+from fslsage_rpc.config.schema import Config, Sweep, VariantKeys
 from fslsage_rpc.config.yaml_files import show
 from fslsage_rpc.errors import InputError
 
@@ -41,8 +41,6 @@ class SweepRun(NamedTuple):
 
     variant: str
     seed: int
-    overrides: list[str]
-    """`key=value`s that make it of the sweep's configuration"""
     config: Config
 
     @property
@@ -151,7 +149,7 @@ def bench_variants(config: Config) -> dict[str, Config]:
                 raise InputError(
                     f"bench.variants.{name}: got {override}, expected keys that processes do not share"
                 )
-    return {name: _config(base, made, f"bench.variants.{name}") for name, made in found.items()}
+    return {name: _config(base, made, f"bench.variants.{name}", OF_RUNS) for name, made in found.items()}
 
 
 def sweep_runs(config: Config) -> list[SweepRun]:
@@ -169,26 +167,28 @@ def sweep_runs(config: Config) -> list[SweepRun]:
     longest = max(len(f"{name}-seed{seed}") for name in found for seed in keys.seeds)
     if longest > LONGEST_NAME:
         raise InputError(f"sweep.variants: got names of {longest} letters, expected {LONGEST_NAME} at most")
-    base = to_tree(config)
-    folder = json.dumps(str(Path(config.output) / config.name), ensure_ascii=False)
-    runs = []
+    folder, runs = Path(config.output) / config.name, []
     for seed in keys.seeds:
         for name, made in found.items():
-            own = [f"seed={seed}", f"name={name}-seed{seed}", f"output={folder}", "sweep={}"]
-            run = Combination(made.parts, made.overrides + own)
-            runs.append(
-                SweepRun(name, seed, run.overrides, _config(base, run, f"sweep.variants.{name}", own))
-            )
+            own = _config(to_tree(config), made, f"sweep.variants.{name}", (*OF_RUNS, "seed"), seed)
+            own = replace(own, name=f"{name}-seed{seed}", output=str(folder), sweep=Sweep())
+            runs.append(SweepRun(name, seed, own))
     return runs
 
 
-def _config(base: dict[str, object], made: Combination, key: str, own: Sequence[str] = ()) -> Config:
-    """A variant's configuration; `own` are the overrides that are not the user's."""
+def _config(
+    base: dict[str, object], made: Combination, key: str, fixed: Sequence[str], seed: int | None = None
+) -> Config:
+    """A variant's configuration, of this seed or of that in `base`.
+
+    Args:
+        fixed: sections that it may not change.
+    """
     for override in made.overrides:
         section = override.partition("=")[0].partition(".")[0]
-        if override not in own and section in (*OF_RUNS, *(["seed"] if own else [])):
+        if section in fixed:
             raise InputError(f"{key}: got {override}, expected keys of a run, and not its {section}")
     try:
-        return from_tree(base, made.overrides)
+        return from_tree(base, [*made.overrides, *([] if seed is None else [f"seed={seed}"])])
     except InputError as error:
         raise type(error)(f"{key}: {error}") from None

@@ -149,9 +149,7 @@ def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequ
         return [heading, "No round has a test accuracy."]
     without = "; ".join(one.label for one in series if one not in scored)
     curves = curves_of(scored, looks)
-    seeds = "Mean over seeds, round by round; the band runs from the lowest to the highest."
-    if any(len({len(run.lines) for run in one.runs}) > 1 for one in scored):
-        seeds += " Beyond the last round that all seeds have, each goes on as a thin line."
+    seeds = over_seeds(scored)
     wire, wire_unit = unit_along(scored, "wire_bytes_total")
     paper, paper_unit = unit_along(scored, "paper_bytes_total")
     panels = {
@@ -192,6 +190,14 @@ def _accuracy(series: Sequence[Series], looks: Mapping[str, Look], formats: Sequ
             for name, what in panels.items()
         ),
     ]
+
+
+def over_seeds(series: Sequence[Series]) -> str:
+    """How curves of several seeds are to be read."""
+    seeds = "Mean over seeds, round by round; the band runs from the lowest to the highest."
+    if any(len({len(run.lines) for run in one.runs}) > 1 for one in series):
+        seeds += " Beyond the last round that all seeds have, each goes on as a thin line."
+    return seeds
 
 
 def coinciding(series: Sequence[Series]) -> list[str]:

@@ -177,10 +177,7 @@ def _accuracy(
 
     panel = Panel(x, comparison.test_accuracy, x_label, "test accuracy", whole_numbers=key == "round")
     stem = together.stem(f"accuracy-{ending}")
-    caption = (
-        f"Test accuracy against {words}. Mean over the seeds of complete runs, round by round, with a "
-        f"band from the lowest to the highest. Its data: {stem}.csv."
-    )
+    caption = f"Test accuracy against {words}. {comparison.over_seeds(series)} Its data: {stem}.csv."
     drawn = comparison.picture(curves_figure(curves, [panel], size=COLUMN), stem, formats, caption)
     files = {**drawn.files, f"{stem}.csv": _data(series, key).encode()}
     return replace(drawn, files=files, narrow=True)

@@ -99,7 +99,8 @@ def results_table(sweep: SavedSweep) -> Table:
         row += [each.text(runs) for each in quantities]
         if target:
             reached = [run for run in runs if reaching(run, target)]
-            row += [f"{len(reached)} of {len(runs)}", *(each.text(reached) for each in to_target)]
+            ended = len(runs) + _diverged(sweep, variant)
+            row += [f"{len(reached)} of {ended}", *(each.text(reached) for each in to_target)]
         rows.append(row + [each.text(runs) for each in memory])
     return Table(headers, rows)
 
@@ -149,10 +150,13 @@ def reaching(run: SavedRun, accuracy: float) -> Line | None:
 
 
 def _seeds(sweep: SavedSweep, variant: str) -> str:
-    members = sweep.of(variant)
-    diverged = sum(member.state is RunState.DIVERGED for member in members)
+    diverged = _diverged(sweep, variant)
     more = f", {diverged} diverged" if diverged else ""
-    return f"{len(sweep.complete(variant))} of {len(members)}{more}"
+    return f"{len(sweep.complete(variant))} of {len(sweep.of(variant))}{more}"
+
+
+def _diverged(sweep: SavedSweep, variant: str) -> int:
+    return sum(member.state is RunState.DIVERGED for member in sweep.of(variant))
 
 
 def _accuracies() -> list[Quantity]:

@@ -9,9 +9,10 @@ from fslsage_rpc.config.loading import load, to_tree
 from fslsage_rpc.config.schema import Config
 from fslsage_rpc.config.variants import Combination, SweepRun, combinations, references, sweep_runs
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.report.sources import SavedRun, Tree, is_number, read_run
-from fslsage_rpc.runs.former_run import fixed_changes
+from fslsage_rpc.report.sources import SavedRun, read_run
+from fslsage_rpc.runs.former_run import asks_for_more, fixed_changes
 from fslsage_rpc.runs.run_folder import SWEEP
+from fslsage_rpc.runs.screen import can_be_shown
 
 LISTED = 5
 """runs that a sentence names of each state, at most"""
@@ -24,6 +25,7 @@ class RunState(StrEnum):
     DIVERGED = "diverged"
     UNFINISHED = "unfinished"
     NOT_BEGUN = "not begun"
+    OTHER = "of other settings"
 
 
 @dataclass(frozen=True)
@@ -120,26 +122,14 @@ def _member(sweep: Path, planned: SweepRun) -> SweepMember:
     if not (folder / "config.yaml").exists():
         begun = folder.is_dir() and any(folder.iterdir())
         return SweepMember(planned, RunState.UNFINISHED if begun else RunState.NOT_BEGUN, None)
-    run = read_run(folder, planned.config.name, planned.variant)
-    for key, (is_there, expected) in fixed_changes(run.config, to_tree(planned.config)).items():
-        if planned.config.resume == "never":  # by which the sweep replaces it
-            return SweepMember(planned, RunState.NOT_BEGUN, None)
-        raise InputError(f"{folder}: got {key}={is_there!r}, expected {expected!r} as in {sweep / SWEEP}")
-    _check_memory(folder, run.summary)
-    # A complete run of fewer rounds is to be gone on with.
-    if run.summary is None or not run.lines or run.config["rounds"] < planned.config.rounds:
+    run, tree = read_run(folder, planned.config.name, planned.variant), to_tree(planned.config)
+    if fixed_changes(run.config, tree, as_measured=True):
+        return SweepMember(planned, RunState.OTHER, None)
+    # One that was complete may have been given more to do since, and a damaged summary is made again.
+    complete = run.lines and can_be_shown(run.summary) and not asks_for_more(run.config, tree)
+    if not complete:
         return SweepMember(planned, RunState.UNFINISHED, run)
     return SweepMember(planned, RunState.DIVERGED if run.diverged else RunState.COMPLETE, run)
-
-
-def _check_memory(folder: Path, summary: Tree | None) -> None:
-    """Hold what a summary says of memory to what is shown of it: older ones say nothing."""
-    memory = (summary or {}).get("peak_memory") or {}
-    if not isinstance(memory, dict) or not all(
-        isinstance(peaks, dict) and all(peak is None or is_number(peak) for peak in peaks.values())
-        for peaks in memory.values()
-    ):
-        raise InputError(f"{folder / 'summary.json'}: peak_memory is damaged, expected bytes by kind of rank")
 
 
 def _listed(names: Sequence[str]) -> str:

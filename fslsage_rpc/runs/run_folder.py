@@ -25,7 +25,7 @@ from fslsage_rpc.runs.checkpoint_files import (
     write_durably,
 )
 from fslsage_rpc.runs.folder_lock import FolderLock
-from fslsage_rpc.runs.former_run import ANOTHER, FormerRun
+from fslsage_rpc.runs.former_run import ANOTHER, FormerRun, asks_for_more
 from fslsage_rpc.runs.metrics_file import MetricsFile, decoded, encoded, read_beginning, rounds_of
 from fslsage_rpc.runs.places import check_place, writing
 from fslsage_rpc.runs.records import is_scored
@@ -269,7 +269,7 @@ class RunFolder:
             return
         self._find_checkpoint()
         if self._former.summary() and not self.manifest:
-            key, (was, is_now) = next(iter(self._former.asks_for_more(old).items()))
+            key, (was, is_now) = next(iter(asks_for_more(old, self._config).items()))
             raise InputError(
                 f"{key}: got {is_now!r}, expected {was!r} as in the complete run in "
                 f"{self.path}, which has no checkpoint to go on from; {ANOTHER}"

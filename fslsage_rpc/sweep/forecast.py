@@ -112,11 +112,11 @@ def show_forecast(runs: Sequence[WatchedRun], jobs: int, console: Console) -> No
         elif isinstance(forecast, Forecast):
             each = forecast.seconds / rounds
         if run.summary:
-            table.add_row(run.run.config.name, str(len(run.lines)), *sizes, "complete")
+            table.add_row(run.name, str(run.progress.rounds), *sizes, "complete")
             continue
         takes = "unknown" if each is None else f"{spelled(rounds * each)}{mark}"
-        table.add_row(run.run.config.name, str(rounds), *sizes, takes)
-        left += (each or 0.0) * max(0, rounds - len(run.lines))
+        table.add_row(run.name, str(rounds), *sizes, takes)
+        left += (each or 0.0) * max(0, rounds - run.progress.rounds)
     console.print(table)
     todo = sum(run.summary is None for run in runs)
     side = f", {jobs} side by side" if jobs > 1 else ""

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from fslsage_rpc.runs.run_folder import SWEEP
 from fslsage_rpc.runs.screen import SteadyCursorConsole
 from fslsage_rpc.sweep.forecast import show_forecast
 from fslsage_rpc.sweep.sweep_screen import SweepScreen
-from fslsage_rpc.sweep.watched_run import LOG, WatchedRun
+from fslsage_rpc.sweep.watched_run import LOG, WatchedRun, forget
 from fslsage_rpc.training.experiment import check
 
 POLL_SECONDS = 0.2
@@ -55,19 +56,30 @@ def sweep(config: Config, only: str | None, jobs: int, launch: str | None) -> in
     Raises:
         InputError: a run cannot be here; found before any begins.
     """
-    chosen = selected(config, only, launch)
-    there = {run.folder: WatchedRun(run) for run in sweep_runs(config)}
-    runs = [there[run.folder] for run in share(chosen)]
-    training = RunQueue(config, runs, jobs, launch)
+    asked_for = selected(config, only, launch)
+    anew, config = config.resume == "never", replace(config, resume="auto")
+    replaced = {run.folder for run in asked_for} if anew else set()
+    for run in sweep_runs(config):
+        if run.folder not in replaced:
+            WatchedRun(run)  # refuses a run of other settings
+    queue = RunQueue(config, jobs, launch)
     folder = open_sweep(config)
-    status = training.train(folder, SweepScreen(config.name, runs, jobs))
+    mine = [run._replace(config=replace(run.config, resume="auto")) for run in share(asked_for)]
+    if anew:
+        for run in mine:
+            with writing(config.output, run.folder):
+                forget(run)
+    runs = [WatchedRun(run) for run in mine]
+    status = queue.train(runs, SweepScreen(config.name, runs, jobs))
+    for watched in runs:
+        if watched.failure:
+            log = watched.run.folder / LOG
+            print(f"{watched.name} failed: {watched.failure} (all that it said: {log})", flush=True)
     if status == STOPPED:
-        print(f"{read_sweep(folder).progress} The same command goes on.", flush=True)
-        return status
-    report_sweep(folder)
-    for run in runs:
-        if run.failure:
-            print(f"{run.run.config.name} failed: {run.failure} ({run.run.folder / LOG})", flush=True)
+        how = "The same command with resume=auto goes on." if anew else "The same command goes on."
+        print(f"{read_sweep(folder).progress} {how}", flush=True)
+    else:
+        report_sweep(folder)
     return status
 
 
@@ -166,33 +178,50 @@ class Slots:
         return found
 
 
+def _program(launch: str) -> list[str]:
+    """The words of a program that is there.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        words = shlex.split(launch)
+    except ValueError:  # a quotation without end
+        words = []
+    if not words or shutil.which(words[0]) is None:
+        raise InputError(f"--launch: got {launch!r}, expected a program that is there, as launch/local.sh")
+    return words
+
+
 class RunQueue:
     """Trains runs, some side by side.
 
     Args:
         config: of the sweep.
         launch: a program that starts a run, as `launch/local.sh`; None for this one.
+
+    Raises:
+        InputError: there are too many jobs, or there is no such program.
     """
 
-    def __init__(self, config: Config, runs: Sequence[WatchedRun], jobs: int, launch: str | None):
-        self._config, self._runs = config, runs
+    def __init__(self, config: Config, jobs: int, launch: str | None):
         self._slots = Slots(config, jobs)
-        self._launch = [sys.executable, "-m", "fslsage_rpc"] if launch is None else shlex.split(launch)
+        self._launch = _program(launch) if launch is not None else [sys.executable, "-m", "fslsage_rpc"]
         self._running: dict[int, WatchedRun] = {}
         self._asked = False
 
-    def train(self, folder: Path, screen: SweepScreen) -> int:
-        """Train what is not complete, in the order of the runs.
+    def train(self, runs: Sequence[WatchedRun], screen: SweepScreen) -> int:
+        """Train what is not complete, in this order.
 
         Returns:
             The exit status: 0; 75 if stopped on request; else 1 where a run has failed or diverged.
         """
-        waiting = deque(run for run in self._runs if run.summary is None)
+        waiting = deque(run for run in runs if run.summary is None)
         with self._stopping(), screen:
             try:
                 while self._running or (waiting and not self._asked):
                     while waiting and self._slots.free and not self._asked:
-                        self._start(waiting.popleft(), folder)
+                        self._start(waiting.popleft(), screen)
                     time.sleep(POLL_SECONDS)
                     for slot, run in list(self._running.items()):
                         run.look()
@@ -204,17 +233,22 @@ class RunQueue:
             finally:
                 for run in self._running.values():
                     run.end()
-        if waiting or any(run.stopped for run in self._runs):
+        if waiting or any(run.stopped for run in runs):
             return STOPPED
-        return 1 if any(run.failure or run.diverged for run in self._runs) else 0
+        return 1 if any(run.failure or run.diverged for run in runs) else 0
 
-    def _start(self, run: WatchedRun, folder: Path) -> None:
+    def _start(self, run: WatchedRun, screen: SweepScreen) -> None:
         slot = self._slots.free.popleft()
-        command = [*self._launch, "train", str(folder / SWEEP), *run.run.overrides]
-        config = run.run.config
-        with writing(config.output, run.run.folder):
-            run.start(command, self._slots.environment(slot, config))
+        try:
+            run.start(self._launch, self._slots.environment(slot, run.run.config))
+        except OSError as error:
+            run.failure = f"cannot be started ({error.strerror}: {error.filename})"
+            self._slots.free.append(slot)
+            screen.end_run(run)
+            return
         self._running[slot] = run
+        if self._asked:  # while it was started
+            run.ask_to_stop()
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:

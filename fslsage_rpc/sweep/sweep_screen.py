@@ -31,33 +31,33 @@ class SweepScreen(ProgressScreen):
 
     def show(self, running: Sequence[WatchedRun]) -> None:
         """Take in how far the runs are."""
-        done = sum(len(run.lines) for run in self._runs)
+        done = sum(run.progress.rounds for run in self._runs)
         total = done + sum(run.rounds_left for run in self._runs)
         self._progress.update(self._all, completed=done, total=total, left=self._left())
-        for name in {*self._tasks} - {run.run.config.name for run in running}:
+        for name in {*self._tasks} - {run.name for run in running}:
             self._progress.remove_task(self._tasks.pop(name))
         for run in running:
-            name = run.run.config.name
+            name = run.name
             if name not in self._tasks:
                 self._tasks[name] = self._progress.add_task(
                     name, total=run.run.config.rounds, said="", left=""
                 )
-            self._progress.update(self._tasks[name], completed=len(run.lines), said=_accuracy(run))
+            self._progress.update(self._tasks[name], completed=run.progress.rounds, said=_accuracy(run))
 
     def end_run(self, run: WatchedRun) -> None:
         """One line for a run that has ended."""
         if run.stopped:
-            self._print(f"{run.run.config.name}  stopped after round {len(run.lines)}, with a checkpoint")
+            self._print(f"{run.name}  stopped after round {run.progress.rounds}, with a checkpoint")
             return
         self._ended += 1
-        line = f"{self._ended}/{len(self._runs)}  {run.run.config.name}  "
+        line = f"{self._ended}/{len(self._runs)}  {run.name}  "
         if run.failure:
             self._print(f"{line}failed: {run.failure}")
             return
         diverged = f"  diverged in round {run.diverged}" if run.diverged else ""
         left = self._left()
         self._print(
-            f"{line}{_accuracy(run)}  {len(run.lines)} rounds in {run.seconds:.0f} s{diverged}"
+            f"{line}{_accuracy(run)}  {run.progress.rounds} rounds in {run.progress.seconds:.0f} s{diverged}"
             + (f"  {left}" if left else "")
         )
 
@@ -78,7 +78,7 @@ def seconds_left(runs: Sequence[WatchedRun], jobs: int) -> float | None:
     left, pace = [run for run in runs if run.rounds_left and not run.failure], pace_of(runs)
     if not left or not pace:
         return None
-    mean = sum(run.seconds for run in runs) / sum(len(run.lines) for run in runs)
+    mean = sum(run.progress.seconds for run in runs) / sum(run.progress.rounds for run in runs)
     return sum(run.rounds_left * pace.get(run.run.variant, mean) for run in left) / min(jobs, len(left))
 
 
@@ -87,8 +87,8 @@ def pace_of(runs: Sequence[WatchedRun]) -> dict[str, float]:
     rounds: dict[str, int] = {}
     seconds: dict[str, float] = {}
     for run in runs:
-        rounds[run.run.variant] = rounds.get(run.run.variant, 0) + len(run.lines)
-        seconds[run.run.variant] = seconds.get(run.run.variant, 0.0) + run.seconds
+        rounds[run.run.variant] = rounds.get(run.run.variant, 0) + run.progress.rounds
+        seconds[run.run.variant] = seconds.get(run.run.variant, 0.0) + run.progress.seconds
     return {name: seconds[name] / rounds[name] for name in rounds if rounds[name]}
 
 
@@ -102,4 +102,4 @@ def spelled(seconds: float) -> str:
 
 
 def _accuracy(run: WatchedRun) -> str:
-    return "" if run.accuracy is None else f"accuracy {run.accuracy:.3f}"
+    return "" if run.progress.accuracy is None else f"accuracy {run.progress.accuracy:.3f}"

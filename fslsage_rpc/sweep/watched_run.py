@@ -1,20 +1,52 @@
 """One run of a sweep as it is seen from outside: its process, and what its folder says so far."""
 
+import json
+import math
 import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
+from fslsage_rpc.config.loading import to_tree
 from fslsage_rpc.config.variants import SweepRun
+from fslsage_rpc.config.yaml_files import to_yaml
+from fslsage_rpc.errors import InputError
 from fslsage_rpc.job.stopping import STOPPED
-from fslsage_rpc.runs.former_run import FormerRun
+from fslsage_rpc.runs.folder_lock import FolderLock
+from fslsage_rpc.runs.former_run import ANOTHER, FormerRun
+from fslsage_rpc.runs.places import write_whole
+from fslsage_rpc.units import GIB
 
 LOG = "log.txt"
 """in a run folder: all that its process has printed"""
+TRAIN = "train.yaml"
+"""likewise: what its process is told to train, which a sweep that comes later does not change"""
 PATIENCE_SECONDS = 10.0
 """for a process that is asked to end, where the sweep itself has failed"""
+ENDED_BY_SIGTERM = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""statuses of processes that were not ready to obey yet"""
+
+
+@dataclass
+class RoundsSoFar:
+    """Rounds so far: their number, seconds with evaluation, paper-ledger bytes, and the newest accuracy."""
+
+    rounds: int = 0
+    seconds: float = 0.0
+    paper_bytes: float = 0.0
+    accuracy: float | None = None
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take in a line of `metrics.jsonl`; one of an event, or a damaged one, changes nothing."""
+        with suppress(LookupError, TypeError):
+            seconds = float(line["round_seconds"] + line["evaluation_seconds"])
+            rounds, paper_bytes = int(line["round"]), float(line["paper_bytes_total"])
+            self.accuracy = self.accuracy if line["test_accuracy"] is None else float(line["test_accuracy"])
+            self.rounds, self.paper_bytes = rounds, paper_bytes
+            self.seconds += seconds
 
 
 class WatchedRun:
@@ -22,27 +54,36 @@ class WatchedRun:
 
     Attributes:
         run: the run.
-        lines: its rounds so far, as `metrics.jsonl` has them.
+        progress: how far it is.
         summary: once it is complete.
         failure: the last line that it has printed, where its process has failed.
-        stopped: has it ended on request, after a checkpoint?
+        stopped: has it ended on request, to be gone on with?
 
     Raises:
-        InputError: its folder holds a run of another configuration.
+        InputError: its folder holds a run of another configuration, or one of more rounds.
     """
 
     def __init__(self, run: SweepRun):
         self.run = run
         self.failure: str | None = None
         self.stopped = False
-        self._there = FormerRun(replace(run.config, resume="auto"))
+        self._there = FormerRun(run.config)
         self._process: subprocess.Popen[bytes] | None = None
+        self._asked = False
         self._printed_before = 0
-        replaces = run.config.resume == "never"
-        self._seen = self._extent() if replaces else None  # what is there is none of its own
-        self.lines: list[dict[str, Any]] = []
-        self.summary = FormerRun(run.config).finished_summary()
+        self.progress, self._read = RoundsSoFar(), 0
+        self.summary = self._there.finished_summary(as_measured=True)
         self.look()
+        if run.config.resume == "auto" and self.progress.rounds > run.config.rounds:
+            raise InputError(
+                f"rounds: got {run.config.rounds}, expected {self.progress.rounds} or more, as the run in "
+                f"{run.folder} has; {ANOTHER}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.run.config.name
 
     @property
     def diverged(self) -> int | None:
@@ -51,45 +92,45 @@ class WatchedRun:
 
     @property
     def rounds_left(self) -> int:
-        """Rounds that it has yet to train, where nothing ends it before."""
-        return 0 if self.summary is not None else max(0, self.run.config.rounds - len(self.lines))
-
-    @property
-    def seconds(self) -> float:
-        """Seconds that the rounds so far have taken, with their evaluation."""
-        return float(sum(line["round_seconds"] + line["evaluation_seconds"] for line in self.lines))
-
-    @property
-    def accuracy(self) -> float | None:
-        """The newest test accuracy."""
-        scores = [line["test_accuracy"] for line in self.lines if line["test_accuracy"] is not None]
-        return scores[-1] if scores else None
+        """Rounds that it has yet to train, where no accuracy ends it before."""
+        if self.summary is not None:
+            return 0
+        rounds, limit = self.run.config.rounds, self.run.config.stop.paper_gib
+        if limit is not None and self.progress.paper_bytes > 0:
+            rounds = min(rounds, math.ceil(limit * GIB * self.progress.rounds / self.progress.paper_bytes))
+        return max(0, rounds - self.progress.rounds)
 
     def look(self) -> None:
-        """Read the rounds again, if there are more."""
-        if (seen := self._extent()) != self._seen:
-            self._seen = seen
-            self.lines = self._there.rounds() or self.lines  # none where a line is being written
-
-    def _extent(self) -> tuple[int, int] | None:
-        """By which `metrics.jsonl` is seen to change; None where there is none."""
+        """Read what `metrics.jsonl` has grown by."""
         try:
-            file = (self.run.folder / "metrics.jsonl").stat()
+            with (self.run.folder / "metrics.jsonl").open("rb") as file:
+                if file.seek(0, os.SEEK_END) < self._read:  # it goes on from an earlier round
+                    self.progress, self._read = RoundsSoFar(), 0
+                file.seek(self._read)
+                lines = file.read().rpartition(b"\n")[0]
         except OSError:
-            return None
-        return file.st_mtime_ns, file.st_size
+            return
+        for line in lines.splitlines():
+            with suppress(ValueError, RecursionError):
+                self.progress.add(json.loads(line))
+        self._read += len(lines) + 1 if lines else 0
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def start(self, launch: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start its process, in a session of its own: a terminal's Ctrl-C reaches it through the sweep.
+
+        Args:
+            launch: the program, and its first arguments; `train CONFIG` follows.
 
         Raises:
             OSError: the folder cannot be written to, or there is no such program.
         """
-        self.run.folder.mkdir(parents=True, exist_ok=True)
-        with (self.run.folder / LOG).open("ab") as log:
+        folder = self.run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / TRAIN, to_yaml(to_tree(self.run.config)))
+        with (folder / LOG).open("ab") as log:
             self._printed_before = log.tell()
             self._process = subprocess.Popen(
-                command,
+                [*launch, "train", str(folder / TRAIN)],
                 env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -107,28 +148,28 @@ class WatchedRun:
         summary = self._there.summary() or {}
         if status == 0 or (status == 1 and summary.get("diverged")):
             self.summary = summary or None
-        self.stopped = status == STOPPED
+        self.stopped = status == STOPPED or (self._asked and status in ENDED_BY_SIGTERM)
         if self.summary is None and not self.stopped:
             self.failure = self._last_words() or f"its process has ended with status {status}"
         return True
 
     def ask_to_stop(self) -> None:
         """After the round under way, with a checkpoint; asked again, at once."""
+        self._asked = True
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)  # nothing where it has ended
 
     def end(self) -> None:
-        """Have its process ended, however long that takes it: soon, where it obeys."""
+        """Have its process ended, and be it by force."""
         if self._process is None:
             return
         for _ in range(2):
             self.ask_to_stop()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(PATIENCE_SECONDS)
                 return
-            except subprocess.TimeoutExpired:
-                continue
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _last_words(self) -> str | None:
@@ -139,3 +180,17 @@ class WatchedRun:
             return None
         lines = [line.strip() for line in printed.decode(errors="replace").splitlines()]
         return next((line for line in reversed(lines) if line), None)
+
+
+def forget(run: SweepRun) -> None:
+    """Have what a run folder holds be no run any more: it is to be trained anew.
+
+    Raises:
+        InputError: another process writes there.
+        OSError: the folder cannot be written to.
+    """
+    if not run.folder.is_dir():
+        return
+    with FolderLock(run.folder):
+        for name in ("summary.json", "config.yaml", "metrics.jsonl"):
+            (run.folder / name).unlink(missing_ok=True)
