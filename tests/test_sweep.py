@@ -66,6 +66,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[InThisProc
     InThisProcess.started = []
     monkeypatch.setattr("fslsage_rpc.sweep.watched_run.subprocess.Popen", InThisProcess)
     monkeypatch.setattr(sweeping, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr("fslsage_rpc.report.terminal.has_matplotlib", lambda: False)  # figures take seconds
     return InThisProcess
 
 
@@ -496,6 +497,8 @@ def test_a_sweep_that_is_stopped_and_one_whose_run_is_killed_go_on(tmp_path: Pat
         text = said_at_end(process)
         assert process.returncode == 0, text
     assert "1 of 2 runs are complete already" in text
+    assert "All 2 runs are complete." in text
+    assert (study / "report" / "report.html").exists()
     assert survivors(str(tmp_path)) == []
     assert (first / "log.txt").read_text().count("goes on from round") == 2
     for run in sweep_runs(from_tree(yaml.safe_load(Path(config).read_text()))):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fslsage_rpc.config.loading import FOLDER_NAME, LONGEST_NAME, from_tree, to_tree
-from fslsage_rpc.config.schema import Config, Sweep, VariantKeys
+from fslsage_rpc.config.schema import Bench, Config, Sweep, VariantKeys
 from fslsage_rpc.config.yaml_files import show
 from fslsage_rpc.errors import InputError
 
@@ -171,7 +171,7 @@ def sweep_runs(config: Config) -> list[SweepRun]:
     for seed in keys.seeds:
         for name, made in found.items():
             own = _config(to_tree(config), made, f"sweep.variants.{name}", (*OF_RUNS, "seed"), seed)
-            own = replace(own, name=f"{name}-seed{seed}", output=str(folder), sweep=Sweep())
+            own = replace(own, name=f"{name}-seed{seed}", output=str(folder), bench=Bench(), sweep=Sweep())
             runs.append(SweepRun(name, seed, own))
     return runs
 
