@@ -6,13 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 
 from torch.distributed import TCPStore
 
-from fslsage_rpc.job.stopping import NOBODY_READS, STOPPED, signals_that_stop
+from fslsage_rpc.job.stopping import NOBODY_READS, STOPPED, answering_signals
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0
@@ -61,7 +59,7 @@ class LocalRanks:
         Returns:
             See `launch`.
         """
-        with self._passing_signals_on():
+        with answering_signals(self._pass_on):
             self._start(ranks, port)
             if self._signalled:  # before all of them were there
                 self._send(signal.SIGTERM)
@@ -121,20 +119,10 @@ class LocalRanks:
             print(f"fslsage_rpc: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
         return 1
 
-    @contextmanager
-    def _passing_signals_on(self) -> Iterator[None]:
-        """What asks this process to stop asks the ranks."""
-
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            self._signalled = number
-            self._send(signal.SIGTERM)
-
-        before = {number: signal.signal(number, pass_on) for number in signals_that_stop()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _pass_on(self, number: int) -> None:
+        """Ask the ranks to stop, as this process is asked."""
+        self._signalled = number
+        self._send(signal.SIGTERM)
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._processes:

@@ -107,6 +107,19 @@ def signals_that_stop() -> list[signal.Signals]:
     return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
 
 
+@contextmanager
+def answering_signals(answer: Callable[[int], None]) -> Iterator[None]:
+    """While the context is open, signals that ask this program to stop are given to `answer`."""
+    before = {
+        number: signal.signal(number, lambda number, frame: answer(number)) for number in signals_that_stop()
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def under_torchrun() -> bool:
     """Is this process a worker of torchrun? It takes any status but 0 for a failure, and starts anew."""
     return "TORCHELASTIC_RUN_ID" in os.environ

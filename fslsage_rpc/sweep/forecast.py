@@ -1,6 +1,5 @@
 """`fslsage sweep --dry-run`: the runs of a sweep, with their bytes and hours. Predicted, not measured."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from fslsage_rpc.plan.calibration import Calibration, calibrate_here, unlike_wor
 from fslsage_rpc.plan.prediction import predict
 from fslsage_rpc.plan.scenario import Scenario
 from fslsage_rpc.sweep.sweep_screen import pace_of, spelled
-from fslsage_rpc.sweep.watched_run import WatchedRun
+from fslsage_rpc.sweep.watched_run import WatchedRun, most_rounds
 from fslsage_rpc.units import GIB
 
 HEADERS = ("run", "rounds", "paper GiB (modelled)", "wire GiB", "takes about")
@@ -62,9 +61,7 @@ class Forecaster:
             return str(error)
         if isinstance(found, str):
             return found
-        rounds, limit = config.rounds, config.stop.paper_gib
-        if limit is not None and found.paper_bytes:
-            rounds = min(rounds, math.ceil(limit * GIB / found.paper_bytes))
+        rounds = most_rounds(config, found.paper_bytes)
         each = (found.paper_bytes, found.wire_bytes, found.round_seconds)
         return Forecast(rounds, *(rounds * value for value in each))
 

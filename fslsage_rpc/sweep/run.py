@@ -3,16 +3,13 @@
 import os
 import shlex
 import shutil
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import FrameType
 
 from fslsage_rpc.config.loading import to_tree
 from fslsage_rpc.config.schema import Config
@@ -21,7 +18,7 @@ from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.device.cores import usable_cores
 from fslsage_rpc.device.placement import gpu_count
 from fslsage_rpc.errors import InputError
-from fslsage_rpc.job.stopping import STOPPED, signals_that_stop
+from fslsage_rpc.job.stopping import STOPPED, answering_signals
 from fslsage_rpc.report.sweeps import read_sweep
 from fslsage_rpc.report.terminal import report_sweep
 from fslsage_rpc.runs.places import check_place, write_whole, writing
@@ -217,7 +214,7 @@ class RunQueue:
             The exit status: 0; 75 if stopped on request; else 1 where a run has failed or diverged.
         """
         waiting = deque(run for run in runs if run.summary is None)
-        with self._stopping(), screen:
+        with answering_signals(self._ask_to_stop), screen:
             try:
                 while self._running or (waiting and not self._asked):
                     while waiting and self._slots.free and not self._asked:
@@ -250,18 +247,8 @@ class RunQueue:
         if self._asked:  # while it was started
             run.ask_to_stop()
 
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Signals that ask this process to stop ask the runs, and no further one begins."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._asked = True
-            for run in self._running.values():
-                run.ask_to_stop()
-
-        before = {number: signal.signal(number, ask) for number in signals_that_stop()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _ask_to_stop(self, number: int) -> None:
+        """Ask the runs, as this process is asked; no further one begins."""
+        self._asked = True
+        for run in self._running.values():
+            run.ask_to_stop()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fslsage_rpc.config.loading import to_tree
+from fslsage_rpc.config.schema import Config
 from fslsage_rpc.config.variants import SweepRun
 from fslsage_rpc.config.yaml_files import to_yaml
 from fslsage_rpc.errors import InputError
@@ -95,10 +96,9 @@ class WatchedRun:
         """Rounds that it has yet to train, where no accuracy ends it before."""
         if self.summary is not None:
             return 0
-        rounds, limit = self.run.config.rounds, self.run.config.stop.paper_gib
-        if limit is not None and self.progress.paper_bytes > 0:
-            rounds = min(rounds, math.ceil(limit * GIB * self.progress.rounds / self.progress.paper_bytes))
-        return max(0, rounds - self.progress.rounds)
+        done = self.progress
+        each = done.paper_bytes / done.rounds if done.rounds else 0.0
+        return max(0, most_rounds(self.run.config, each) - done.rounds)
 
     def look(self) -> None:
         """Read what `metrics.jsonl` has grown by."""
@@ -180,6 +180,14 @@ class WatchedRun:
             return None
         lines = [line.strip() for line in printed.decode(errors="replace").splitlines()]
         return next((line for line in reversed(lines) if line), None)
+
+
+def most_rounds(config: Config, paper_bytes: float) -> int:
+    """The rounds after which a run ends at the latest, with so many bytes of the paper ledger in each."""
+    limit = config.stop.paper_gib
+    if limit is None or not paper_bytes:
+        return config.rounds
+    return min(config.rounds, math.ceil(limit * GIB / paper_bytes))
 
 
 def forget(run: SweepRun) -> None:
