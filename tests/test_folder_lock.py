@@ -22,7 +22,7 @@ import fslsage_rpc
 from fslsage_rpc.runs import folder_lock
 from fslsage_rpc.runs.folder_lock import NAME, FolderLock, Holder
 from support.commands import said
-from support.job_processes import end_job, members, outer_environment
+from support.job_processes import members, started_job
 from support.run_folders import lines
 from support.small_run import write
 from support.trees import BENCH, Tree, tree
@@ -217,18 +217,9 @@ def test_a_refused_run_leaves_the_folder_to_others(tmp_path: Path) -> None:
 def started(folder: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
     """A run that no other shares its last override with; nothing of it outlives the test."""
     with (folder / "said").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fslsage_rpc", "train", write(folder), *overrides],
-            stdout=said,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=outer_environment(),
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        end_job(process, overrides[-1])
+        command = ["train", write(folder), *overrides]
+        with started_job(command, overrides[-1], stdout=said, stderr=subprocess.PIPE) as process:
+            yield process
 
 
 def wait_until(condition: Callable[[], object]) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -23,7 +23,7 @@ from fslsage_rpc.sweep.sweep_screen import pace_of, seconds_left, spelled
 from fslsage_rpc.sweep.watched_run import WatchedRun
 from support.commands import said
 from support.equality import assert_identical
-from support.job_processes import end_job, outer_environment, survivors
+from support.job_processes import started_job, survivors
 from support.run_folders import finished, lines
 from support.trees import tree
 from support.user_input import mistake
@@ -440,21 +440,10 @@ def test_runs_side_by_side_share_cores_and_gpus(
 # With processes
 
 
-@contextmanager
-def started(config: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A sweep as a shell starts one; none of it outlives the test."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fslsage_rpc", "sweep", config, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=outer_environment(),
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        end_job(process, str(Path(config).parent))
+def started(config: str, *arguments: str) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A sweep; none of it outlives the test."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return started_job(["sweep", config, *arguments], str(Path(config).parent), **streams)
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:

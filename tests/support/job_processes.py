@@ -4,7 +4,11 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def outer_environment() -> dict[str, str]:
@@ -33,6 +37,27 @@ def members(word: str) -> dict[int, int]:
             ranks = [int(text[5:]) for text in variables if text.startswith("RANK=")]
             found |= dict.fromkeys(ranks, process)
     return found
+
+
+@contextmanager
+def started_job(arguments: Sequence[str], word: str, **streams: Any) -> Iterator[subprocess.Popen[str]]:
+    """The program with these arguments, as a shell starts it; none of it outlives the context.
+
+    Args:
+        word: in the command line of all its processes, and of no others.
+        streams: see `subprocess.Popen`.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fslsage_rpc", *arguments],
+        text=True,
+        env=outer_environment(),
+        start_new_session=True,
+        **streams,
+    )
+    try:
+        yield process
+    finally:
+        end_job(process, word)
 
 
 def end_job(process: subprocess.Popen[str], word: str) -> None:
