@@ -11,7 +11,7 @@ Seconds are CPU seconds of one thread of the server, true gradients included.
 
 What is complete in `--runs` is not done again.
 Tables and figure go to docs/results/alignment.md, between its marks.
-Takes an hour and a half on 2 cores.
+Takes about an hour and a half on 2 cores.
 """
 
 import argparse
@@ -50,10 +50,10 @@ RECORDED = ("data.partition=dirichlet", "algorithm.average_auxiliary=never", "ro
 KEPT = ("checkpoint.every=1", "checkpoint.keep=22", "evaluation.every=11")
 CLIENTS = 2
 """of the recorded ones, whose alignments are replayed"""
-FIRST, SCORED, LAST = 1, 7, 21
-"""rounds: after which the first alignment is made, and of whose uploads the agreement counts; before these
-every way has aligned and every buffer is full
-"""
+FIRST, FULL = 1, 6
+"""rounds after which the first alignment is made, and after which every buffer is full"""
+SCORED, LAST = 12, 21
+"""rounds whose uploads are scored: an interval of the longest ones, at whose beginning every way aligns"""
 PAPER = AlignmentKeys(epochs=100, batch_size=1000)
 TENTH = AlignmentKeys(epochs=10, batch_size=100)
 HEADERS = (
@@ -67,8 +67,33 @@ HEADERS = (
     "cosine on the buffer",
 )
 BEGINS, ENDS = "<!-- replayed -->", "<!-- end of replayed -->"
-NAMED = ("100 x 1000", "10 x 1000", "10 x 100", "5 x 50", "2 x 20", "every 1, 2 x 50")
-"""in the figure"""
+LABELS = {
+    "seconds": {
+        "100 x 1000": (-8, -14),
+        "10 x 1000": (6, -3),
+        "10 x 100": (4, 7),
+        "5 x 50": (6, -12),
+        "2 x 20": (-12, -14),
+        "layer3.0, 5 x 50": (-88, 3),
+        "every 1, 2 x 50": (6, -3),
+        "every 1, 2 x 20 of 200": (-110, 8),
+        "every 10, 10 x 100": (-16, -13),
+        "linear, 10 x 100": (6, -3),
+    },
+    "bytes": {
+        "5 x 50": (-34, 6),
+        "10 x 1000": (-54, -3),
+        "layer3.0, 5 x 50": (-88, 3),
+        "every 1, 2 x 50": (-84, 2),
+        "every 2, 2 x 50": (-84, 6),
+        "every 10, 10 x 100": (-92, -10),
+        "10 x 100, averaged": (-6, -14),
+        "linear, 10 x 100": (-4, 7),
+        "mlp of 128, 10 x 100": (-4, 7),
+    },
+}
+"""in the figure, by what is drawn along: how many points they stand beside their way's mark"""
+TICKS = {"seconds": (0.2, 0.5, 1, 2, 5, 10, 20), "bytes": (0.001, 0.01, 0.1, 1, 10)}
 Upload = tuple[Tensor, Tensor, Tensor]  # z [B, ...], y [B], g [B, ...]
 
 
@@ -97,7 +122,7 @@ class Way:
 
     @property
     def steps(self) -> int:
-        """Of an alignment on a full buffer."""
+        """Steps of an alignment on a full buffer."""
         return self.keys.epochs * -(-self.keys.buffer_size // self.keys.batch_size)
 
     @property
@@ -165,6 +190,12 @@ WAYS: dict[str, dict[str, Way]] = {
             (10, 10, 100),
             (10, 10, 50),
         )
+    }
+    | {
+        f"every 1, {epochs} x {batch} of 200": replace(  # a round's uploads
+            BASE, keys=AlignmentKeys(epochs=epochs, batch_size=batch, buffer_size=200), interval=1
+        )
+        for epochs, batch in ((5, 50), (2, 50), (2, 20), (1, 50))
     },
     "Averaged auxiliary models": {
         f"{epochs} x {batch}, averaged": replace(BASE.passes(epochs, batch), averaged=True)
@@ -255,7 +286,7 @@ def replayed(way: Way, recording: Recording) -> dict[str, Any]:
         t = FIRST + number  # rounds done
         if number % way.interval == 0:
             spent, records = align(way, fits, recording.after(t), recording)
-            if t + 1 >= SCORED:
+            if t >= FULL:
                 seconds.append(spent)
                 on_buffer.append(statistics.fmean(records))
         agreements = [agreement(fit, batches) for fit, batches in zip(fits, uploads, strict=True)]
@@ -300,7 +331,7 @@ def align(
 
 
 def agreement(fit: AuxiliaryFit, uploads: Sequence[Upload]) -> dict[str, float]:
-    """Of a client's estimates with the true gradients of these uploads."""
+    """How well a client's estimates agree with the true gradients of these uploads."""
     found = Agreement()
     for z, y, gradient in uploads:
         found.add(cut_layer_gradient(fit.model, z, y), gradient)
@@ -353,27 +384,25 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """The agreement with new uploads against the server's seconds and against bytes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(9.5, 4.2), dpi=130, layout="constrained")
-    by_seconds, by_bytes = figure.subplots(1, 2, sharey=True)
-    for (factor, named), color, marker in zip(WAYS.items(), (*COLORS, "#666666"), MARKERS, strict=True):
-        for axes, cost in ((by_seconds, "seconds"), (by_bytes, "bytes")):
-            scale = MIB if cost == "bytes" else 1
+    figure = Figure(figsize=(11, 4.8), dpi=130, layout="constrained")
+    for axes, cost in zip(figure.subplots(1, 2, sharey=True), LABELS, strict=True):
+        scale = MIB if cost == "bytes" else 1
+        for (factor, named), color, marker in zip(WAYS.items(), (*COLORS, "#666666"), MARKERS, strict=True):
             points = [(results[name][cost] / scale, scored(results[name], "cosine")) for name in named]
-            axes.plot(*zip(*points, strict=True), marker, color=color, label=factor, markersize=5, alpha=0.85)
-    for name in NAMED:
-        at = results[name]["seconds"], scored(results[name], "cosine")
-        by_seconds.annotate(name, at, xytext=(5, -3), textcoords="offset points", fontsize=8)
-    tidy(
-        by_seconds,
-        "",
-        "the server's seconds of alignment a round",
-        "cosine with true gradients of new uploads",
-    )
-    tidy(by_bytes, "", "MiB a client and round of auxiliary models", "")
-    for axes in (by_seconds, by_bytes):
+            axes.plot(*zip(*points, strict=True), marker, color=color, label=factor, markersize=6, alpha=0.8)
+        for name, offset in LABELS[cost].items():
+            at = results[name][cost] / scale, scored(results[name], "cosine")
+            axes.annotate(name, at, xytext=offset, textcoords="offset points", fontsize=8.5)
         axes.set_xscale("log")
-    figure.legend(*by_seconds.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8.3)
+        axes.set_xticks(TICKS[cost], [f"{tick:g}" for tick in TICKS[cost]])
+        axes.xaxis.set_minor_locator(NullLocator())
+    by_seconds, by_bytes = figure.axes
+    y_label = "cosine with true gradients of new uploads"
+    tidy(by_seconds, "", "seconds of the server for a client and round (log scale)", y_label)
+    tidy(by_bytes, "", "MiB of auxiliary models for a client and round (log scale)", "")
+    figure.legend(*by_seconds.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5)
     figure.savefig(path)
 
 
