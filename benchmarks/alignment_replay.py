@@ -40,7 +40,7 @@ from fslsage_rpc.parties.context import Context
 from fslsage_rpc.parties.optimizers import ScheduledOptimizer
 from fslsage_rpc.report.figures import tidy
 from fslsage_rpc.report.looks import COLORS, MARKERS
-from fslsage_rpc.runs.checkpoint_files import RankState, complete_folders, read_manifest
+from fslsage_rpc.runs.checkpoint_files import RankState, read_manifest, round_folder
 from fslsage_rpc.units import MIB
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +50,8 @@ RECORDED = ("data.partition=dirichlet", "algorithm.average_auxiliary=never", "ro
 KEPT = ("checkpoint.every=1", "checkpoint.keep=22", "evaluation.every=11")
 CLIENTS = 2
 """of the recorded ones, whose alignments are replayed"""
+UPLOADS = 4
+"""of a client in a round: batches"""
 FIRST, FULL = 1, 6
 """rounds after which the first alignment is made, and after which every buffer is full"""
 SCORED, LAST = 12, 21
@@ -225,12 +227,8 @@ class Recording:
 
     def after(self, rounds: int) -> RankState:
         """Everything as it was after so many rounds."""
-        folder = next(
-            each
-            for each in complete_folders(self.folder / "checkpoints")
-            if each.name.endswith(f"-{rounds:06}")
-        )
-        return read_manifest(folder).read(range(CLIENTS), server=True)
+        manifest = read_manifest(round_folder(self.folder / "checkpoints", rounds))
+        return manifest.read(range(CLIENTS), server=True)
 
     def split(self, auxiliary: Auxiliary, seed: int) -> SplitModel:
         """Its model, with another auxiliary one."""
@@ -261,9 +259,7 @@ class Recording:
         for client in range(CLIENTS):
             buffer = ended.server["fits"][client]["buffer"]
             batch = self.config.clients.batch_size
-            steps = -(-self.config.data.train_limit // self.config.clients.count // batch)
-            samples = -(-steps // self.config.algorithm.upload_every) * batch
-            z, y = (buffer[name][-samples:].split(batch) for name in ("z", "y"))
+            z, y = (buffer[name][-UPLOADS * batch :].split(batch) for name in ("z", "y"))
             with untouched_statistics(server):
                 found.append([(a, b, cut_layer_gradient(server, a, b)) for a, b in zip(z, y, strict=True)])
         return found
@@ -291,7 +287,7 @@ def replayed(way: Way, recording: Recording) -> dict[str, Any]:
                 on_buffer.append(statistics.fmean(records))
         agreements = [agreement(fit, batches) for fit, batches in zip(fits, uploads, strict=True)]
         rounds.append(
-            {"round": t + 1, "age": number % way.interval}
+            {"round": t + 1}
             | {key: statistics.fmean(each[key] for each in agreements) for key in ("cosine", "nmse")}
         )
     return {
