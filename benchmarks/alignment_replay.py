@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from marked_page import put
 from torch import Tensor, nn
 
 from fslsage_rpc.bench.table import table
@@ -68,7 +69,6 @@ HEADERS = (
     "error",
     "cosine on the buffer",
 )
-BEGINS, ENDS = "<!-- replayed -->", "<!-- end of replayed -->"
 LABELS = {
     "seconds": {
         "100 x 1000": (-8, -14),
@@ -425,8 +425,7 @@ def main() -> None:
     draw(results, PAGE.with_name("alignment-replay.png"))
     measured = tables(results)
     print(measured)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGINS)
-    PAGE.write_text(f"{before}{BEGINS}\n\n{measured}\n\n{ENDS}{rest.partition(ENDS)[2]}", encoding="utf-8")
+    put(PAGE, "replayed", measured)
 
 
 if __name__ == "__main__":

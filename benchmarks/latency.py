@@ -7,16 +7,21 @@ Root is for the emulated links (docs/emulated-networks.md).
 The variants are those of configs/bench/cifar10.yaml.
 A benchmark that is complete in `--runs` is not run again: the same command goes on with an interrupted study.
 In the end `fslsage report` of all of them is in `--runs`/report.
-`predictions.md` beside it has what the benchmark over loopback predicts for the other links.
+Its parts go to the pages of docs/results, with what the benchmark over loopback predicts for the other links.
 Nothing else should run meanwhile.
 """
 
 import argparse
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from marked_page import put
+from seeds import described
 
 from fslsage_rpc.bench.table import table
 from fslsage_rpc.config.loading import load
@@ -32,6 +37,7 @@ from fslsage_rpc.report.tables import BUSY_HOST, variant_name
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "bench" / "cifar10.yaml"
+PAGES = ROOT / "docs" / "results"
 CLIENT_RANKS = 2
 HEADERS = ("links", "variant", "s / round, median", "*predicted*", "off by")
 CLOSE = 0.15
@@ -127,8 +133,20 @@ def predictions_table(places: Sequence[Place], runs: Path) -> str:
     return f"{table(HEADERS, rows)}\n\n{said}"
 
 
+def sections(report: Path, places: Sequence[Place], runs: Path) -> dict[Place, str]:
+    """Each place's part of the report, whose figures are put beside the pages."""
+    text = report.with_suffix(".md").read_text(encoding="utf-8")
+    found = {}
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    for number, (place, part) in enumerate(zip(places, parts, strict=False), start=1):
+        old, new = f"latency-bench-{number}.png", f"latency-{place.name}.png"
+        shutil.copy(report.with_name(old), PAGES / new)
+        found[place] = f"## {part.replace(old, new)}{described(runs / place.name)}"
+    return found
+
+
 def main() -> int:
-    """Measure what is missing, then write the report and the predictions; the exit status."""
+    """Measure what is missing, then write the report and the pages; the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -147,8 +165,10 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    page = f"# Predictions from the benchmark over loopback\n\n{compared}\n"
-    report.with_name("predictions.md").write_text(page, encoding="utf-8")
+    by_place = sections(report, places, runs)
+    put(PAGES / "latency-loopback.md", "measured", by_place.pop(LOOPBACK))
+    predicted = f"## Predictions from the benchmark over loopback\n\n{compared}"
+    put(PAGES / "latency-wan.md", "measured", "\n\n".join([*by_place.values(), predicted]))
     print(f"{compared}\nReport: {report}")
     return 0
 

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from marked_page import put
+
 from fslsage_rpc.bench.table import BUSY_MARK, round_bytes, table
 from fslsage_rpc.config.loading import load
 from fslsage_rpc.config.schema import Config
@@ -149,11 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured = results(folders, config.bench.target_accuracy)
     print(measured)
     page = ROOT / "docs" / "results" / f"{config.name.partition('-')[0]}.md"
-    begins, ends = f"<!-- {config.name} -->", f"<!-- end of {config.name} -->"
     if page.exists():
-        before, _, rest = page.read_text(encoding="utf-8").partition(begins)
-        after = rest.partition(ends)[2]
-        page.write_text(f"{before}{begins}\n\n{measured}\n\n{ends}{after}", encoding="utf-8")
+        put(page, config.name, measured)
 
 
 if __name__ == "__main__":
