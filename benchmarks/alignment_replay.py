@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 from marked_page import put
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
 from fslsage_rpc.bench.table import table
@@ -372,16 +374,13 @@ def tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One for each factor, in Markdown."""
     parts = []
     for factor, named in WAYS.items():
-        rows = [row(name, way, results[name]) for name, way in named.items() if name in results]
+        rows = [row(name, way, results[name]) for name, way in named.items()]
         parts.append(f"### {factor}\n\n{table(HEADERS, rows)}")
     return "\n\n".join(parts)
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """The agreement with new uploads against the server's seconds and against bytes."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator
-
     figure = Figure(figsize=(11, 4.8), dpi=130, layout="constrained")
     for axes, cost in zip(figure.subplots(1, 2, sharey=True), LABELS, strict=True):
         scale = MIB if cost == "bytes" else 1

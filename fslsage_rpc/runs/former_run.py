@@ -11,10 +11,8 @@ from fslsage_rpc.runs.metrics_file import decoded, rounds_of
 from fslsage_rpc.runs.round_numbers import summary_from_one
 from fslsage_rpc.runs.screen import can_be_shown
 
-FREE_KEYS = {
-    *("rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"),
-    *("bench", "sweep"),  # of other commands
-}
+FREE_KEYS = {"rounds", "ranks", "output", "resume", "stop", "comm", "checkpoint", "evaluation", "trace"}
+FREE_KEYS |= {"bench", "sweep"}  # which other commands read
 """what may differ between a run and the run whose folder it finds, all below included but for codecs"""
 MEASURING_KEYS = {"ranks", "comm", "evaluation"}
 """of them, those by which other seconds, bytes or accuracies are measured: the same in all runs of a mean"""
